@@ -1,0 +1,250 @@
+"""Pages made from the package when the site is built: one for each module, one for each registered entry.
+
+Nothing is listed by hand, so a new file in ``vifamily/objectives`` has its page without an edit here. Pages go to
+``docs/api`` and ``docs/registry``, which git ignores.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PACKAGE = "vifamily"
+KINDS = {
+    "objectives": "How an answer is scored.",
+    "families": "What the answer may look like.",
+    "models": "The Bayesian problem.",
+    "weights": "How a low-dimensional latent becomes the weights of a network.",
+    "solvers": "How the loss is driven down, and when to stop.",
+    "problems": "Named problems with known answers.",
+}
+
+
+def heading(text: str, mark: str = "=") -> list[str]:
+    """Return a title as lines."""
+    return [text, mark * len(text), ""]
+
+
+def first_sentence(thing: object) -> str:
+    """Return the first paragraph of a docstring on one line."""
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+
+
+def write(path: Path, lines: list[str]) -> None:
+    """Write a page unless it is there with the same text, so that Sphinx re-reads only what changed."""
+    text = "\n".join(lines).rstrip() + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
+
+
+def remove_others(folder: Path, kept: set[Path]) -> None:
+    """Remove pages of modules and entries that are gone."""
+    for path in folder.rglob("*.rst"):
+        if path not in kept:
+            path.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            shutil.rmtree(path)
+
+
+# --- the API: one page for each public module ---
+
+
+def public_modules() -> Iterator[ModuleType]:
+    """Import and yield the package and its modules whose names have no leading underscore.
+
+    A module behind an optional dependency that is not installed is left out; its message names the extra.
+    """
+    package = importlib.import_module(PACKAGE)
+    yield package
+    for info in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
+        if any(part.startswith("_") for part in info.name.split(".")):
+            continue
+        try:
+            yield importlib.import_module(info.name)
+        except ImportError as error:
+            if f"{PACKAGE}[" not in str(error):
+                raise
+
+
+def home_of(module: ModuleType, name: str) -> str | None:
+    """Return the module whose page documents a public name of ``module``, or None for what is not ours.
+
+    What is defined in a private module has no page of its own; it belongs to the package that makes it public.
+    """
+    thing = getattr(module, name, None)
+    if inspect.ismodule(thing):
+        return None
+    origin = getattr(thing, "__module__", None)
+    if origin is None or not isinstance(origin, str) or not hasattr(thing, "__name__"):
+        return module.__name__  # a constant: it is documented where it is made public
+    if not origin.startswith(PACKAGE):
+        return None
+    if origin == module.__name__:
+        return origin
+    hidden = [part.startswith("_") for part in origin.split(".")]
+    if any(hidden):
+        owner = ".".join(origin.split(".")[: hidden.index(True)])
+        return module.__name__ if owner == module.__name__ else owner
+    return origin
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """Return ``__all__``, or the module's own public classes and functions."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    return [
+        name
+        for name, thing in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(thing) or inspect.isfunction(thing))
+        and thing.__module__ == module.__name__
+    ]
+
+
+def is_documented(thing: object) -> bool:
+    """Whether autodoc can describe it: classes and functions; constants are described in the module's text."""
+    return inspect.isclass(thing) or callable(thing)
+
+
+def module_page(module: ModuleType) -> list[str]:
+    """Return the page of one module: its text, its own names in full, the others as links."""
+    names = public_names(module)
+    own = [n for n in names if home_of(module, n) == module.__name__ and is_documented(getattr(module, n))]
+    links = [(n, home) for n in names if (home := home_of(module, n)) not in (None, module.__name__)]
+    lines = heading(module.__name__)
+    lines += [f".. automodule:: {module.__name__}"]
+    if own:
+        lines += [f"   :members: {', '.join(own)}", "   :show-inheritance:", "   :member-order: bysource"]
+    lines += [""]
+    if links:
+        lines += [".. list-table:: Public names documented elsewhere", "   :widths: 30 70", ""]
+        for name, home in sorted(links):
+            thing = getattr(module, name)
+            target = f"{home}.{thing.__name__}"
+            lines += [f"   * - :py:obj:`{name} <{target}>`", f"     - {first_sentence(thing)}"]
+    return lines
+
+
+def write_api(folder: Path) -> None:
+    """Write the API pages and their index."""
+    pages = {module.__name__: module_page(module) for module in public_modules()}
+    names = sorted(pages)
+    index = heading("Reference")
+    index += ["One page for each public module, from its docstrings.", "", ".. toctree::", "   :maxdepth: 1", ""]
+    index += [f"   {name}" for name in names]
+    write(folder / "index.rst", index)
+    for name, lines in pages.items():
+        write(folder / f"{name}.rst", lines)
+    remove_others(folder, {folder / "index.rst", *(folder / f"{name}.rst" for name in names)})
+
+
+# --- the registry: one page for each entry ---
+
+
+def written_spec(name: str, entry: Any) -> str:
+    """Return the spec string with every argument at its default."""
+    try:
+        parameters = inspect.signature(entry).parameters.values()
+    except (TypeError, ValueError):
+        return name
+    shown = [
+        f"{p.name}={p.default!r}" if p.default is not p.empty else f"{p.name}=..."
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and not hasattr(p.default, "default_factory")
+    ]
+    return f"{name}({', '.join(shown)})" if shown else name
+
+
+def facts(entry: Any) -> Iterator[tuple[str, str]]:
+    """Yield what an entry declares about itself, as (label, text)."""
+    labels = {
+        "needs_model": "Needs of the model",
+        "needs_family": "Needs of the family",
+        "capabilities": "Can do",
+        "value_kind": "Minus its value is",
+        "subsampling": "Minibatch",
+        "space": "Space",
+        "spaces": "Spaces",
+        "default_draws": "Draws per step",
+        "estimators": "Estimators, best first",
+    }
+    for attribute, label in labels.items():
+        value = inspect.getattr_static(entry, attribute, None)
+        if isinstance(value, (property, staticmethod, classmethod)) or callable(value) or value is None:
+            continue
+        if isinstance(value, (frozenset, set)):
+            text = ", ".join(sorted(str(v) for v in value))
+        elif isinstance(value, (tuple, list, dict)):
+            text = ", ".join(str(v) for v in value)
+        else:
+            text = str(value).replace("_", " ")
+        if text:
+            yield label, text
+
+
+def entry_page(name: str, entry: Any) -> list[str]:
+    """Return the page of one entry: how to write it, what it declares, its docstring."""
+    target = f"{entry.__module__}.{entry.__qualname__}"
+    lines = heading(name)
+    lines += [f'Written as ``"{written_spec(name, entry)}"``; defined by :py:obj:`{target}`.', ""]
+    rows = list(facts(entry))
+    if rows:
+        lines += [".. list-table::", "   :widths: 25 75", "   :stub-columns: 1", ""]
+        for label, text in rows:
+            lines += [f"   * - {label}", f"     - {text}"]
+        lines += [""]
+    directive = "autoclass" if inspect.isclass(entry) else "autofunction"
+    lines += [f".. {directive}:: {target}", "   :no-index:", ""]
+    return lines
+
+
+def own_entries(registry: ModuleType, kind: str) -> dict[str, Any]:
+    """Return the package's own entries; what others have installed beside it is not ours to document."""
+    entries = {name: registry.lookup(kind, name) for name in registry.names(kind)}
+    return {name: entry for name, entry in entries.items() if entry.__module__.startswith(f"{PACKAGE}.")}
+
+
+def write_registry(folder: Path) -> None:
+    """Write a page for each entry, an index for each kind and one above them."""
+    registry = importlib.import_module(f"{PACKAGE}.registry")
+    kept = {folder / "index.rst"}
+    top = heading("Registered entries")
+    top += [
+        "Everything that can be named in a spec string, from the registry.",
+        "",
+        ".. toctree::",
+        "   :maxdepth: 2",
+        "",
+    ]
+    for kind in registry.kinds():
+        entries = own_entries(registry, kind)
+        if not entries:
+            continue
+        page = heading(kind.capitalize())
+        page += [KINDS.get(kind, ""), "", ".. list-table::", "   :widths: 25 75", "   :header-rows: 1", ""]
+        page += ["   * - Name", "     - What it is"]
+        for name, entry in entries.items():
+            page += [f"   * - :doc:`{name}`", f"     - {first_sentence(entry)}"]
+            path = folder / kind / f"{name}.rst"
+            write(path, entry_page(name, entry))
+            kept.add(path)
+        page += ["", ".. toctree::", "   :hidden:", "", *(f"   {name}" for name in entries)]
+        write(folder / kind / "index.rst", page)
+        kept.add(folder / kind / "index.rst")
+        top += [f"   {kind}/index"]
+    write(folder / "index.rst", top)
+    remove_others(folder, kept)
+
+
+def write_all(docs: Path) -> None:
+    """Write every generated page below the documentation folder."""
+    write_api(docs / "api")
+    write_registry(docs / "registry")
