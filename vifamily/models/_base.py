@@ -1,0 +1,231 @@
+"""What every model is: named parameters with supports, a log joint, data of a known size.
+
+Public methods take any leading axes, fold them into one draw axis before user code runs, and check what comes back. Subclasses implement the underscored
+hooks on a flat draw axis.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import ModelError, NotAvailableError, ShapeError, VifamilyError
+from vifamily.rng import generator
+from vifamily.supports import Layout
+from vifamily.types import Batch, Capability, Space
+
+__all__ = ["BatchSource", "Model"]
+
+
+class BatchSource(abc.ABC):
+    """Minibatches addressed by step, so that a resumed fit sees the same data as an uninterrupted one."""
+
+    @abc.abstractmethod
+    def at(self, step: int) -> Batch | None:
+        """Return the batch of a step."""
+
+
+class WholeData(BatchSource):
+    """Every step sees all data."""
+
+    def at(self, step: int) -> Batch | None:
+        """Return None, which models read as all data."""
+        return None
+
+
+class ShuffledIndex(BatchSource):
+    """Epochs of shuffled batches of equal size; the shuffle of an epoch depends on the seed and the epoch alone.
+
+    The rows left over at the end of an epoch are carried into no batch of that epoch; each epoch leaves out others, and ``dropped_per_epoch`` counts them.
+
+    Args:
+        num_data: Size of the data set.
+        batch_size: Size of each batch.
+        seed: Root seed.
+        gather: From positions ``(batch_size,)`` to the batch's data.
+    """
+
+    def __init__(self, num_data: int, batch_size: int, seed: int, gather: Callable[[Tensor], Any]) -> None:
+        self.num_data, self.batch_size, self.seed, self.gather = num_data, batch_size, seed, gather
+        self.dropped_per_epoch = num_data % batch_size
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    def at(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        epoch, position = divmod(step, self.num_data // self.batch_size)
+        if epoch != self._epoch:
+            self._order = torch.randperm(self.num_data, generator=generator(self.seed, "batches", epoch))
+            self._epoch = epoch
+        index = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        return Batch(self.gather(index), self.batch_size, index)
+
+
+class Model(nn.Module, abc.ABC):
+    """A Bayesian problem.
+
+    Args:
+        layout: Named parameters, their supports and places in ``z``.
+        num_data: Size of the data set, or None when the model does not say (then no minibatches).
+        dtype: Floating dtype of the log joint.
+        device: Device of the model's data.
+
+    Attributes:
+        capabilities: What the model can do.
+    """
+
+    capabilities: frozenset[Capability] = frozenset({Capability.LOG_JOINT, Capability.SCORE, Capability.SECOND_ORDER})
+    space: Space = Space.REAL
+    num_categories: tuple[int, ...] | None = None
+    local_layout: Layout | None = None
+    """Layout of one datum's local latents, for models that have them apart."""
+
+    def __init__(
+        self, layout: Layout, *, num_data: int | None = None, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
+        self._num_data = num_data
+
+    # -- hooks, on a flat draw axis ------------------------------------------------------------------------------------
+    @abc.abstractmethod
+    def _log_joint(self, z: Tensor, batch: Batch | None) -> Tensor:
+        """Log joint on unconstrained space, likelihood scaled to the whole data set, ``(draw, dim) -> (draw,)``."""
+
+    def _log_prior(self, z: Tensor) -> Tensor:
+        """Log prior, Jacobian included, ``(draw, dim) -> (draw,)``."""
+        raise NotAvailableError(f"the model {type(self).__name__} does not give its prior apart from its likelihood.")
+
+    def _log_likelihood(self, z: Tensor, batch: Batch | None) -> Tensor:
+        """Unscaled log likelihood per datum, ``(draw, dim) -> (draw, datum)``."""
+        raise NotAvailableError(f"the model {type(self).__name__} does not give its likelihood per datum.")
+
+    def _log_local(self, z: Tensor, local: Tensor, batch: Batch) -> Tensor:
+        """Log of local prior times likelihood per datum, ``(draw, dim), (draw, datum, local_dim) -> (draw, datum)``."""
+        raise NotAvailableError(f"the model {type(self).__name__} has no local latents.")
+
+    # -- shape of the problem ------------------------------------------------------------------------------------------
+    @property
+    def dim(self) -> int:
+        """Number of unconstrained coordinates."""
+        return self.layout.dim
+
+    @property
+    def local_dim(self) -> int:
+        """Number of unconstrained coordinates of one datum's local latents, 0 without any."""
+        return 0 if self.local_layout is None else self.local_layout.dim
+
+    @property
+    def num_data(self) -> int | None:
+        """Size of the whole data set, or None when the model does not say."""
+        return self._num_data
+
+    def scale(self, batch: Batch | None) -> float:
+        """``num_data / batch.size``; 1 for all data. The only place where the minibatch scale is computed.
+
+        Raises:
+            NotAvailableError: If a batch is given and the model does not state ``num_data``.
+        """
+        if batch is None:
+            return 1.0
+        if self.num_data is None:
+            raise NotAvailableError("a minibatch needs the size of the whole data set: give the model num_data=.")
+        return self.num_data / batch.size
+
+    # -- densities -----------------------------------------------------------------------------------------------------
+    def log_joint(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Log joint density on unconstrained space, up to the log evidence.
+
+        Args:
+            z: ``(..., dim)``.
+            batch: The data to use, or None for all; the likelihood is scaled by :meth:`scale`.
+
+        Returns:
+            ``(...)``.
+
+        Raises:
+            ShapeError: If ``z`` or what the model returns has the wrong shape.
+            ModelError: If user code raises.
+        """
+        return self._folded("the log joint", lambda flat: self._log_joint(flat, batch), z, ())
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log prior density on unconstrained space, Jacobian included, ``(..., dim) -> (...)``."""
+        return self._folded("the log prior", self._log_prior, z, ())
+
+    def log_likelihood(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Unscaled log likelihood per datum, ``(..., dim) -> (..., datum)``."""
+        size = self.num_data if batch is None else batch.size
+        return self._folded("the log likelihood", lambda flat: self._log_likelihood(flat, batch), z, (size,))
+
+    def log_local(self, z: Tensor, local: Tensor, batch: Batch) -> Tensor:
+        """Log of local prior times likelihood per datum, ``(..., dim), (..., datum, local_dim) -> (..., datum)``."""
+        flat_local = local.reshape(-1, *local.shape[-2:])
+        return self._folded("the local log joint", lambda flat: self._log_local(flat, flat_local, batch), z, (batch.size,))
+
+    def _folded(self, what: str, function: Callable[[Tensor], Tensor], z: Tensor, event: tuple[int | None, ...]) -> Tensor:
+        if z.shape[-1:] != (self.dim,):
+            raise ShapeError(f"{what} needs points of shape (..., {self.dim}), got {tuple(z.shape)}.")
+        flat = z if z.dim() == 2 else z.reshape(-1, self.dim)
+        try:
+            out = function(flat)
+        except VifamilyError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the model raised while computing {what} for z of shape {tuple(flat.shape)}: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(out, Tensor):
+            raise ShapeError(f"{what} must return a tensor of shape (draw{', datum' if event else ''}), got {type(out).__name__}.")
+        expected = (flat.shape[0], *event)
+        if len(out.shape) != len(expected) or any(e is not None and s != e for s, e in zip(out.shape, expected, strict=True)):
+            raise ShapeError(
+                f"{what} must return shape {expected}, one number per draw{' and datum' if event else ''}, but gave {tuple(out.shape)} "
+                f"for {flat.shape[0]} draws. A missing sum over the last axis, or (N,) against (N, 1), is the usual cause."
+            )
+        return out if z.dim() == 2 else out.reshape(*z.shape[:-1], *out.shape[1:])
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Map unconstrained ``(..., dim)`` to named constrained parameters ``(..., *shape)``."""
+        return self.layout.constrain(z)
+
+    def unconstrain(self, theta: Mapping[str, Tensor]) -> Tensor:
+        """Map named constrained parameters ``(..., *shape)`` to unconstrained ``(..., dim)``."""
+        return self.layout.unconstrain(theta)
+
+    # -- randomness and data -------------------------------------------------------------------------------------------
+    def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
+        """Draw from the prior on unconstrained space, ``(num_draws, dim)``."""
+        raise NotAvailableError(f"the model {type(self).__name__} cannot draw from its prior.")
+
+    def predictive(self, z: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw new data for each posterior draw, ``(draw, dim) -> name -> (draw, ...)``."""
+        raise NotAvailableError(f"the model {type(self).__name__} cannot draw new data.")
+
+    def observed(self) -> dict[str, Tensor]:
+        """Return the observed data under the names that :meth:`predictive` uses."""
+        raise NotAvailableError(f"the model {type(self).__name__} does not name its observed data.")
+
+    def start(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
+        """Return starting points on unconstrained space, ``(num_draws, dim)``; the prior where it can be drawn, else uniform on (-2, 2)."""
+        if Capability.PRIOR_DRAWS in self.capabilities:
+            return self.sample_prior(num_draws, generator=generator).to(self.device, self.dtype)
+        unit = torch.rand(num_draws, self.dim, generator=generator, dtype=torch.float64)
+        return (4 * unit - 2).to(self.device, self.dtype)
+
+    def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
+        """Return the source of minibatches; None means all data at every step."""
+        if batch_size is None:
+            return WholeData()
+        raise NotAvailableError(
+            f"minibatches need a model in likelihood form with num_data; {type(self).__name__} is not. "
+            "Write it as LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out."
+        )
+
+    def point_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the point-estimated parameters of the model (the group ``model``)."""
+        return self.parameters()

@@ -1,0 +1,10 @@
+"""Objectives: one registered entry per file."""
+
+from __future__ import annotations
+
+from vifamily.objectives._base import Estimator, Objective
+from vifamily.objectives.elbo import Elbo
+from vifamily.objectives.iwae import Iwae
+from vifamily.objectives.renyi import Renyi
+
+__all__ = ["Elbo", "Estimator", "Iwae", "Objective", "Renyi"]

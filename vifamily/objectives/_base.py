@@ -1,0 +1,164 @@
+"""What every objective is: a loss of (family, model, noise, batch), and what it needs of both.
+
+An objective is a frozen dataclass marked with ``@register("objectives", name)``. Draw axes are reduced with ``dim=-1`` (``dim=-2`` under a datum axis), so that
+the same code serves one fit and many restarts at once.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from vifamily.errors import IncompatibleError, SpecError
+from vifamily.registry import entry_name
+from vifamily.types import Batch, Capability, Draw, FamilyLike, Loss, ModelLike, Space
+
+__all__ = ["Estimator", "Objective", "log_ratio_parts", "weighted_sum"]
+
+ValueKind = Literal["lower_bound", "upper_bound", "divergence", "surrogate", "none"]
+Caps = frozenset[Capability]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Estimator:
+    """When a gradient estimator may be used.
+
+    Attributes:
+        model: What it needs of the model.
+        family: What it needs of the family.
+        never_model: What the model must not have.
+        never_family: What the family must not have.
+        unless_asked: Reasons for which ``"auto"`` passes it over though it is allowed: capabilities that the family should have.
+    """
+
+    model: Caps = frozenset()
+    family: Caps = frozenset()
+    never_model: Caps = frozenset()
+    never_family: Caps = frozenset()
+    unless_asked: Caps = frozenset()
+
+    def lacks(self, model: Caps, family: Caps) -> tuple[str, ...]:
+        """Return what stands in the way, in words."""
+        return (
+            *(f"model: {c}" for c in sorted(self.model - model)),
+            *(f"family: {c}" for c in sorted(self.family - family)),
+            *(f"model: no {c}" for c in sorted(self.never_model & model)),
+            *(f"family: no {c}" for c in sorted(self.never_family & family)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective(abc.ABC):
+    """A loss to be minimised.
+
+    Class attributes say what it needs and what it is; they are read before the first step, by ``vifamily list``, the docs and the contract kit. An objective with
+    several gradient estimators has a field ``estimator`` that is ``"auto"`` or the name of one.
+    """
+
+    needs_model: ClassVar[Caps] = frozenset({Capability.LOG_JOINT})
+    needs_family: ClassVar[Caps] = frozenset()
+    estimators: ClassVar[Mapping[str, Estimator]] = {}
+    """Gradient estimators, best first; ``"auto"`` takes the first that fits."""
+    spaces: ClassVar[frozenset[Space]] = frozenset(Space)
+    value_kind: ClassVar[ValueKind] = "surrogate"
+    """What minus the value is (a bound on the log evidence), or what the value is."""
+    subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
+    """Whether a minibatch gives an unbiased loss; ``per_datum``: only where every latent is local."""
+    blind_to_mode_weights: ClassVar[bool] = False
+    min_draws: ClassVar[int] = 1
+    default_draws: ClassVar[int] = 8
+
+    def __post_init__(self) -> None:
+        asked = getattr(self, "estimator", "auto")
+        if asked != "auto" and asked not in self.estimators:
+            raise SpecError(
+                f"{entry_name(self)!r} has no estimator {asked!r}; it has: auto, {', '.join(self.estimators) or 'none other'}."
+            )
+
+    def missing(self, model: Caps, family: Caps, space: Space = Space.REAL) -> tuple[str, ...]:
+        """Return what a pair lacks, in words; empty when the objective can run on it."""
+        out = [f"model: {c}" for c in sorted(self.needs_model - model)]
+        out += [f"family: {c}" for c in sorted(self.needs_family - family)]
+        if space not in self.spaces:
+            out.append(f"space: {space} is not one of {', '.join(sorted(self.spaces))}")
+        if not out and self.estimators and self._estimator(model, family) is None:
+            asked = getattr(self, "estimator", "auto")
+            options = self.estimators if asked == "auto" else {asked: self.estimators[asked]}
+            out += min((e.lacks(model, family) for e in options.values()), key=len)
+        return tuple(out)
+
+    def resolve(self, model: ModelLike, family: FamilyLike) -> Self:
+        """Return this objective with its estimator chosen.
+
+        Raises:
+            IncompatibleError: Naming the missing capabilities.
+        """
+        of_model, of_family = frozenset(model.capabilities), frozenset(family.capabilities)
+        lacking = self.missing(of_model, of_family, getattr(model, "space", Space.REAL))
+        if lacking:
+            raise IncompatibleError(f"the objective {entry_name(self)!r} needs {'; '.join(lacking)}.", missing=lacking)
+        if not self.estimators:
+            return self
+        return dataclasses.replace(self, estimator=self._estimator(of_model, of_family))  # type: ignore[call-arg]
+
+    def _estimator(self, model: Caps, family: Caps) -> str | None:
+        asked = getattr(self, "estimator", "auto")
+        fitting = [n for n, e in self.estimators.items() if asked in ("auto", n) and not e.lacks(model, family)]
+        cheap = [n for n in fitting if self.estimators[n].unless_asked <= family]
+        return (cheap or fitting or [None])[0]
+
+    def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:
+        """Return what :meth:`loss` receives as ``state`` at the first step."""
+        return None
+
+    @abc.abstractmethod
+    def loss(
+        self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
+    ) -> Loss:
+        """Evaluate the loss.
+
+        Args:
+            family: The family, or several stacked along a leading restart axis.
+            model: The model.
+            noise: ``([restart,] draw, *noise_spec.shape)``.
+            batch: The data to use, or None for all.
+            state: What the last call returned as state, or :meth:`init_state`.
+
+        Returns:
+            Surrogate, value and terms.
+        """
+
+
+def weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
+    """Weighted mean over the draw axis, ``(..., draw) -> (...)``."""
+    return (log_weight.exp() * value).sum(-1)
+
+
+def log_ratio_parts(model: ModelLike, draw: Draw, batch: Batch | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Log joint of draws, log density of their local part, and the named parts.
+
+    Args:
+        model: Any model with a log joint.
+        draw: Draws of the family, with local latents where the model has them.
+        batch: The data to use, or None for all.
+
+    Returns:
+        The log joint ``(..., draw)`` with the likelihood scaled to the whole data set; the log density of the local draws, scaled likewise, or None; the parts of the
+        log joint by name.
+    """
+    if draw.local is not None and draw.local_log_q is not None and batch is not None:
+        scale = model.scale(batch)
+        prior = model.log_prior(draw.z)
+        local = scale * model.log_local(draw.z, draw.local, batch).sum(-1)
+        return prior + local, scale * draw.local_log_q.sum(-1), {"log_prior": prior, "log_local": local}
+    if Capability.PER_DATUM in model.capabilities and Capability.PRIOR in model.capabilities:
+        prior = model.log_prior(draw.z)
+        likelihood = model.scale(batch) * model.log_likelihood(draw.z, batch).sum(-1)
+        return prior + likelihood, None, {"log_prior": prior, "log_likelihood": likelihood}
+    joint = model.log_joint(draw.z, batch)
+    return joint, None, {"log_joint": joint}

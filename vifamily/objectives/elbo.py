@@ -1,0 +1,132 @@
+"""The evidence lower bound, with every standard gradient estimator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vifamily.errors import ConfigError, NotAvailableError
+from vifamily.objectives._base import Estimator, Objective, ValueKind, log_ratio_parts, weighted_sum
+from vifamily.registry import register
+from vifamily.types import Batch, Capability, Draw, FamilyLike, Loss, ModelLike
+
+__all__ = ["Elbo"]
+
+_PATH = frozenset({Capability.REPARAMETERISED})
+_DENSITY = frozenset({Capability.LOG_Q})
+
+
+@register("objectives", "elbo")
+@dataclasses.dataclass(frozen=True)
+class Elbo(Objective):
+    r"""Evidence lower bound: minimises :math:`\mathrm{KL}(q \| p)`.
+
+    .. math:: \mathcal{L}(q) = \mathbb{E}_q[\log p(x, z) - \log q(z)] = \log p(x) - \mathrm{KL}(q \,\|\, p(\cdot \mid x)),
+              \qquad \text{loss} = -\mathcal{L}.
+
+    Every estimator is unbiased for the gradient, also on minibatches. They differ in variance and in what they need:
+
+    - ``enumerated``: all states of a finite family, weighted; no noise at all.
+    - ``stl``: sticking the landing (Roeder et al. 2017); the density's parameters are held fixed, so the gradient noise vanishes when q reaches p.
+    - ``entropy``: the entropy in closed form; less noise far from the optimum, does not vanish there.
+    - ``analytic_kl``: the KL to a Gaussian prior in closed form, the likelihood by Monte Carlo.
+    - ``reparameterised``: plain path gradient of the bound (Kingma and Welling 2014).
+    - ``score``: score function with leave-one-out baseline (Ranganath et al. 2014; Kool et al. 2019), for families or models without path gradients; needs two draws.
+
+    Reverse KL is mode-seeking: a family that does not contain the posterior gives too small spread (mean field on a correlated normal lands on the conditional, not the
+    marginal, standard deviation) and may sit on one of several modes.
+
+    Args:
+        estimator: ``"auto"`` (the first of the above that fits) or a name.
+
+    Example:
+        >>> import torch
+        >>> from vifamily import registry
+        >>> registry.build("objectives", "elbo(estimator=stl)")
+        Elbo(estimator='stl')
+    """
+
+    estimator: str = "auto"
+
+    needs_model: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_JOINT})
+    needs_family: ClassVar[frozenset[Capability]] = _DENSITY
+    value_kind: ClassVar[ValueKind] = "lower_bound"
+    subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "unbiased"
+    estimators: ClassVar[Mapping[str, Estimator]] = {
+        "enumerated": Estimator(family=frozenset({Capability.ENUMERATED})),
+        "stl": Estimator(
+            model=frozenset({Capability.SCORE}),
+            family=_PATH,
+            never_model=frozenset({Capability.LOCAL}),
+            unless_asked=frozenset({Capability.CHEAP_LOG_Q}),
+        ),
+        "entropy": Estimator(
+            model=frozenset({Capability.SCORE}),
+            family=_PATH | {Capability.ENTROPY},
+            never_model=frozenset({Capability.LOCAL}),
+        ),
+        "analytic_kl": Estimator(
+            model=frozenset({Capability.SCORE, Capability.PER_DATUM, Capability.GAUSSIAN_PRIOR}),
+            family=_PATH | {Capability.GAUSSIAN},
+            never_model=frozenset({Capability.LOCAL}),
+        ),
+        "reparameterised": Estimator(model=frozenset({Capability.SCORE}), family=_PATH),
+        "score": Estimator(family=frozenset({Capability.DRAWS}), never_family=frozenset({Capability.WEIGHTED}),
+                           never_model=frozenset({Capability.LOCAL})),
+    }
+
+    def loss(
+        self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
+    ) -> Loss:
+        """Evaluate minus the bound (see :class:`Objective`)."""
+        draw = family(noise)
+        if self.estimator == "analytic_kl":
+            return self._analytic_kl(family, model, draw, batch)
+        if self.estimator == "score":
+            return self._score(family, model, draw, batch)
+        log_p, local_log_q, terms = log_ratio_parts(model, draw, batch)
+        if self.estimator == "entropy":
+            entropy = family.entropy()
+            bound = weighted_sum(draw.log_weight, log_p) + entropy
+            return _loss(-bound, terms, draw, {"entropy": -entropy})
+        log_q = family.log_prob(draw.z, frozen=True) if self.estimator == "stl" else draw.log_q
+        if log_q is None:
+            raise NotAvailableError("the ELBO needs the log density of the draws, and the family gave none.")
+        total_q = log_q if local_log_q is None else log_q + local_log_q
+        return _loss(-weighted_sum(draw.log_weight, log_p - total_q), terms, draw, {"log_q": weighted_sum(draw.log_weight, total_q)})
+
+    def _score(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
+        num_draws = draw.z.shape[-2]
+        if num_draws < 2:
+            raise ConfigError("the score-function ELBO takes its baseline from the other draws: use at least draws=2.")
+        z = draw.z.detach()
+        log_p, _, terms = log_ratio_parts(model, Draw(z, None, draw.log_weight), batch)
+        log_q = family.log_prob(z)
+        ratio = (log_p - log_q).detach()
+        baseline = (ratio.sum(-1, keepdim=True) - ratio) / (num_draws - 1)
+        # the log joint itself is kept in the surrogate for the sake of point-estimated model parameters; through z it carries no gradient
+        surrogate = -((ratio - baseline) * log_q + log_p).mean(-1)
+        out = _loss(-ratio.mean(-1), terms, draw, {"log_q": log_q.mean(-1)})
+        return dataclasses.replace(out, surrogate=surrogate)
+
+    def _analytic_kl(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
+        likelihood = weighted_sum(draw.log_weight, model.scale(batch) * model.log_likelihood(draw.z, batch).sum(-1))
+        mean, cov = family.moments()  # type: ignore[attr-defined]
+        prior_mean, prior_sd = model.gaussian_prior()  # type: ignore[attr-defined]
+        variance = prior_sd**2
+        spread = (torch.diagonal(cov, dim1=-2, dim2=-1) + (mean - prior_mean) ** 2) / variance
+        log_det = 2 * family.entropy() - mean.shape[-1] * (1 + torch.log(variance.new_tensor(2 * torch.pi)))
+        kl = 0.5 * (spread.sum(-1) - mean.shape[-1] + variance.log().expand_as(mean).sum(-1) - log_det)
+        value = kl - likelihood
+        return Loss(value, value.detach(), {"kl_to_prior": kl.detach(), "log_likelihood": -likelihood.detach()})
+
+
+def _loss(value: Tensor, parts: Mapping[str, Tensor], draw: Draw, more: Mapping[str, Tensor]) -> Loss:
+    """Pack minus a bound; terms carry the sign with which they enter the loss."""
+    terms = {name: -weighted_sum(draw.log_weight, part).detach() for name, part in parts.items()}
+    terms.update({name: part.detach() for name, part in more.items()})
+    return Loss(value, value.detach(), terms)

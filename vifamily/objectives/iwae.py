@@ -1,0 +1,54 @@
+"""Importance-weighted bound."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from vifamily.objectives._base import Estimator, Objective, ValueKind
+from vifamily.objectives._power import ESTIMATORS, power_loss
+from vifamily.registry import register
+from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
+
+__all__ = ["Iwae"]
+
+
+@register("objectives", "iwae")
+@dataclasses.dataclass(frozen=True)
+class Iwae(Objective):
+    r"""Importance-weighted bound over K draws (Burda, Grosse and Salakhutdinov 2016).
+
+    .. math:: \mathcal{L}_K = \mathbb{E}\Big[\log \frac1K \sum_{k=1}^K w_k\Big], \quad w_k = \frac{p(x, z_k)}{q(z_k)}, \qquad
+              \mathcal{L}_1 = \mathrm{ELBO} \le \mathcal{L}_K \le \log p(x).
+
+    The bound tightens with K; the q that is best for it is wider than the ELBO's and is meant to be used with importance weights. The signal-to-noise ratio of the plain
+    gradient falls as K grows (Rainforth et al. 2018), so the doubly reparameterised one (``dreg``, Tucker et al. 2019) is the default where the family allows it.
+
+    Over a minibatch the bound of the whole data set is not a sum over data, hence biased: refused unless every latent is local, where it is taken per datum.
+
+    Args:
+        estimator: ``"auto"``, ``"enumerated"``, ``"dreg"``, ``"reparameterised"`` or ``"score"`` (with the leave-one-out baseline of VIMCO).
+
+    Example:
+        >>> from vifamily import registry
+        >>> registry.build("objectives", "iwae")
+        Iwae(estimator='auto')
+    """
+
+    estimator: str = "auto"
+
+    needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_Q})
+    value_kind: ClassVar[ValueKind] = "lower_bound"
+    subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "per_datum"
+    estimators: ClassVar[Mapping[str, Estimator]] = ESTIMATORS
+    min_draws: ClassVar[int] = 2
+    default_draws: ClassVar[int] = 16
+
+    def loss(
+        self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
+    ) -> Loss:
+        """Evaluate minus the bound (see :class:`Objective`)."""
+        return power_loss(family, model, noise, batch, alpha=0.0, estimator=self.estimator)

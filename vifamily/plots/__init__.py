@@ -1,0 +1,14 @@
+"""Pictures from plain arrays.
+
+Each function takes arrays and returns a matplotlib figure that pyplot does not know of; no global state is read or changed. Save one with
+``figure.savefig("picture.png")``; in a notebook, name it as the last line of a cell.
+"""
+
+from __future__ import annotations
+
+from vifamily.plots.cells import Panel, Row, cell_grid
+from vifamily.plots.contour import contour, grid_over
+from vifamily.plots.pairs import marginals, pairs
+from vifamily.plots.traces import k_hat, loss_trace
+
+__all__ = ["Panel", "Row", "cell_grid", "contour", "grid_over", "k_hat", "loss_trace", "marginals", "pairs"]

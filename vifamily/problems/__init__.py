@@ -1,0 +1,1 @@
+"""Named problems with known answers: one registered entry per file."""

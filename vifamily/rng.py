@@ -1,0 +1,198 @@
+"""Explicit randomness: named streams split from one root seed.
+
+A stream is addressed by a root seed, a name and integers (a restart, a block); its generator is seeded by a hash of that address. Two streams never share
+a state, adding one does not disturb another, and resuming at step ``t`` needs only ``t``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vifamily.errors import ConfigError
+from vifamily.types import NoiseSpec
+
+__all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "split"]
+
+BLOCK = 64
+"""Steps of noise drawn at once. Part of the stream's definition: the noise of a step never depends on how steps are grouped."""
+
+
+def check_seed(seed: int) -> int:
+    """Return a valid root seed.
+
+    Raises:
+        ConfigError: If the seed is not an integer in ``[0, 2**63)``.
+
+    Example:
+        >>> check_seed(3)
+        3
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= int(seed) < 2**63:
+        raise ConfigError(f"seed must be an integer in [0, 2**63), got {seed!r}. Pass for example seed=0.")
+    return int(seed)
+
+
+def split(seed: int, name: str, *index: int) -> int:
+    """Derive the seed of a named stream.
+
+    Args:
+        seed: Root seed.
+        name: Name of the stream (``"noise"``, ``"batches"`` …).
+        index: Further integers of the address (restart, block …).
+
+    Returns:
+        A seed in ``[0, 2**63)``, the head of a SHA-256 hash of the address.
+
+    Example:
+        >>> split(0, "noise", 1) == split(0, "noise", 1), split(0, "noise", 1) == split(0, "noise", 2)
+        (True, False)
+    """
+    address = "/".join([str(check_seed(seed)), name, *(str(int(i)) for i in index)])
+    return int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, name: str, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a fresh generator for a named stream (see :func:`split`).
+
+    Example:
+        >>> import torch
+        >>> a = torch.randn(2, generator=generator(0, "start"))
+        >>> torch.equal(a, torch.randn(2, generator=generator(0, "start")))
+        True
+    """
+    out = torch.Generator(device=device)
+    out.manual_seed(split(seed, name, *index))
+    return out
+
+
+def draw_noise(
+    spec: NoiseSpec,
+    shape: tuple[int, ...],
+    source: torch.Generator,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw base noise of a family.
+
+    Args:
+        spec: What the family declares.
+        shape: Leading shape, usually ``(draws,)``.
+        source: The generator; noise is drawn on its device and moved.
+        dtype: Floating dtype of the noise.
+        device: Device of the result.
+
+    Returns:
+        Noise of shape ``(*shape, *spec.shape)``.
+    """
+    full = (*shape, *spec.shape)
+    # always drawn in float64: the same seed then gives the same noise, rounded, in every precision
+    maker = torch.randn if spec.law == "normal" else torch.rand
+    return maker(full, generator=source, dtype=torch.float64, device=source.device).to(device=device, dtype=dtype)
+
+
+class NoiseStream:
+    """Noise of every step of a fit, addressed by step.
+
+    Noise is made in blocks of :data:`BLOCK` steps, each block from its own generator, so the noise of step ``t`` depends on the seed, the restart and ``t``
+    alone: not on where a fit was resumed, nor on how many steps run in one compiled call, nor on how many restarts run beside it.
+
+    Args:
+        seed: Root seed.
+        spec: Noise of one draw.
+        draws: Draws per step.
+        restarts: Number of restarts run at once; 1 gives no restart axis.
+        first_restart: Index of the first of them.
+        batch_shape: Shape between the draw axis and the noise event, ``(datum,)`` for conditional families.
+        dtype: Floating dtype.
+        device: Device of the noise.
+        name: Name of the stream.
+
+    Example:
+        >>> from vifamily.types import NoiseSpec
+        >>> stream = NoiseStream(0, NoiseSpec((2,)), draws=3)
+        >>> stream.at(5).shape, bool((stream.at(5) == stream.at(5)).all())
+        (torch.Size([3, 2]), True)
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        spec: NoiseSpec,
+        *,
+        draws: int,
+        restarts: int = 1,
+        first_restart: int = 0,
+        batch_shape: tuple[int, ...] = (),
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+        name: str = "noise",
+    ) -> None:
+        self.seed, self.spec, self.draws, self.restarts = check_seed(seed), spec, draws, restarts
+        self.first_restart, self.batch_shape = first_restart, batch_shape
+        self.dtype, self.device, self.name = dtype, device, name
+        self._block = -1
+        self._noise: Tensor | None = None
+
+    def block(self, number: int) -> Tensor:
+        """Return the noise of steps ``BLOCK * number`` onwards, ``(BLOCK, [restart,] draw, ...)``."""
+        parts = [
+            draw_noise(
+                self.spec,
+                (BLOCK, self.draws, *self.batch_shape),
+                generator(self.seed, self.name, self.first_restart + r, number),
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for r in range(self.restarts)
+        ]
+        return parts[0] if self.restarts == 1 else torch.stack(parts, dim=1)
+
+    def at(self, step: int) -> Tensor:
+        """Return the noise of one step, ``([restart,] draw, *batch_shape, *spec.shape)``."""
+        number, offset = divmod(step, BLOCK)
+        if number != self._block or self._noise is None:
+            self._block, self._noise = number, self.block(number)
+        return self._noise[offset]
+
+
+@contextlib.contextmanager
+def scoped(source: torch.Generator | int) -> Iterator[None]:
+    """Run foreign code that takes no generator under a seed, then restore every global stream.
+
+    Seeds torch (CPU, and CUDA where it is in use), numpy and Python's ``random`` from the source, and restores all of them afterwards. A generator is advanced by
+    one number, so consecutive scopes differ. The one place where global random state is touched.
+
+    Args:
+        source: A generator, or a seed.
+
+    Example:
+        >>> import torch
+        >>> before = torch.get_rng_state()
+        >>> with scoped(7):
+        ...     a = torch.randn(2)
+        >>> bool((torch.get_rng_state() == before).all())
+        True
+    """
+    if isinstance(source, torch.Generator):
+        seed = int(torch.randint(2**62, (), generator=source, device=source.device).item())
+    else:
+        seed = check_seed(source)
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        torch.random.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

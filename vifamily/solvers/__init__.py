@@ -1,0 +1,1 @@
+"""Solvers: one registered entry per file."""

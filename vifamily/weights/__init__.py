@@ -1,0 +1,1 @@
+"""Weights: one registered entry per file."""
