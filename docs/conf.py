@@ -37,6 +37,7 @@ napoleon_use_ivar = True  # as fields of the class: a dataclass would otherwise 
 html_theme = "furo"
 html_title = f"vifamily {release}"
 html_static_path = ["_static"]
+html_css_files = ["math.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False

@@ -1,13 +1,14 @@
 """Formulas as MathML, written into the page when it is built.
 
 MathJax is fetched from a network when a page is read, and image renderers need a LaTeX installation. Browsers draw
-MathML themselves, so the pages need neither, and a formula that cannot be converted is a warning, which the build treats
-as an error.
+MathML themselves, so the pages need neither. A formula that cannot be converted is a warning, which the build treats as
+an error.
 """
 
 from __future__ import annotations
 
 import html
+import re
 
 from docutils import nodes
 from latex2mathml.converter import convert
@@ -18,17 +19,26 @@ from sphinx.writers.html5 import HTML5Translator
 
 logger = logging.getLogger(__name__)
 
-STYLE = """
-math[display="block"] { margin: 0.8em 0; overflow-x: auto; }
-div.math { position: relative; }
-div.math .eqno { position: absolute; right: 0; }
-"""
+
+SIZED = re.compile(r"\\[bB]igg?[lr]?\s*(\(|\)|\[|\]|\\\{|\\\})")
+OPENING = {"(", "[", r"\{"}
+# A function's name stands apart from what follows it, unless that is a bracket or the name carries an index.
+FUNCTION = re.compile(r"(?<!<msub>)(?<!<msup>)(<mi>(?:log|exp|min|max|sup|inf|det|tr|sin|cos|tanh)</mi>)(?=<m[insfu])")
+
+
+def prepare(latex: str) -> str:
+    """Make brackets of a named size grow instead: the converter hangs an exponent on the bare closing bracket."""
+    sized = SIZED.findall(latex)
+    if 2 * sum(bracket in OPENING for bracket in sized) != len(sized):
+        return latex  # not in pairs
+    return SIZED.sub(lambda m: (r"\left" if m.group(1) in OPENING else r"\right") + m.group(1), latex)
 
 
 def to_mathml(latex: str, display: str, node: nodes.Node) -> str:
     """Convert one formula; an unreadable one is shown as text, with a warning."""
     try:
-        return convert(latex.strip(), display=display)
+        written = convert(prepare(latex.strip()), display=display)
+        return FUNCTION.sub(r'\1<mspace width="0.17em"/>', written)
     except Exception as error:  # noqa: BLE001 - the converter raises many types
         logger.warning("cannot convert the formula %r: %r", latex, error, location=node)
         return f"<code>{html.escape(latex)}</code>"
@@ -54,14 +64,7 @@ def visit_block(self: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
-def add_style(app: Sphinx) -> None:
-    """Add the rules for displayed formulas to every page."""
-    if app.builder.format == "html":
-        app.add_css_file(None, body=STYLE)
-
-
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the renderer under the name ``mathml``."""
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
-    app.connect("builder-inited", add_style)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
