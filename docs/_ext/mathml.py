@@ -27,7 +27,9 @@ FUNCTION = re.compile(r"(?<!<msub>)(?<!<msup>)(<mi>(?:log|exp|min|max|sup|inf|de
 
 
 def prepare(latex: str) -> str:
-    """Make brackets of a named size grow instead: the converter hangs an exponent on the bare closing bracket."""
+    """Rewrite what the converter gets wrong: an exponent would hang on the bare closing bracket of a sized pair."""
+    # Two commands that the converter does not know, by ones that mean the same and that it does.
+    latex = latex.replace("{aligned}", "{split}").replace(r"\arg", r"\operatorname{arg}")
     sized = SIZED.findall(latex)
     if 2 * sum(bracket in OPENING for bracket in sized) != len(sized):
         return latex  # not in pairs
@@ -38,6 +40,9 @@ def to_mathml(latex: str, display: str, node: nodes.Node) -> str:
     """Convert one formula; an unreadable one is shown as text, with a warning."""
     try:
         written = convert(prepare(latex.strip()), display=display)
+        # An unknown command or a stray column mark is written out as text, without an error.
+        if unread := re.findall(r">(\\[^<]*|&)<", written):
+            raise ValueError(f"not understood: {', '.join(unread)}")
         return FUNCTION.sub(r'\1<mspace width="0.17em"/>', written)
     except Exception as error:  # noqa: BLE001 - the converter raises many types
         logger.warning("cannot convert the formula %r: %r", latex, error, location=node)
@@ -58,7 +63,7 @@ def visit_block(self: HTML5Translator, node: nodes.math_block) -> None:
     latex = node.astext()
     # A line break at the top level is understood only inside an environment.
     if "\\\\" in latex and "\\begin" not in latex:
-        latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"
+        latex = rf"\begin{{split}}{latex}\end{{split}}"
     self.body.append(to_mathml(latex, "block", node))
     self.body.append("</div>\n")
     raise nodes.SkipNode
