@@ -1,9 +1,10 @@
 """What every family is: an entry that builds a module, and the module itself.
 
-An entry (a frozen dataclass in a file of its own) holds hyper-parameters and builds a :class:`Family` for a :class:`~vifamily.types.LatentSpec`. A family maps
-noise to draws, and gives their log density where there is one. Continuous families work in standardised coordinates ``u``: ``z = shift + scale u`` with a
-fixed affine map set once by :meth:`Family.precondition`. Affine families are unchanged as sets of distributions by a map of their own kind; what changes is how well
-an optimiser sees them.
+An entry (a frozen dataclass in a file of its own) holds hyper-parameters and builds a :class:`Family` for a
+:class:`~vifamily.types.LatentSpec`. A family maps noise to draws, and gives their log density where there is one.
+Continuous families work in standardised coordinates ``u``: ``z = shift + scale u`` with a fixed affine map set once by
+:meth:`Family.precondition`. Affine families are unchanged as sets of distributions by a map of their own kind; what
+changes is how well an optimiser sees them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class FamilyEntry(abc.ABC):
 
     space: ClassVar[Space] = Space.REAL
     capabilities: ClassVar[frozenset[Capability]] = frozenset()
-    """What the built families can do, known before building (used to list what would work)."""
+    """What the built families can do at least, known before building (used to list what would work)."""
     restrict_scale: ClassVar[bool] = False
     """True when only a per-coordinate rescaling leaves the family unchanged (mean field)."""
 
@@ -62,12 +63,14 @@ class FamilyEntry(abc.ABC):
 
         if latent.space is not self.space:
             raise IncompatibleError(
-                f"the family {entry_name(self)!r} lives on the {self.space} space, but the model's latents are {latent.space}.",
+                f"the family {entry_name(self)!r} lives on the {self.space} space, "
+                f"but the model's latents are {latent.space}.",
                 missing=(str(latent.space),),
             )
         if latent.context_dim is not None and Capability.CONDITIONAL not in self.capabilities:
             raise IncompatibleError(
-                f"the family {entry_name(self)!r} has no conditional version, but a context of size {latent.context_dim} was given.",
+                f"the family {entry_name(self)!r} has no conditional version, "
+                f"but a context of size {latent.context_dim} was given.",
                 missing=(str(Capability.CONDITIONAL),),
             )
 
@@ -75,8 +78,9 @@ class FamilyEntry(abc.ABC):
 class Family(nn.Module, abc.ABC):
     """A variational distribution over ``z``.
 
-    Subclasses implement :meth:`transform` (noise to standardised draws) and, where a density exists, :meth:`log_density`; the affine map, freezing and checks
-    live here. A third-party family may instead implement ``forward`` and ``log_prob`` directly.
+    Subclasses implement :meth:`transform` (noise to standardised draws) and, where a density exists,
+    :meth:`log_density`; the affine map, freezing and checks live here. A third-party family may instead implement
+    ``forward`` and ``log_prob`` directly.
 
     Args:
         latent: What is covered.
@@ -161,6 +165,13 @@ class Family(nn.Module, abc.ABC):
         Returns:
             Draws on unconstrained space, log density, weights.
         """
+        rank = (1 if context is None else 2) + len(self.noise_spec.shape)
+        if noise.dim() != rank or tuple(noise.shape[1 if context is None else 2 :]) != self.noise_spec.shape:
+            leading = "draw" if context is None else "draw, datum"
+            event = "".join(f", {n}" for n in self.noise_spec.shape)
+            raise ShapeError(
+                f"{type(self).__name__} needs noise of shape ({leading}{event}), got {tuple(noise.shape)}."
+            )
         draw = self.transform(noise, context)
         if self.latent.space is not Space.REAL:
             return draw
@@ -173,7 +184,8 @@ class Family(nn.Module, abc.ABC):
         Args:
             z: ``(..., dim)``.
             context: As in :meth:`forward`.
-            frozen: Stop the gradient to the family's parameters, not to ``z`` (sticking the landing, doubly reparameterised gradients).
+            frozen: Stop the gradient to the family's parameters, not to ``z`` (sticking the landing, doubly
+                reparameterised gradients).
 
         Returns:
             ``(...)``.
@@ -218,6 +230,13 @@ class Family(nn.Module, abc.ABC):
         """
         self.shift = shift.detach().to(self.shift).clone()
         self.scale = scale.detach().to(self.shift).clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # the affine map may be per coordinate here and full in what is loaded, or the other way round
+        saved = state_dict.get(prefix + "scale")
+        if saved is not None and saved.dim() in (1, 2) and saved.shape[0] == self.dim:
+            self.scale = torch.empty_like(saved, dtype=self.scale.dtype, device=self.scale.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def sample(self, num_draws: int, *, generator: torch.Generator, context: Tensor | None = None) -> Tensor:
