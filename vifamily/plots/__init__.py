@@ -1,7 +1,7 @@
 """Pictures from plain arrays.
 
-Each function takes arrays and returns a matplotlib figure that pyplot does not know of; no global state is read or changed. Save one with
-``figure.savefig("picture.png")``; in a notebook, name it as the last line of a cell.
+Each function takes arrays and returns a matplotlib figure that pyplot does not know of; no global state is read or
+changed. Save one with ``figure.savefig("picture.png")``; in a notebook, name it as the last line of a cell.
 """
 
 from __future__ import annotations
