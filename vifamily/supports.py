@@ -53,9 +53,11 @@ class Site:
 
     def __post_init__(self) -> None:
         """Check the shape against the support."""
-        plain, shape = self.plain, self.shape
-        if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"a parameter's name must be a non-empty string, got {self.name!r}.")
+        plain: dict[str, Any] = self.plain
+        shape: tuple[Any, ...] = self.shape
+        name: Any = self.name
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"a parameter's name must be a non-empty string, got {name!r}.")
         if any(not isinstance(n, int) or n < 1 for n in shape):
             raise ShapeError(f"the shape of parameter {self.name!r} must hold positive integers, got {shape}.")
         kind, need = plain["kind"], event_dim_of(plain)

@@ -36,7 +36,8 @@ class OrderedConstraint(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return whether each vector increases."""
-        return (value[..., 1:] > value[..., :-1]).all(-1)
+        increasing: Tensor = (value[..., 1:] > value[..., :-1]).all(-1)
+        return increasing
 
 
 class PositiveOrderedConstraint(OrderedConstraint):
@@ -61,6 +62,7 @@ class CorrMatrixConstraint(constraints.Constraint):
 class _Bijection(Transform):
     bijective = True
     domain = constraints.real_vector
+    codomain: constraints.Constraint
 
     def __init__(self) -> None:
         super().__init__(cache_size=0)
@@ -158,7 +160,7 @@ class LowerCholesky(_Triangular):
         size: Side of the matrix.
     """
 
-    codomain = constraints.lower_cholesky
+    codomain: constraints.Constraint = constraints.lower_cholesky
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -175,7 +177,8 @@ class LowerCholesky(_Triangular):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of the log diagonal."""
-        return (x * self.on_diagonal.to(x)).sum(-1)
+        diagonal: Tensor = x * self.on_diagonal.to(x)
+        return diagonal.sum(-1)
 
 
 class PositiveDefinite(LowerCholesky):
@@ -195,7 +198,7 @@ class PositiveDefinite(LowerCholesky):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Of the factor, and of its square."""
-        weight = self.on_diagonal.to(x) * (self.size - self.rows + 1).to(x)
+        weight: Tensor = self.on_diagonal.to(x) * (self.size - self.rows + 1).to(x)
         return (x * weight).sum(-1) + self.size * math.log(2)
 
 
@@ -208,7 +211,7 @@ class CorrCholesky(_Triangular):
     stays exact.
     """
 
-    codomain = constraints.corr_cholesky
+    codomain: constraints.Constraint = constraints.corr_cholesky
     diagonal = False
 
     def _call(self, x: Tensor) -> Tensor:
@@ -221,7 +224,8 @@ class CorrCholesky(_Triangular):
         return (self._entries(y) / self._entries(tail).sqrt()).asinh()
 
     def _weight(self, x: Tensor) -> Tensor:
-        return (1 + 0.5 * (self.rows - 1 - self.columns)).to(x)
+        weight: Tensor = 1 + 0.5 * (self.rows - 1 - self.columns)
+        return weight.to(x)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum over entries of ``(1 + (i - 1 - j) / 2) log(1 - r_ij²)``."""
@@ -242,7 +246,8 @@ class CorrMatrix(CorrCholesky):
 
     def _weight(self, x: Tensor) -> Tensor:
         # the square adds (n - 1 - i) log L_ii to row i, and log L_ii is half the sum of its log(1 - r²)
-        return super()._weight(x) + 0.5 * (self.size - 1 - self.rows).to(x)
+        more: Tensor = 0.5 * (self.size - 1 - self.rows)
+        return super()._weight(x) + more.to(x)
 
 
 def _log_sech_squared(x: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def describe_support(support: Constraint) -> str:
     if "of" in plain:
         return f"{plain['kind']}({', '.join(describe_support(constraint_of(p)) for p in plain['of'])})"
     bounds = [plain[key] for key in ("lower_bound", "upper_bound") if key in plain]
-    return plain["kind"] + (f"({', '.join(map(str, bounds))})" if bounds else "")
+    return f"{plain['kind']}({', '.join(map(str, bounds))})" if bounds else str(plain["kind"])
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -137,9 +137,10 @@ def plain_of(support: Constraint) -> dict[str, Any]:
     if isinstance(support, constraints.independent):
         return plain_of(support.base_constraint)
     if isinstance(support, (constraints.stack, constraints.cat)):
-        parts = {"kind": "stack" if isinstance(support, constraints.stack) else "cat", "dim": int(support.dim)}
-        lengths = {} if parts["kind"] == "stack" else {"lengths": [int(n) for n in support.lengths]}
-        return {**parts, **lengths, "of": [plain_of(part) for part in support.cseq]}
+        parts = {"dim": int(support.dim), "of": [plain_of(part) for part in support.cseq]}
+        if isinstance(support, constraints.stack):
+            return {"kind": "stack", **parts}
+        return {"kind": "cat", **parts, "lengths": [int(n) for n in support.lengths]}
     if name == "_Boolean":
         return {"kind": "integer_interval", "lower_bound": 0, "upper_bound": 1}
     kind = _BY_CLASS.get(name)
@@ -178,7 +179,7 @@ def constraint_of(plain: Mapping[str, Any]) -> Constraint:
     bounds = [
         torch.tensor(plain[k], dtype=torch.float64) if isinstance(plain[k], list) else float(plain[k]) for k in keys
     ]
-    tensors = [torch.as_tensor(b) for b in bounds]
+    tensors = [torch.as_tensor(b, dtype=torch.float64) for b in bounds]
     given = ", ".join(str(plain[k]) for k in keys)
     if not all(bool(torch.isfinite(t).all()) for t in tensors):
         raise SupportError(f"the bounds of {kind} must be finite, got {given}.")
@@ -188,7 +189,8 @@ def constraint_of(plain: Mapping[str, Any]) -> Constraint:
         if not all(bool((t == t.round()).all()) and t.dim() == 0 for t in tensors):
             raise SupportError(f"the bounds of integer_interval must be two integers, got {given}.")
         bounds = [int(b) for b in bounds]
-    return maker(*bounds)
+    made: Constraint = maker(*bounds)
+    return made
 
 
 def event_dim_of(plain: Mapping[str, Any]) -> int:
@@ -218,7 +220,8 @@ def make_bijection(
     for key in ("lower_bound", "upper_bound"):
         if isinstance(getattr(support, key, None), Tensor):
             setattr(support, key, getattr(support, key).to(device=device, dtype=dtype))
-    return biject_to(support)
+    made: Transform = biject_to(support)
+    return made
 
 
 def is_fixed(plain: Mapping[str, Any]) -> bool:
