@@ -17,7 +17,7 @@ FLOORS = (
     ("types", "errors", "rng", "numerics"),
     ("registry", "supports", "plots", "report", "progress", "trackers"),
     ("objectives", "families", "models", "weights", "solvers"),
-    ("diagnostics", "checkpoint", "posterior", "fit", "problems"),
+    ("diagnostics", "checkpoint", "posterior", "plan", "start", "fit", "problems"),
     ("ntk", "roc", "llm"),
     ("compare", "reproduce", "benchmark"),
     ("cli", "testing"),
