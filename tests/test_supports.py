@@ -277,6 +277,12 @@ def test_float32_stays_float32():
     assert {v.dtype for v in theta.values()} == {torch.float32} and log_jacobian.dtype == torch.float32
 
 
+def test_a_layout_may_hold_nothing():
+    layout = Layout.of({})
+    assert layout.dim == 0 and layout.columns() == [] and layout.constrain(torch.zeros(3, 0)) == {}
+    assert layout.constrain_with_jacobian(torch.zeros(3, 0))[1].tolist() == [0.0] * 3
+
+
 # --- refusals ---
 
 
@@ -308,7 +314,6 @@ def test_supports_that_cannot_be_used_are_refused(spec, words):
 @pytest.mark.parametrize(
     ("parameters", "error", "words"),
     [
-        ({}, ConfigError, "at least one parameter"),
         ({"": "real"}, ConfigError, "non-empty string"),
         ({"x": "simplex"}, ShapeError, "needs a shape"),
         ({"x": ((1,), "simplex")}, ShapeError, "2 or more"),
@@ -355,7 +360,7 @@ def test_values_are_checked():
     "data",
     [
         None, [], {"sites": 3}, {"sites": [{"name": "x"}]}, {"sites": [{"name": "x", "shape": [], "support": "real"}]},
-        {"sites": [{"name": "x", "shape": [], "support": {"kind": "nothing"}}]}, {"sites": []},
+        {"sites": [{"name": "x", "shape": [], "support": {"kind": "nothing"}}]},
         {"sites": [{"name": "x", "shape": ["a"], "support": {"kind": "real"}}]},
         {"sites": [{"name": "x", "shape": [], "support": {"kind": "interval", "lower_bound": 1}}]},
         {"sites": [{"name": "x", "shape": [], "support": {"kind": "stack", "of": 3, "dim": -1}}]},

@@ -168,10 +168,11 @@ class Layout:
     """Named parameters, their supports, and their places in one unconstrained vector ``z``.
 
     Args:
-        sites: The parameters, in order; their places are assigned here.
+        sites: The parameters, in order; their places are assigned here. There may be none (a model whose latents are
+            all local has no global ones).
 
     Raises:
-        ConfigError: If there are none, or two share a name.
+        ConfigError: If two share a name.
 
     Example:
         >>> layout = Layout.of({"mu": "real", "tau": ((2,), "positive")})
@@ -190,8 +191,6 @@ class Layout:
         self.sites: tuple[Site, ...] = tuple(placed)
         self.dim = start
         self.names = tuple(site.name for site in self.sites)
-        if not self.sites:
-            raise ConfigError("a layout needs at least one parameter, got none.")
         if len(set(self.names)) != len(self.names):
             raise ConfigError(f"parameters must have different names, got {', '.join(self.names)}.")
 
@@ -269,12 +268,13 @@ class Layout:
         """
         values, lead = self._values(theta)
         parts = [s.bijection(v).inv(v).reshape(*lead, s.size) for s, v in zip(self.sites, values, strict=True)]
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -1) if parts else torch.zeros(0)
 
     def flatten(self, theta: Mapping[str, Any]) -> Tensor:
         """Put named parameters ``(..., *shape)`` side by side, ``(..., len(columns()))``."""
         values, lead = self._values(theta)
-        return torch.cat([v.reshape(*lead, -1) if v.dim() else v.reshape(1) for v in values], -1)
+        parts = [v.reshape(*lead, math.prod(s.shape)) for s, v in zip(self.sites, values, strict=True)]
+        return torch.cat(parts, -1) if parts else torch.zeros(0)
 
     def check(self, theta: Mapping[str, Any]) -> None:
         """Check values against their supports.
@@ -377,4 +377,4 @@ class Layout:
         if len(set(leads)) > 1:
             given = ", ".join(f"{n}: {lead}" for n, lead in zip(self.names, leads, strict=True))
             raise ShapeError(f"leading axes of the parameters must agree, got {given}.")
-        return values, leads[0]
+        return values, leads[0] if leads else ()

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
+from vifamily.models.density import Density
 
-__all__ = ["BatchSource", "Model"]
+__all__ = ["BatchSource", "Density", "Model"]

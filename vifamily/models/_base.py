@@ -7,18 +7,19 @@ hooks on a flat draw axis.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import ModelError, NotAvailableError, ShapeError, VifamilyError
+from vifamily.errors import DeviceError, ModelError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.rng import generator
 from vifamily.supports import Layout
 from vifamily.types import Batch, Capability, Space
 
-__all__ = ["BatchSource", "Model"]
+__all__ = ["BatchSource", "Model", "check_result"]
 
 
 class BatchSource(abc.ABC):
@@ -62,6 +63,29 @@ class ShuffledIndex(BatchSource):
             self._epoch = epoch
         index = self._order[position * self.batch_size : (position + 1) * self.batch_size]
         return Batch(self.gather(index), self.batch_size, index)
+
+
+def check_result(what: str, out: Any, expected: tuple[int | None, ...], like: Tensor) -> None:
+    """Check what user code returned: one number per draw (and datum), of the dtype and device of the points.
+
+    Raises:
+        ShapeError: If the shape is not the expected one (None stands for any size).
+        DeviceError: If dtype or device are not those of ``like``.
+    """
+    per = "one number per draw and datum" if len(expected) > 1 else "one number per draw"
+    if not isinstance(out, Tensor):
+        raise ShapeError(f"{what} must return a tensor, {per}, got {type(out).__name__}.")
+    fits = len(out.shape) == len(expected) and all(e is None or s == e for s, e in zip(out.shape, expected, strict=True))
+    if not fits:
+        raise ShapeError(
+            f"{what} must return shape {expected}, {per}, but gave {tuple(out.shape)} for {like.shape[0]} draws. "
+            "A missing sum over the last axis, or (N,) against (N, 1), is the usual cause."
+        )
+    if out.dtype != like.dtype or out.device != like.device:
+        raise DeviceError(
+            f"{what} must be {like.dtype} on {like.device}, like the points it is given, but is {out.dtype} on {out.device}. "
+            "Give data, parameters and model one dtype and device (dtype=, device=)."
+        )
 
 
 class Model(nn.Module, abc.ABC):
@@ -169,7 +193,7 @@ class Model(nn.Module, abc.ABC):
     def _folded(self, what: str, function: Callable[[Tensor], Tensor], z: Tensor, event: tuple[int | None, ...]) -> Tensor:
         if z.shape[-1:] != (self.dim,):
             raise ShapeError(f"{what} needs points of shape (..., {self.dim}), got {tuple(z.shape)}.")
-        flat = z if z.dim() == 2 else z.reshape(-1, self.dim)
+        flat = z if z.dim() == 2 else z.reshape(math.prod(z.shape[:-1]), self.dim)
         try:
             out = function(flat)
         except VifamilyError:
@@ -178,14 +202,7 @@ class Model(nn.Module, abc.ABC):
             raise ModelError(
                 f"the model raised while computing {what} for z of shape {tuple(flat.shape)}: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(out, Tensor):
-            raise ShapeError(f"{what} must return a tensor of shape (draw{', datum' if event else ''}), got {type(out).__name__}.")
-        expected = (flat.shape[0], *event)
-        if len(out.shape) != len(expected) or any(e is not None and s != e for s, e in zip(out.shape, expected, strict=True)):
-            raise ShapeError(
-                f"{what} must return shape {expected}, one number per draw{' and datum' if event else ''}, but gave {tuple(out.shape)} "
-                f"for {flat.shape[0]} draws. A missing sum over the last axis, or (N,) against (N, 1), is the usual cause."
-            )
+        check_result(what, out, (flat.shape[0], *event), flat)
         return out if z.dim() == 2 else out.reshape(*z.shape[:-1], *out.shape[1:])
 
     # -- names ---------------------------------------------------------------------------------------------------------
@@ -216,6 +233,10 @@ class Model(nn.Module, abc.ABC):
             return self.sample_prior(num_draws, generator=generator).to(self.device, self.dtype)
         unit = torch.rand(num_draws, self.dim, generator=generator, dtype=torch.float64)
         return (4 * unit - 2).to(self.device, self.dtype)
+
+    def for_batches(self, batch_size: int | None) -> Model:
+        """Return the model to use with minibatches of this size: itself, or a form of it with its local latents apart."""
+        return self
 
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
         """Return the source of minibatches; None means all data at every step."""
