@@ -27,8 +27,9 @@ def split_chains(chains: Tensor) -> Tensor:
 def rhat(chains: Tensor) -> Tensor:
     r"""Potential scale reduction of several chains.
 
-    :math:`\hat R = \sqrt{\big(\tfrac{n-1}{n} W + B / n\big) / W}` with :math:`W` the mean variance within chains and :math:`B / n` the variance of the chain
-    means (Gelman et al., Bayesian Data Analysis, 3rd edition, equation 11.4).
+    :math:`\hat R = \sqrt{\big(\tfrac{n-1}{n} W + B / n\big) / W}` with :math:`W` the mean variance
+    within chains and :math:`B / n` the variance of the chain means (Gelman et al., Bayesian Data Analysis, 3rd edition,
+    equation 11.4).
 
     Args:
         chains: ``(chain, time, quantity)``, at least two chains of at least two times.

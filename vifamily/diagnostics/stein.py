@@ -1,0 +1,82 @@
+"""Kernel Stein discrepancy: how well draws fit a density known by its score, without a density of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from vifamily.diagnostics.two_sample import median_bandwidth
+from vifamily.errors import DataError, ShapeError
+
+__all__ = ["SteinTest", "kernel_stein"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SteinTest:
+    """A squared kernel Stein discrepancy with the p-value of a wild bootstrap.
+
+    Attributes:
+        statistic: The unbiased squared discrepancy; can be negative where draws and density agree.
+        p_value: Share of bootstrap statistics at least as large.
+    """
+
+    statistic: float
+    p_value: float
+
+
+def kernel_stein(z: Tensor, score: Tensor, *, generator: torch.Generator, num_bootstrap: int = 500) -> SteinTest:
+    r"""Test whether draws come from a density, given its score at the draws.
+
+    The U-statistic of the Stein kernel of the inverse multiquadric :math:`k(x, y) = (1 + \|x - y\|^2 / h^2)^{-1/2}`
+    (Liu, Lee and Jordan 2016, equation 14; Gorham and Mackey 2017), ``h`` by the median heuristic, and a wild bootstrap
+    with random signs (Chwialkowski et al. 2016). Nearly blind to the relative weights of separate modes, and of low
+    power in many dimensions.
+
+    Args:
+        z: Draws, ``(draw, dim)``, independent, two or more.
+        score: Gradient of the log density at the draws, ``(draw, dim)``.
+        generator: Randomness of the bootstrap.
+        num_bootstrap: Number of bootstrap statistics.
+
+    Returns:
+        The statistic and its p-value.
+
+    Raises:
+        ShapeError: If the shapes disagree or there are fewer than two draws.
+        DataError: If a value is not finite.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> z = torch.randn(300, 2, generator=generator, dtype=torch.float64)
+        >>> kernel_stein(z, -z, generator=generator).p_value > 0.01  # draws of the density itself
+        True
+        >>> kernel_stein(z, -(z - 1), generator=generator).p_value < 0.01  # a density one unit away
+        True
+    """
+    if z.dim() != 2 or z.shape[0] < 2 or score.shape != z.shape:
+        raise ShapeError(
+            f"a Stein test needs draws and scores (draw, dim), got {tuple(z.shape)} and {tuple(score.shape)}."
+        )
+    x, s = (t.detach().to("cpu", torch.float64) for t in (z, score))
+    if not bool(x.isfinite().all() and s.isfinite().all()):
+        raise DataError("draws or scores hold NaN or infinite values.")
+    size, dim = x.shape
+    square = median_bandwidth(x[::2], x[1::2]) ** 2
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    base = 1 + distance / square
+    kernel, slope = base**-0.5, -(base**-1.5) / square  # slope: derivative of k is slope * (x - y)
+    # (s_i - s_j) . (x_i - x_j), from inner products
+    cross = s @ x.T
+    own = cross.diagonal()
+    moved = own[:, None] + own[None, :] - cross - cross.T
+    stein = (s @ s.T) * kernel - slope * moved - (slope * dim + 3 * base**-2.5 / square**2 * distance)
+    stein.fill_diagonal_(0.0)
+    statistic = float(stein.sum()) / (size * (size - 1))
+    signs = 2.0 * torch.randint(2, (num_bootstrap, size), generator=generator).to(torch.float64) - 1
+    null = ((signs @ stein) * signs).sum(1) / (size * (size - 1))
+    return SteinTest(
+        statistic, (1 + int((null >= statistic).sum())) / (1 + num_bootstrap) if math.isfinite(statistic) else math.nan
+    )
