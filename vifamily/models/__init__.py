@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
 from vifamily.models.density import Density
+from vifamily.models.likelihood import LikelihoodModel
 
-__all__ = ["BatchSource", "Density", "Model"]
+__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model"]

@@ -1,7 +1,7 @@
 """What every model is: named parameters with supports, a log joint, data of a known size.
 
-Public methods take any leading axes, fold them into one draw axis before user code runs, and check what comes back. Subclasses implement the underscored
-hooks on a flat draw axis.
+Public methods take any leading axes, fold them into one draw axis before user code runs, and check what comes back.
+Subclasses implement the underscored hooks on a flat draw axis.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ __all__ = ["BatchSource", "Model", "check_result"]
 
 
 class BatchSource(abc.ABC):
-    """Minibatches addressed by step, so that a resumed fit sees the same data as an uninterrupted one."""
+    """Minibatches addressed by step, so that a resumed fit sees the same data as an uninterrupted one.
+
+    Attributes:
+        dropped_per_epoch: Rows that an epoch leaves out because they do not fill a batch.
+    """
+
+    dropped_per_epoch: int = 0
 
     @abc.abstractmethod
     def at(self, step: int) -> Batch | None:
@@ -41,7 +47,8 @@ class WholeData(BatchSource):
 class ShuffledIndex(BatchSource):
     """Epochs of shuffled batches of equal size; the shuffle of an epoch depends on the seed and the epoch alone.
 
-    The rows left over at the end of an epoch are carried into no batch of that epoch; each epoch leaves out others, and ``dropped_per_epoch`` counts them.
+    The rows left over at the end of an epoch are carried into no batch of that epoch; each epoch leaves out others, and
+    ``dropped_per_epoch`` counts them.
 
     Args:
         num_data: Size of the data set.
@@ -75,7 +82,9 @@ def check_result(what: str, out: Any, expected: tuple[int | None, ...], like: Te
     per = "one number per draw and datum" if len(expected) > 1 else "one number per draw"
     if not isinstance(out, Tensor):
         raise ShapeError(f"{what} must return a tensor, {per}, got {type(out).__name__}.")
-    fits = len(out.shape) == len(expected) and all(e is None or s == e for s, e in zip(out.shape, expected, strict=True))
+    fits = len(out.shape) == len(expected) and all(
+        e is None or s == e for s, e in zip(out.shape, expected, strict=True)
+    )
     if not fits:
         raise ShapeError(
             f"{what} must return shape {expected}, {per}, but gave {tuple(out.shape)} for {like.shape[0]} draws. "
@@ -83,7 +92,8 @@ def check_result(what: str, out: Any, expected: tuple[int | None, ...], like: Te
         )
     if out.dtype != like.dtype or out.device != like.device:
         raise DeviceError(
-            f"{what} must be {like.dtype} on {like.device}, like the points it is given, but is {out.dtype} on {out.device}. "
+            f"{what} must be {like.dtype} on {like.device}, like the points it is given, but is {out.dtype} on "
+            f"{out.device}. "
             "Give data, parameters and model one dtype and device (dtype=, device=)."
         )
 
@@ -108,7 +118,12 @@ class Model(nn.Module, abc.ABC):
     """Layout of one datum's local latents, for models that have them apart."""
 
     def __init__(
-        self, layout: Layout, *, num_data: int | None = None, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+        self,
+        layout: Layout,
+        *,
+        num_data: int | None = None,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.layout, self.dtype, self.device = layout, dtype, torch.device(device)
@@ -188,9 +203,13 @@ class Model(nn.Module, abc.ABC):
     def log_local(self, z: Tensor, local: Tensor, batch: Batch) -> Tensor:
         """Log of local prior times likelihood per datum, ``(..., dim), (..., datum, local_dim) -> (..., datum)``."""
         flat_local = local.reshape(-1, *local.shape[-2:])
-        return self._folded("the local log joint", lambda flat: self._log_local(flat, flat_local, batch), z, (batch.size,))
+        return self._folded(
+            "the local log joint", lambda flat: self._log_local(flat, flat_local, batch), z, (batch.size,)
+        )
 
-    def _folded(self, what: str, function: Callable[[Tensor], Tensor], z: Tensor, event: tuple[int | None, ...]) -> Tensor:
+    def _folded(
+        self, what: str, function: Callable[[Tensor], Tensor], z: Tensor, event: tuple[int | None, ...]
+    ) -> Tensor:
         if z.shape[-1:] != (self.dim,):
             raise ShapeError(f"{what} needs points of shape (..., {self.dim}), got {tuple(z.shape)}.")
         flat = z if z.dim() == 2 else z.reshape(math.prod(z.shape[:-1]), self.dim)
@@ -200,10 +219,11 @@ class Model(nn.Module, abc.ABC):
             raise
         except Exception as error:
             raise ModelError(
-                f"the model raised while computing {what} for z of shape {tuple(flat.shape)}: {type(error).__name__}: {error}"
+                f"the model raised while computing {what} for z of shape {tuple(flat.shape)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         check_result(what, out, (flat.shape[0], *event), flat)
-        return out if z.dim() == 2 else out.reshape(*z.shape[:-1], *out.shape[1:])
+        return out if z.dim() == 2 else out.reshape((*z.shape[:-1], *out.shape[1:]))
 
     # -- names ---------------------------------------------------------------------------------------------------------
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
@@ -228,14 +248,14 @@ class Model(nn.Module, abc.ABC):
         raise NotAvailableError(f"the model {type(self).__name__} does not name its observed data.")
 
     def start(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
-        """Return starting points on unconstrained space, ``(num_draws, dim)``; the prior where it can be drawn, else uniform on (-2, 2)."""
+        """Return starting points on unconstrained space, ``(num_draws, dim)``: the prior, or uniform on (-2, 2)."""
         if Capability.PRIOR_DRAWS in self.capabilities:
             return self.sample_prior(num_draws, generator=generator).to(self.device, self.dtype)
         unit = torch.rand(num_draws, self.dim, generator=generator, dtype=torch.float64)
         return (4 * unit - 2).to(self.device, self.dtype)
 
     def for_batches(self, batch_size: int | None) -> Model:
-        """Return the model to use with minibatches of this size: itself, or a form of it with its local latents apart."""
+        """Return the model to use with minibatches of this size: itself, or a form with its local latents apart."""
         return self
 
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:

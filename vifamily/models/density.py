@@ -20,7 +20,7 @@ __all__ = ["Density"]
 _SMOOTH = frozenset({Capability.SCORE, Capability.SECOND_ORDER})
 
 
-def layout_of(dim: int | None, parameters: Mapping[str, Any] | None) -> Layout:
+def layout_of(dim: Any, parameters: Any) -> Layout:
     """Build the layout of a model that takes either a size or named parameters.
 
     Raises:
@@ -41,7 +41,7 @@ def layout_of(dim: int | None, parameters: Mapping[str, Any] | None) -> Layout:
 class Density(Model):
     r"""A log density, known up to a constant, as a model.
 
-    With ``dim=`` the function takes points ``(draw, dim)`` of unconstrained space; its one parameter is called ``z``. With
+    With ``dim=`` the function takes points ``(draw, dim)`` of unconstrained space, whose one parameter is ``z``. With
     ``parameters=`` it takes a dict of constrained parameters ``(draw, *shape)``, and the model adds the log Jacobian of
     the map :math:`\theta(z)` to unconstrained space:
 
@@ -99,6 +99,8 @@ class Density(Model):
         if sample_prior is not None:
             check_callable(sample_prior, "sample_prior", "sample_prior(num_draws, generator)")
             capabilities.add(Capability.PRIOR_DRAWS)
+        if any(True for _ in self.parameters()):
+            capabilities.add(Capability.POINT_PARAMETERS)
         self._sample_prior = sample_prior
         self.capabilities = frozenset(capabilities)
 

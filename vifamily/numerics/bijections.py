@@ -45,7 +45,8 @@ class PositiveOrderedConstraint(OrderedConstraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return whether each vector is positive and increases."""
-        return (value > 0).all(-1) & super().check(value)
+        positive: Tensor = (value > 0).all(-1)
+        return positive & super().check(value)
 
 
 class CorrMatrixConstraint(constraints.Constraint):
@@ -55,7 +56,7 @@ class CorrMatrixConstraint(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         """Return whether each matrix is a correlation matrix."""
-        unit = ((value.diagonal(dim1=-2, dim2=-1) - 1).abs() < 1e-6).all(-1)
+        unit: Tensor = ((value.diagonal(dim1=-2, dim2=-1) - 1).abs() < 1e-6).all(-1)
         return constraints.positive_definite.check(value) & unit
 
 
