@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 
@@ -22,6 +23,9 @@ __all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "sp
 
 BLOCK = 64
 """Steps of noise drawn at once. Part of the stream's definition: the noise of a step never depends on how steps are grouped."""
+
+LARGEST_SOBOL = 1000
+"""Noise of more numbers per draw is drawn independently: a Sobol sequence gains little there."""
 
 
 def check_seed(seed: int) -> int:
@@ -114,6 +118,9 @@ class NoiseStream:
         dtype: Floating dtype.
         device: Device of the noise.
         name: Name of the stream.
+        balanced: Make each block of steps a scrambled Sobol sequence (Owen 1995; Buchholz, Wenzel and Mandt 2018) rather
+            than independent draws. Every draw keeps its law, so whatever is linear in the draws stays unbiased, and
+            averages over draws and over steps are far less noisy. Not for objectives that combine draws non-linearly.
 
     Example:
         >>> from vifamily.types import NoiseSpec
@@ -134,7 +141,9 @@ class NoiseStream:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
         name: str = "noise",
+        balanced: bool = False,
     ) -> None:
+        self.balanced = balanced and 0 < math.prod((*batch_shape, *spec.shape)) <= LARGEST_SOBOL
         self.seed, self.spec, self.draws, self.restarts = check_seed(seed), spec, draws, restarts
         self.first_restart, self.batch_shape = first_restart, batch_shape
         self.dtype, self.device, self.name = dtype, device, name
@@ -143,17 +152,23 @@ class NoiseStream:
 
     def block(self, number: int) -> Tensor:
         """Return the noise of steps ``BLOCK * number`` onwards, ``(BLOCK, [restart,] draw, ...)``."""
-        parts = [
-            draw_noise(
-                self.spec,
-                (BLOCK, self.draws, *self.batch_shape),
-                generator(self.seed, self.name, self.first_restart + r, number),
-                dtype=self.dtype,
-                device=self.device,
-            )
-            for r in range(self.restarts)
-        ]
+        parts = [self._one(split(self.seed, self.name, self.first_restart + r, number)) for r in range(self.restarts)]
         return parts[0] if self.restarts == 1 else torch.stack(parts, dim=1)
+
+    def _one(self, seed: int) -> Tensor:
+        if not self.balanced:
+            source = torch.Generator()
+            source.manual_seed(seed)
+            leading = (BLOCK, self.draws, *self.batch_shape)
+            return draw_noise(self.spec, leading, source, dtype=self.dtype, device=self.device)
+        size = math.prod((*self.batch_shape, *self.spec.shape))
+        # the engine makes a generator of its own from the seed and leaves the global one alone
+        engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
+        # 2^-30 is the engine's resolution: half a cell keeps the normal quantile finite
+        uniform = engine.draw(BLOCK * self.draws, dtype=torch.float64).clamp(2.0**-31, 1 - 2.0**-31)
+        noise = torch.special.ndtri(uniform) if self.spec.law == "normal" else uniform
+        shaped = noise.reshape(BLOCK, self.draws, *self.batch_shape, *self.spec.shape)
+        return shaped.to(device=self.device, dtype=self.dtype)
 
     def at(self, step: int) -> Tensor:
         """Return the noise of one step, ``([restart,] draw, *batch_shape, *spec.shape)``."""

@@ -33,8 +33,8 @@ class _Call(nn.Module):
 class StackedFamily(nn.Module):
     """R families of one entry with parameters stacked along a leading axis; ``vmap`` runs over parameters only.
 
-    Calls take and give a leading restart axis: noise ``(restart, draw, ...)``, draws ``(restart, draw, dim)``, ``log_prob`` of ``(restart, ..., dim)``. User code never sees it: models
-    fold it into the draw axis.
+    Calls take and give a leading restart axis: noise ``(restart, draw, ...)``, draws ``(restart, draw, dim)``,
+    ``log_prob`` of ``(restart, ..., dim)``. User code never sees it: models fold it into the draw axis.
 
     Args:
         members: Families built by one entry for one latent space.

@@ -185,6 +185,11 @@ def _elbo(log_density: LogDensity, mean: Tensor, scale: Tensor, noise: Tensor) -
     return elbo if np.isfinite(elbo) else -np.inf
 
 
+def _averaged_curvature(log_density: LogDensity, mean: Tensor, sd: Tensor, noise: Tensor) -> Tensor | None:
+    curvatures = [negative_curvature(log_density, mean + sd * row, 1e-2 * sd) for row in noise]
+    return _factor(torch.stack(curvatures).mean(0))
+
+
 def best_start(
     log_density: LogDensity, start: Tensor, *, generator: torch.Generator, full: bool = True, longest_hessian: int = 300
 ) -> GaussianStart | None:
@@ -207,22 +212,20 @@ def best_start(
     half = torch.randn(32, dim, generator=generator, dtype=torch.float64).to(start)
     noise = torch.cat([half, -half])
     candidates: list[tuple[str, Tensor, Tensor]] = []
-    first, log_sd = start, torch.full_like(start, -1.0)
+    # the raw start as well as the mode: a degenerate mode is a place that mean field does not come back from
+    origins = [(start, torch.full_like(start, -1.0))]
     at_mode = laplace(log_density, start) if dim <= longest_hessian else None
     if at_mode is not None:
         mode, factor = at_mode
-        precision = torch.cholesky_inverse(factor)
-        conditional = precision.diagonal().rsqrt()
+        conditional = torch.cholesky_inverse(factor).diagonal().rsqrt()
         candidates.append(("laplace", mode, factor if full else conditional))
-        first, log_sd = mode, conditional.log()
-    mean, log_sd = mean_field_fixed_draws(log_density, first, log_sd, torch.cat([half[:8], -half[:8]]))
-    mean, log_sd = mean_field_fixed_draws(log_density, mean, log_sd, noise, iterations=100)
-    sd = log_sd.exp()
-    candidates.append(("mean field on fixed draws", mean, sd))
-    if full and dim <= min(longest_hessian, 64):
-        points = mean + sd * noise[::8]
-        curvatures = [negative_curvature(log_density, p, 1e-2 * sd) for p in points]
-        averaged = _factor(torch.stack(curvatures).mean(0))
+        origins.append((mode, conditional.log()))
+    for first, log_sd in origins:
+        mean, log_sd = mean_field_fixed_draws(log_density, first, log_sd, torch.cat([half[:8], -half[:8]]))
+        mean, log_sd = mean_field_fixed_draws(log_density, mean, log_sd, noise, iterations=100)
+        sd = log_sd.exp()
+        candidates.append(("mean field on fixed draws", mean, sd))
+        averaged = _averaged_curvature(log_density, mean, sd, noise[::8]) if full and dim <= longest_hessian else None
         if averaged is not None:
             candidates.append(("averaged curvature", mean, averaged))
     scored = [GaussianStart(m, s, _elbo(log_density, m, s, noise), method) for method, m, s in candidates]

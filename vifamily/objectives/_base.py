@@ -70,6 +70,13 @@ class Objective(abc.ABC):
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     """Whether a minibatch gives an unbiased loss; ``per_datum``: only where every latent is local."""
     blind_to_mode_weights: ClassVar[bool] = False
+    """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
+
+    @property
+    def linear_in_draws(self) -> bool:
+        """Whether the loss is a plain mean over draws, so that balanced noise leaves it unbiased."""
+        return False
+
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 8
 

@@ -79,6 +79,11 @@ class Elbo(Objective):
                            never_model=frozenset({Capability.LOCAL})),
     }
 
+    @property
+    def linear_in_draws(self) -> bool:
+        """The bound is a mean over draws; the leave-one-out baseline is not, and needs independent ones."""
+        return self.estimator != "score"
+
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
     ) -> Loss:

@@ -1,0 +1,356 @@
+"""The loop: from a model, a family and an objective to a posterior that says how it went."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vifamily import checkpoint as checkpoints
+from vifamily.errors import CheckpointError, ConfigError, NonFiniteLossError
+from vifamily.families import Family
+from vifamily.families._stack import StackedFamily
+from vifamily.plan import Plan, describe, make_plan
+from vifamily.plan import plan as plan
+from vifamily.posterior import FitRecord, Posterior, versions
+from vifamily.progress import FitProgress
+from vifamily.rng import NoiseStream, check_seed, draw_noise, generator
+from vifamily.solvers import Run, StepReport, Task
+from vifamily.start import initialise
+from vifamily.trackers import Tracker
+
+__all__ = ["fit", "plan"]
+
+_MOST_STEPS = 50_000
+_MONITOR_DRAWS = 64
+_TRACE_POINTS = 2000
+
+
+def fit(
+    model: Any,
+    family: Any = "auto",
+    objective: Any = "elbo",
+    solver: Any = "adam",
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    restarts: int = 1,
+    draws: int | None = None,
+    batch_size: int | None = None,
+    init: Any = "auto",
+    callbacks: Sequence[Callable[[StepReport], Any]] = (),
+    tracker: Tracker | None = None,
+    progress: bool | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 1000,
+    time_limit: float | None = None,
+    encoder: torch.nn.Module | None = None,
+    local_family: Any = None,
+) -> Posterior:
+    """Fit a posterior.
+
+    Args:
+        model: A model, a problem, or a problem's name such as ``"eight_schools"``.
+        family: A family's name such as ``"low_rank(rank=3)"``, an entry, a Pyro guide, a zuko flow, or a module with a family's methods; ``"auto"`` takes full rank up to 100 coordinates
+            and mean field above.
+        objective: An objective's name such as ``"renyi(alpha=0.5)"``, or an objective.
+        solver: A solver's name or a solver.
+        seed: Root seed; the same seed gives the same fit.
+        steps: Most steps; None leaves it to the stopping rule (at most 50,000).
+        restarts: Fits from different start points, run as one; the best is returned, the others are kept and compared.
+        draws: Draws per step; None takes the objective's default.
+        batch_size: Data per step; None means all.
+        init: ``"auto"`` (the best of a few cheap Gaussian approximations), ``"laplace"``, ``"prior"``, named values, an unconstrained point, or another posterior to continue from.
+        callbacks: Called with each :class:`~vifamily.solvers.StepReport`; a true result ends the fit.
+        tracker: Where per-step numbers go (see :mod:`vifamily.trackers`).
+        progress: Whether to show a progress line; None shows it on a terminal only.
+        device: Device to run on; None leaves the model where it is.
+        dtype: Floating dtype; None leaves the model's.
+        checkpoint: Folder for a checkpoint, written every ``checkpoint_every`` steps; when it holds one of this same fit, the fit goes on from there, bit for bit on CPU.
+        checkpoint_every: Steps between checkpoints.
+        time_limit: Most seconds; the averaged posterior so far is returned.
+        encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its own parameters.
+        local_family: For models with local latents: the family of one datum's latents; None takes mean field.
+
+    Returns:
+        The posterior: draws, density, summary, diagnosis.
+
+    Raises:
+        IncompatibleError: If model, family and objective cannot meet.
+        UnknownNameError: If a name is not registered.
+        ConfigError: If a number is out of range, or the checkpoint folder cannot be written.
+        CheckpointError: If the checkpoint is corrupt or belongs to another fit.
+        NonFiniteLossError: If the loss stops being finite; its ``posterior`` is the last finite state.
+
+    Example:
+        >>> import vifamily as vf
+        >>> posterior = vf.fit("correlated_normal", family="full_rank", seed=0)
+        >>> posterior.record.stop_reason
+        'converged'
+    """
+    _check_numbers(seed, steps, restarts, checkpoint_every, time_limit)
+    planned = make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype)
+    folder = None if checkpoint is None else checkpoints.prepare(checkpoint)
+    loop = _Loop(planned, seed=seed, most_steps=steps or _MOST_STEPS, restarts=restarts, init=init, folder=folder,
+                 every=checkpoint_every, encoder=encoder, local_family=local_family)  # fmt: skip
+    return loop.run(callbacks, tracker, FitProgress(show=progress, most_steps=steps or _MOST_STEPS), time_limit)
+
+
+def _check_numbers(seed: int, steps: int | None, restarts: int, every: int, time_limit: float | None) -> None:
+    check_seed(seed)
+    for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", every)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+    if time_limit is not None and not time_limit > 0:
+        raise ConfigError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+
+
+class _Loop:
+    """One fit: builds the run, drives it, and packs what comes out."""
+
+    def __init__(
+        self, planned: Plan, *, seed: int, most_steps: int, restarts: int, init: Any, folder: Path | None, every: int,
+        encoder: torch.nn.Module | None, local_family: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self.seed, self.most_steps, self.restarts = planned, seed, most_steps, restarts
+        self.folder, self.every = folder, every
+        self.notes = list(planned.notes)
+        self.families = [self._build(r, init) for r in range(restarts)]
+        self.saved = None if folder is None else checkpoints.read_if_any(folder)
+        self.seconds_before = 0.0
+        self.batches = planned.model.batches(planned.batch_size, seed=seed)
+        self.runs = [self._start(group) for group in self._groups()]
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+    def _build(self, restart: int, init: Any) -> Family:
+        family = self.plan.entry.build(self.plan.latent, generator=generator(self.seed, "family", restart))
+        family.spec = describe(self.plan.entry)
+        how = initialise(family, self.plan.entry, self.plan.model, init, seed=self.seed, restart=restart,
+                         minibatches=self.plan.batch_size is not None)  # fmt: skip
+        if restart == 0:
+            self.notes.append(f"started {how}")
+        return family
+
+    def _groups(self) -> list[list[int]]:
+        """Restarts that run as one: all of them, or one by one where the model has parameters of its own."""
+        own = any(p.requires_grad for p in self.plan.model.parameters())
+        return [[r] for r in range(self.restarts)] if own and self.restarts > 1 else [list(range(self.restarts))]
+
+    def _start(self, group: list[int]) -> Run:
+        members = [self.families[r] for r in group]
+        family = members[0] if len(group) == 1 else StackedFamily(members)
+        latent = self.plan.latent
+        stream = NoiseStream(self.seed, family.noise_spec, draws=self.plan.draws, restarts=len(group),
+                             first_restart=group[0], dtype=latent.dtype, device=latent.device,
+                             balanced=self.plan.objective.linear_in_draws)  # fmt: skip
+        fixed = draw_noise(family.noise_spec, (_MONITOR_DRAWS // 2,), generator(self.seed, "monitor"), dtype=latent.dtype, device=latent.device)
+        fixed = torch.cat([fixed, -fixed if family.noise_spec.law == "normal" else 1 - fixed])
+        if len(group) > 1:
+            fixed = fixed.expand(len(group), *fixed.shape)
+        state = self.plan.objective.init_state(self.plan.model, family, generator=generator(self.seed, "objective"))
+        task = Task(self.plan.objective.loss, self.plan.model, family, stream.at, self.batches.at, fixed, len(group),
+                    getattr(members[0], "step_size", 0.05), state)  # fmt: skip
+        return self.plan.solver.start(task)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+    def run(
+        self,
+        callbacks: Sequence[Callable[[StepReport], Any]],
+        tracker: Tracker | None,
+        display: FitProgress,
+        time_limit: float | None,
+    ) -> Posterior:
+        began = time.monotonic()
+        self._resume()
+        if tracker is not None:
+            tracker.start(self._config())
+        reason = "max_steps"
+        try:
+            with display:
+                for run in self.runs:
+                    reason = self._drive(run, callbacks, tracker, display, time_limit, began)
+                    if reason in ("interrupted", "time_limit", "callback"):
+                        break
+        except NonFiniteLossError as error:
+            error.posterior = self._posterior("non_finite", time.monotonic() - began, non_finite=1)
+            raise
+        finally:
+            if tracker is not None:
+                tracker.finish()
+        seconds = time.monotonic() - began
+        if self.folder is not None:
+            self._save(seconds)
+        return self._posterior(reason, seconds)
+
+    def _drive(
+        self,
+        run: Run,
+        callbacks: Sequence[Callable[[StepReport], Any]],
+        tracker: Tracker | None,
+        display: FitProgress,
+        time_limit: float | None,
+        began: float,
+    ) -> str:
+        finished = getattr(run, "finished", None)
+        while finished is None:
+            if run.step_count >= self.most_steps:
+                return "max_steps"
+            try:
+                report = run.step()
+                finished = report.finished
+                display.update(report.step, sum(report.loss) / len(report.loss), report.step_size, report.phase)
+                if tracker is not None:
+                    tracker.log(report.step, {"loss": min(report.loss), "step_size": report.step_size, **report.terms})
+                if any([call(report) for call in callbacks]):
+                    return "callback"
+            except KeyboardInterrupt:
+                return "interrupted"
+            if self.folder is not None and run.step_count % self.every == 0:
+                self._save(time.monotonic() - began)
+            if time_limit is not None and time.monotonic() - began + self.seconds_before > time_limit:
+                return "time_limit"
+        return finished
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    def _config(self) -> dict[str, Any]:
+        return {
+            "model": getattr(self.plan.problem, "name", None) or type(self.plan.model).__name__,
+            "dim": self.plan.latent.dim,
+            "num_data": self.plan.model.num_data,
+            "dtype": str(self.plan.latent.dtype),
+            "family": describe(self.plan.entry),
+            "objective": describe(self.plan.objective),
+            "solver": describe(self.plan.solver),
+            "seed": self.seed,
+            "restarts": self.restarts,
+            "draws": self.plan.draws,
+            "batch_size": self.plan.batch_size,
+        }
+
+    def _save(self, seconds: float) -> None:
+        if self.folder is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        values = []
+        for i, run in enumerate(self.runs):
+            own, plain = run.tensors()
+            tensors.update({f"run/{i}/{name}": t for name, t in own.items()})
+            values.append(plain)
+        for r, family in enumerate(self.families):
+            tensors[f"shift/{r}"], tensors[f"scale/{r}"] = family.shift, family.scale
+        meta = {"kind": "fit", "config": self._config(), "runs": values, "seconds": seconds + self.seconds_before, "versions": versions()}
+        checkpoints.write(self.folder, tensors, meta)
+
+    def _resume(self) -> None:
+        if self.saved is None:
+            return
+        tensors, meta = self.saved
+        if meta.get("kind") != "fit" or meta.get("config") != self._config():
+            theirs, ours = meta.get("config") or {}, self._config()
+            different = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]
+            raise CheckpointError(
+                f"the checkpoint in {self.folder} belongs to another fit ({'; '.join(different) or 'not a fit'}). "
+                "Use another folder, or remove it."
+            )
+        try:
+            for r, family in enumerate(self.families):
+                if not torch.equal(tensors[f"shift/{r}"], family.shift) or not torch.equal(tensors[f"scale/{r}"], family.scale):
+                    raise CheckpointError(
+                        f"the checkpoint in {self.folder} started from another point: the model or the data have changed. Use another folder."
+                    )
+            for i, (run, plain) in enumerate(zip(self.runs, meta["runs"], strict=True)):
+                prefix = f"run/{i}/"
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                run.restore(own, plain)
+            self.seconds_before = float(meta["seconds"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"the checkpoint in {self.folder} lacks what this fit needs: {error!r}.") from error
+
+    # -- packing -------------------------------------------------------------------------------------------------------
+    def _posterior(self, reason: str, seconds: float, non_finite: int = 0) -> Posterior:
+        outputs = [run.output() for run in self.runs]
+        families: list[Family] = []
+        for run in self.runs:
+            held = run.task.family  # type: ignore[attr-defined]
+            families += held.members() if isinstance(held, StackedFamily) else [held.copy()]
+        losses = [loss for out in outputs for loss in out["losses"]]
+        finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        best = int(np.argmin(finite))
+        out = outputs[best if len(outputs) > 1 else 0]
+        for note in (n for o in outputs for n in o["notes"]):
+            self.notes.append(note)
+        record = FitRecord(
+            objective=describe(self.plan.objective),
+            estimator=self.plan.estimator,
+            family=describe(self.plan.entry),
+            solver=describe(self.plan.solver),
+            seed=self.seed,
+            steps=max(run.step_count for run in self.runs),
+            stop_reason=reason,
+            converged=reason in ("converged", "closed_form"),
+            seconds=seconds + self.seconds_before,
+            draws_per_step=self.plan.draws,
+            num_restarts=self.restarts,
+            trace=_trace(self.runs[best if len(self.runs) > 1 else 0], best if len(self.runs) == 1 else 0),
+            restart_losses=tuple(losses),
+            best_restart=best,
+            non_finite=non_finite,
+            gradient_snr=out["gradient_snr"],
+            rhat_iterates=_number_or_none(out["rhat"]),
+            mcse_iterates=_number_or_none(out["mcse"]),
+            dropped_per_epoch=getattr(self.batches, "dropped_per_epoch", 0),
+            notes=tuple(self.notes),
+            versions=versions(),
+        )
+        for family in families:
+            family.requires_grad_(False)
+        config = {**self._config(), "problem": getattr(self.plan.problem, "name", None)}
+        return Posterior(
+            self.plan.model, families[best], record, layout=self.plan.model.layout, problem=self.plan.problem,
+            restarts=tuple(families) if len(families) > 1 else (), objective=self.plan.objective, config=config,
+        )  # fmt: skip
+
+
+def _number_or_none(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _trace(run: Run, restart: int) -> Mapping[str, np.ndarray]:
+    """Loss, its error, step size and terms over at most 2,000 blocks of steps."""
+    losses = run.losses[:, min(restart, run.losses.shape[1] - 1)].numpy()
+    if losses.size == 0:
+        return {name: np.zeros(0) for name in ("step", "loss", "loss_error", "step_size")}
+    width = max(1, math.ceil(losses.size / _TRACE_POINTS))
+    edges = np.arange(0, losses.size, width)
+    counts = np.diff(np.append(edges, losses.size))
+
+    def mean(column: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(column, edges) / counts
+
+    loss = mean(losses)
+    # error of a short running mean: what a reader of the curve takes for its noise
+    smooth = max(1, min(50, losses.size // 4))
+    deviation = np.sqrt(np.maximum(_running(losses**2, smooth) - _running(losses, smooth) ** 2, 0) / smooth)
+    out = {"step": edges + counts, "loss": loss, "loss_error": mean(deviation), "step_size": mean(run.step_sizes.numpy())}
+    out.update({f"term:{name}": mean(column.numpy()) for name, column in run.terms.items() if column.numel() == losses.size})
+    return out
+
+
+def _running(column: np.ndarray, width: int) -> np.ndarray:
+    """Mean over a centred window, shorter at the ends."""
+    total = np.concatenate([[0.0], np.cumsum(column)])
+    at = np.arange(column.size)
+    low, high = np.maximum(at - width // 2, 0), np.minimum(at + (width + 1) // 2, column.size)
+    return (total[high] - total[low]) / (high - low)
+
+

@@ -1,0 +1,264 @@
+"""What a fit would do, or why it cannot: names resolved, capabilities checked, the estimator chosen, before step one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from vifamily import registry
+from vifamily.errors import ConfigError, IncompatibleError, ModelError
+from vifamily.families import Family, FamilyEntry
+from vifamily.families._adapters import as_entry
+from vifamily.models import Model
+from vifamily.objectives import Objective
+from vifamily.solvers import Solver
+from vifamily.types import Capability, LatentSpec, Space
+
+__all__ = ["Plan", "plan"]
+
+_LARGEST_FULL_RANK = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A fit that has passed every check but has not begun.
+
+    Attributes:
+        model: The model.
+        problem: The named problem it comes from, or None.
+        entry: The family's entry.
+        objective: The objective, its estimator chosen.
+        solver: The solver.
+        latent: What the family covers.
+        draws: Draws per step.
+        batch_size: Data per step, or None for all.
+        notes: What was chosen on the user's behalf, in words.
+    """
+
+    model: Model
+    problem: Any
+    entry: FamilyEntry
+    objective: Objective
+    solver: Solver
+    latent: LatentSpec
+    draws: int
+    batch_size: int | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def estimator(self) -> str | None:
+        """Gradient estimator that will be used."""
+        return getattr(self.objective, "estimator", None)
+
+    def __str__(self) -> str:
+        """Return the plan in a few lines."""
+        data = "all data" if self.batch_size is None else f"{self.batch_size} of {self.model.num_data} data"
+        lines = [
+            f"model      {registry.entry_name(self.model)}, {self.latent.dim} unconstrained coordinates, "
+            f"{str(self.latent.dtype).removeprefix('torch.')} on {self.latent.device}",
+            f"family     {describe(self.entry)}",
+            f"objective  {describe(self.objective)}",
+            f"solver     {describe(self.solver)}",
+            f"each step  {self.draws} draws, {data}",
+        ]
+        return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
+
+
+def describe(entry: Any) -> str:
+    """Return ``name(field=value, ...)`` of an entry, the fields that differ from their defaults."""
+    name = registry.entry_name(entry)
+    if not dataclasses.is_dataclass(entry) or isinstance(entry, type):
+        return name
+    changed = {
+        f.name: getattr(entry, f.name)
+        for f in dataclasses.fields(entry)
+        if f.init and f.repr and (f.default is dataclasses.MISSING or getattr(entry, f.name) != f.default)
+    }
+    changed = {k: describe(v) if dataclasses.is_dataclass(v) else v for k, v in changed.items()}
+    inner = ", ".join(f"{k}={v}" for k, v in changed.items())
+    return f"{name}({inner})" if inner else name
+
+
+def resolve_model(model: Any, device: Any = None, dtype: torch.dtype | None = None) -> tuple[Model, Any]:
+    """Turn a problem's name, a problem or a model into (model, problem or None), on the device and in the dtype asked for."""
+    problem = None
+    if isinstance(model, (str, registry.Spec)):
+        problem = registry.build("problems", model)
+    elif not isinstance(model, Model) and isinstance(getattr(model, "model", None), Model):
+        problem = model
+    found = model if problem is None else problem.model
+    if not isinstance(found, Model):
+        hint = "wrap a log density as vf.models.Density(log_prob, dim=...), a Pyro program as vf.models.PyroModel(program, ...)"
+        raise ModelError(f"a model is needed, got {type(model).__name__}: {hint}, or give a problem's name.")
+    if (device is not None and torch.device(device) != found.device) or (dtype is not None and dtype != found.dtype):
+        found = found.moved(device=device, dtype=dtype)
+    return found, problem
+
+
+def latent_of(model: Model) -> LatentSpec:
+    """Return what a family for this model must cover."""
+    return LatentSpec(model.dim, model.space, model.num_categories, None, model.dtype, model.device)
+
+
+def _family_choice(family: Any, model: Model, notes: list[str]) -> FamilyEntry:
+    if isinstance(family, str) and family == "auto":
+        if model.space is Space.DISCRETE:
+            family = "categorical"
+        else:
+            family = "full_rank" if model.dim <= _LARGEST_FULL_RANK else "mean_field"
+        notes.append(f"family {family} chosen for {model.dim} {model.space} coordinates")
+    return as_entry(family, model=model)
+
+
+def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability] | None:
+    """Capabilities of a registered family with its default options on a latent space; None when it cannot cover it."""
+    try:
+        entry = registry.build("families", name)
+        if entry.space is not latent.space:
+            return None
+        return frozenset(entry.build(latent, generator=torch.Generator(device="cpu")).capabilities)
+    except (ValueError, RuntimeError, TypeError):
+        return None
+
+
+def alternatives(objective: Objective, model: Model, family: frozenset[Capability]) -> dict[str, list[str]]:
+    """Return registered families that this objective could use here, and objectives that this family could serve."""
+    latent, of_model = latent_of(model), frozenset(model.capabilities)
+    families = [
+        name
+        for name in registry.names("families")
+        if (found := default_capabilities(name, latent)) is not None and not objective.missing(of_model, found, latent.space)
+    ]
+    objectives = []
+    for name in registry.names("objectives"):
+        try:
+            other = registry.build("objectives", name)
+        except (ValueError, RuntimeError, TypeError):
+            continue  # needs arguments
+        if not other.missing(of_model, family, latent.space):
+            objectives.append(name)
+    return {"families": families, "objectives": objectives}
+
+
+def check_pair(objective: Objective, model: Model, family: Family, entry: FamilyEntry) -> Objective:
+    """Return the objective with its estimator chosen, or raise naming what is missing and what would work.
+
+    Raises:
+        IncompatibleError: If the three cannot meet.
+    """
+    lacking = objective.missing(frozenset(model.capabilities), frozenset(family.capabilities), model.space)
+    if lacking:
+        other = alternatives(objective, model, frozenset(family.capabilities))
+        raise IncompatibleError(
+            f"the objective {describe(objective)!r} cannot run on the family {describe(entry)!r} and this model.\n"
+            f"  missing: {'; '.join(lacking)}\n"
+            f"  families that work with this objective here: {', '.join(other['families']) or 'none'}\n"
+            f"  objectives that work with this family here: {', '.join(other['objectives']) or 'none'}",
+            missing=lacking,
+            works_with=other,
+        )
+    return objective.resolve(model, family)
+
+
+def check_batches(objective: Objective, model: Model, batch_size: int | None) -> None:
+    """Refuse minibatches where they would bias the answer, or where their scale is unknown.
+
+    Raises:
+        ConfigError: If the batch size is not between 1 and the size of the data.
+        IncompatibleError: If the model gives no minibatches, or the objective is not a sum over data.
+    """
+    if batch_size is None:
+        return
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if Capability.SUBSAMPLE not in model.capabilities or model.num_data is None:
+        raise IncompatibleError(
+            "minibatches need a model in likelihood form that states num_data, so that the batch can be scaled to the whole data set; "
+            f"this {registry.entry_name(model)} model does not. Use LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out.",
+            missing=(str(Capability.SUBSAMPLE),),
+        )
+    if batch_size > model.num_data:
+        raise ConfigError(f"batch_size={batch_size} is larger than the data set of {model.num_data}.")
+    allowed = objective.subsampling in ("unbiased", "biased") or (objective.subsampling == "per_datum" and model.dim == 0)
+    if not allowed:
+        raise IncompatibleError(
+            f"the objective {describe(objective)!r} is not a sum over data, so a minibatch would change what it converges to. "
+            "Use all data (no batch_size), an objective such as elbo, or a model whose latents are all local.",
+            missing=("objective: unbiased minibatches",),
+        )
+
+
+def make_plan(
+    model: Any,
+    family: Any,
+    objective: Any,
+    solver: Any,
+    *,
+    draws: int | None,
+    batch_size: int | None,
+    device: Any,
+    dtype: torch.dtype | None,
+) -> Plan:
+    """Resolve and check everything; the common part of ``plan`` and ``fit``."""
+    notes: list[str] = []
+    found, problem = resolve_model(model, device, dtype)
+    loss = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
+    if not isinstance(loss, Objective):
+        raise ConfigError(f"an objective is a name such as 'elbo' or an Objective, got {type(loss).__name__}.")
+    way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
+    if not isinstance(way, Solver):
+        raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
+    entry = _family_choice(family, found, notes)
+    latent = latent_of(found)
+    built = entry.build(latent, generator=torch.Generator(device="cpu"))
+    loss = check_pair(loss, found, built, entry)
+    check_batches(loss, found, batch_size)
+    if draws is None:
+        draws = loss.default_draws
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ConfigError(f"draws must be a positive integer, got {draws!r}.")
+    least = max(loss.min_draws, 2 if getattr(loss, "estimator", None) == "score" else 1)
+    if draws < least:
+        raise ConfigError(f"the objective {describe(loss)!r} needs at least {least} draws per step, got draws={draws}.")
+    return Plan(found, problem, entry, loss, way, latent, draws, batch_size, tuple(notes))
+
+
+def plan(
+    model: Any,
+    family: Any = "auto",
+    objective: Any = "elbo",
+    solver: Any = "adam",
+    *,
+    draws: int | None = None,
+    batch_size: int | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Say what ``fit`` would do with the same arguments, or why it cannot.
+
+    Args:
+        model: A model, a problem, or a problem's name.
+        family: A family's name, an entry, or a user's own family.
+        objective: An objective's name or an objective.
+        solver: A solver's name or a solver.
+        draws: Draws per step; None takes the objective's default.
+        batch_size: Data per step; None means all.
+        device: Device to move the model to; None leaves it.
+        dtype: Floating dtype to move the model to; None leaves it.
+
+    Returns:
+        The plan; ``print`` shows it.
+
+    Raises:
+        IncompatibleError: If model, family and objective cannot meet; names what is missing and what would work.
+        UnknownNameError: If a name is not registered.
+        ConfigError: If a number is out of range.
+
+    Example:
+        >>> import vifamily as vf
+        >>> vf.plan("banana", "full_rank", "elbo").estimator
+        'stl'
+    """
+    return make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype)

@@ -1,0 +1,118 @@
+"""What every solver is: it starts a run, and a run steps, gives its output, and can be written down and taken up again.
+
+The loop in :mod:`vifamily.fit` knows nothing more than that, so closed-form updates, particle flows and two-player games fit in as well as gradient descent.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vifamily.types import Batch, FamilyLike, Loss, ModelLike
+
+__all__ = ["Run", "Solver", "StepReport", "Task"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is to be minimised, as a solver sees it.
+
+    Attributes:
+        objective_loss: The loss as a pure function of (family, model, noise, batch, state).
+        model: The model.
+        family: One family, or a stack with a leading restart axis.
+        noise_at: Step to noise.
+        batch_at: Step to batch (None for all data).
+        monitor_noise: Fixed noise on which progress is watched and final states are compared.
+        restarts: Number of restarts in the stack.
+        step_size: First step size that suits the family.
+        objective_state: The objective's state at the first step.
+    """
+
+    objective_loss: Callable[[FamilyLike, ModelLike, Tensor, Batch | None, Any], Loss]
+    model: Any
+    family: nn.Module
+    noise_at: Callable[[int], Tensor]
+    batch_at: Callable[[int], Batch | None]
+    monitor_noise: Tensor
+    restarts: int
+    step_size: float
+    objective_state: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did.
+
+    Attributes:
+        step: Number of steps taken so far.
+        loss: Loss per restart, before the step.
+        terms: Parts of the loss, averaged over restarts.
+        step_size: Step size used.
+        finished: Why the run is over, or None.
+        phase: A word or two for the progress display.
+    """
+
+    step: int
+    loss: tuple[float, ...]
+    terms: Mapping[str, float]
+    step_size: float
+    finished: str | None = None
+    phase: str = ""
+
+
+class Run(abc.ABC):
+    """A run in progress."""
+
+    step_count: int = 0
+
+    @abc.abstractmethod
+    def step(self) -> StepReport:
+        """Take one step.
+
+        Raises:
+            NonFiniteLossError: If the loss or its gradient is not finite; the state is then the one before this step.
+        """
+
+    @abc.abstractmethod
+    def output(self) -> Mapping[str, Any]:
+        """Write the best current answer (averaged where the solver averages) into the task's family and model, and say how it stands.
+
+        Returns:
+            ``losses`` (per restart), ``rhat``, ``mcse``, ``gradient_snr``, ``notes``, ``non_finite``.
+        """
+
+    @abc.abstractmethod
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything needed to go on bit for bit: tensors, and plain values for JSON."""
+
+    @abc.abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up a written-down state."""
+
+    @property
+    @abc.abstractmethod
+    def losses(self) -> Tensor:
+        """Loss of every step so far, ``(step, restart)``."""
+
+    @property
+    @abc.abstractmethod
+    def step_sizes(self) -> Tensor:
+        """Step size of every step so far, ``(step,)``."""
+
+    @property
+    def terms(self) -> Mapping[str, Tensor]:
+        """Parts of the loss of every step so far, name to ``(step,)``."""
+        return {}
+
+
+class Solver(abc.ABC):
+    """Hyper-parameters of a way to drive a loss down; a frozen dataclass marked with ``@register("solvers", name)``."""
+
+    @abc.abstractmethod
+    def start(self, task: Task) -> Run:
+        """Begin a run."""

@@ -1,0 +1,102 @@
+"""When to stop: stationarity by R-hat, then Monte-Carlo error of the average, then smaller steps until they change nothing.
+
+The scheme follows Dhaka et al. (2020) and Welandawe et al. (RABVI, arXiv 2203.15945). At a fixed step size the iterates of a stochastic optimiser settle into a stationary law around a point whose bias is
+proportional to the step size. A stage ends when the iterates are stationary and their average is known to a given error; the step size is then halved. If halving moves the average by
+delta, the error left is about delta too (a geometric series of ratio one half), so the fit stops when delta is below the tolerance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from vifamily.numerics.mcse import mcse
+from vifamily.numerics.rhat import split_rhat
+
+__all__ = ["StageMonitor", "StoppingRule"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoppingRule:
+    """Thresholds, in units that do not depend on the problem.
+
+    Attributes:
+        every: Steps between two watched states.
+        window: Least number of steps over which stationarity is judged.
+        check: Steps between two judgements.
+        rhat: Split R-hat below which the iterates count as stationary.
+        mcse: Largest Monte-Carlo error of an averaged mean (in posterior sds) or log sd in the last two stages.
+        rough: The same for stages whose average is not yet near its limit.
+        tolerance: Largest change of an averaged mean (in posterior sds) or log sd on shrinking the step size.
+        stage: Most steps at one step size.
+        shrink: Factor between step sizes.
+        stages: Most step sizes.
+    """
+
+    every: int = 5
+    window: int = 200
+    check: int = 100
+    rhat: float = 1.1
+    mcse: float = 0.02
+    rough: float = 0.1
+    tolerance: float = 0.05
+    stage: int = 5000
+    shrink: float = 0.5
+    stages: int = 10
+
+
+class StageMonitor:
+    """Watches the iterates of one stage.
+
+    Args:
+        rule: Thresholds.
+        first_step: Step at which the stage began.
+        goal: Monte-Carlo error at which the stage may end.
+    """
+
+    def __init__(self, rule: StoppingRule, first_step: int, goal: float) -> None:
+        self.rule, self.first_step, self.goal = rule, first_step, goal
+        self.rows: list[Tensor] = []
+        self.rhat = float("nan")
+        self.error = float("nan")
+        self.stationary_from: int | None = None
+
+    def add(self, row: Tensor) -> None:
+        """Record watched quantities ``(quantity,)``."""
+        self.rows.append(row)
+
+    def judge(self, step: int, unit: Tensor) -> str | None:
+        """Return ``"done"`` when the average is as good as the stage's goal, ``"slow"`` when it takes too long.
+
+        Args:
+            step: Steps taken so far.
+            unit: Unit of each quantity (posterior sds for means, one for log sds).
+        """
+        chain = torch.stack(self.rows) / unit
+        length, least = chain.shape[0], self.rule.window // self.rule.every
+        if self.stationary_from is None and length >= least:
+            width = self._stationary_width(chain, least)
+            if self.rhat < self.rule.rhat:
+                self.stationary_from = step - width * self.rule.every
+        if self.stationary_from is not None:
+            since = max(0, (self.stationary_from - self.first_step) // self.rule.every)
+            self.error = float(mcse(chain[since:]).nan_to_num(0.0).max())
+            if self.error < self.goal:
+                return "done"
+        return "slow" if step - self.first_step >= self.rule.stage else None
+
+    def _stationary_width(self, chain: Tensor, least: int) -> int:
+        """Window (in rows) with the smallest worst R-hat among five, that R-hat kept."""
+        longest = max(least, int(0.95 * chain.shape[0]))
+        widths = sorted({int(w) for w in torch.linspace(least, longest, 5).tolist()})
+        # quantities that have all but stopped moving are stationary whatever their R-hat says
+        worst = {}
+        for width in widths:
+            part = chain[-width:]
+            still = (part.amax(0) - part.amin(0)) < 0.1 * self.rule.mcse
+            worst[width] = float(torch.where(still, 1.0, split_rhat(part)).nan_to_num(1.0).max())
+        best = min(worst, key=lambda w: worst[w])
+        self.rhat = worst[best]
+        return best

@@ -1,0 +1,366 @@
+"""Adam with step-size control, iterate averaging and a stopping rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import ConfigError, NonFiniteLossError
+from vifamily.registry import register
+from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._flat import FlatParameters
+from vifamily.solvers._stopping import StageMonitor, StoppingRule
+from vifamily.types import Loss, Space
+
+__all__ = ["Adam"]
+
+_SNAPSHOTS = 64
+_MOST_WATCHED = 400
+
+
+@register("solvers", "adam")
+@dataclasses.dataclass(frozen=True)
+class Adam(Solver):
+    """Stochastic gradient descent by Adam on fresh draws, run to convergence without a step count or a step size to choose.
+
+    At each step size the iterates are watched until they are stationary (split R-hat) and then averaged until the average's Monte-Carlo error is small; the step size is halved until halving
+    it changes no posterior mean by more than ``tolerance`` posterior sds and no log sd by more than ``tolerance``. Averaging removes the noise that a constant step size leaves, so one
+    draw per step is enough.
+
+    Args:
+        step_size: First step size; None takes the one that suits the family (its coordinates are standardised, so it need not suit the problem).
+        tolerance: Largest change on halving the step size, in posterior sds and log sds.
+        mcse: Largest Monte-Carlo error of the averaged iterates, in the same units.
+        model_step_size: Step size of point-estimated model parameters relative to the family's.
+
+    Raises:
+        ConfigError: If a number is not positive.
+
+    Example:
+        >>> from vifamily import registry
+        >>> registry.build("solvers", "adam(step_size=0.01)").step_size
+        0.01
+    """
+
+    step_size: float | None = None
+    tolerance: float = 0.05
+    mcse: float = 0.02
+    model_step_size: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("step_size", "tolerance", "mcse", "model_step_size"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ConfigError(f"adam({name}=...) must be a positive number, got {value!r}.")
+
+    def start(self, task: Task) -> AdamRun:
+        """Begin a run."""
+        rule = StoppingRule(tolerance=self.tolerance, mcse=self.mcse)
+        return AdamRun(task, rule, self.step_size or task.step_size, self.model_step_size)
+
+
+def _plain(value: float) -> float | None:
+    """Write NaN as None: JSON has no NaN."""
+    return None if value != value else value
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+class AdamRun(Run):
+    """One run of :class:`Adam`."""
+
+    def __init__(self, task: Task, rule: StoppingRule, step_size: float, model_factor: float) -> None:
+        self.task, self.rule, self.step_size, self.model_factor = task, rule, step_size, model_factor
+        self.flat = FlatParameters(task.family.parameters(), task.restarts)
+        own = {id(p) for p in self.flat.parameters}
+        self.model_flat = FlatParameters([p for p in task.model.parameters() if id(p) not in own], 1)
+        self.groups = [g for g in (self.flat, self.model_flat) if g.parameters]
+        if not self.groups:
+            raise ConfigError("there is nothing to optimise: neither the family nor the model has parameters.")
+        self.optimiser = torch.optim.Adam(
+            [{"params": [nn.Parameter(g.value)], "lr": self._rate(g)} for g in self.groups], foreach=False
+        )
+        for group, held in zip(self.groups, self.optimiser.param_groups, strict=True):
+            # the optimiser's parameter and the flat tensor share memory
+            held["params"][0].data = group.value
+        self.step_count, self.stage = 0, 0
+        self.monitor = StageMonitor(rule, 0, rule.rough)
+        self.objective_state = task.objective_state
+        self.sums = [torch.zeros_like(g.value) for g in self.groups]
+        self.snapshots: list[tuple[int, list[Tensor]]] = [(0, [s.clone() for s in self.sums])]
+        self.previous: Tensor | None = None
+        self.change = float("nan")
+        self.gradient_sum, self.gradient_square = torch.zeros_like(self.flat.value), torch.zeros_like(self.flat.value)
+        self.gradient_count = 0
+        self._losses: list[list[float]] = []
+        self._step_sizes: list[float] = []
+        self._terms: dict[str, list[float]] = {}
+        self.notes: list[str] = []
+        self.finished: str | None = None
+
+    def _rate(self, group: FlatParameters) -> float:
+        return self.step_size * (1.0 if group is self.flat else self.model_factor)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+    def _loss(self, noise: Tensor, step: int) -> Loss:
+        return self.task.objective_loss(
+            self.task.family, self.task.model, noise, self.task.batch_at(step), self.objective_state
+        )
+
+    def step(self) -> StepReport:
+        """Take one step (see :class:`~vifamily.solvers._base.Run`)."""
+        step = self.step_count
+        loss = self._loss(self.task.noise_at(step), step)
+        flat_parameters = [p for g in self.groups for p in g.parameters]
+        gradients = torch.autograd.grad(loss.surrogate.sum(), flat_parameters, allow_unused=True)
+        values = loss.value.reshape(-1).tolist()
+        taken = 0
+        packed = []
+        for group in self.groups:
+            packed.append(group.gather(gradients[taken : taken + len(group.parameters)]))
+            taken += len(group.parameters)
+        self._check_finite(loss, values, packed)
+        for held, gradient in zip(self.optimiser.param_groups, packed, strict=True):
+            held["params"][0].grad = gradient
+        self.optimiser.step()
+        self.objective_state = loss.state
+        self._record(loss, values, packed[0])
+        return self._report(loss, values)
+
+    def _check_finite(self, loss: Loss, values: list[float], packed: list[Tensor]) -> None:
+        if all(abs(v) < float("inf") for v in values) and all(bool(torch.isfinite(g).all()) for g in packed):
+            return
+        bad = [name for name, term in loss.terms.items() if not bool(torch.isfinite(term).all())]
+        # a term of a sum that is fine apart makes the sum itself the culprit
+        term = bad[0] if bad else "the loss" if not all(abs(v) < float("inf") for v in values) else "the gradient"
+        parameter = self._bad_parameter(packed)
+        where = f", first seen in the parameter {parameter!r}" if parameter else ""
+        raise NonFiniteLossError(
+            f"step {self.step_count}: {term} is not finite{where}; loss {values}. The fit stopped at its last finite state. "
+            "Usual causes: a density that overflows far from its mode, a start point outside the support, or too large a step size.",
+            step=self.step_count,
+            term=term,
+            parameter=parameter,
+        )
+
+    def _bad_parameter(self, packed: list[Tensor]) -> str | None:
+        named = [self.task.family.named_parameters(), self.task.model.named_parameters()]
+        for group, gradient in zip(self.groups, packed, strict=True):
+            columns = (~torch.isfinite(gradient)).any(0).nonzero()
+            if len(columns):
+                source = named[0] if group is self.flat else named[1]
+                lookup = {id(p): n for n, p in source}
+                names = [lookup.get(id(p), "unknown") for p in group.parameters]
+                return group.name_of(int(columns[0]), names)
+        return None
+
+    def _record(self, loss: Loss, values: list[float], gradient: Tensor) -> None:
+        self.step_count += 1
+        self._losses.append(values)
+        self._step_sizes.append(self.step_size)
+        for name, term in loss.terms.items():
+            self._terms.setdefault(name, []).append(float(term.double().mean()))
+        for total, group in zip(self.sums, self.groups, strict=True):
+            total += group.value
+        self.gradient_sum += gradient
+        self.gradient_square += gradient**2
+        self.gradient_count += 1
+
+    def _report(self, loss: Loss, values: list[float]) -> StepReport:
+        step, used = self.step_count, self.step_size
+        since = step - self.monitor.first_step
+        if since % self.rule.every == 0:
+            self.monitor.add(self.watch())
+        if since % self.rule.check == 0:
+            self._snapshot()
+            verdict = self.monitor.judge(step, self._unit(self.monitor.rows[-1]))
+            if verdict is not None:
+                self._end_stage(verdict)
+        phase = f"stage {self.stage + 1}" + (", averaging" if self.monitor.stationary_from is not None else "")
+        terms = {name: column[-1] for name, column in self._terms.items()}
+        return StepReport(step, tuple(values), terms, used, self.finished, phase)
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def watch(self) -> Tensor:
+        """Means and log sds of each coordinate on fixed noise, for every restart; parameters where there are none."""
+        latent = getattr(self.task.family, "latent", None)
+        if latent is None or latent.dim == 0 or latent.space is not Space.REAL:
+            return self.flat.value[:, :_MOST_WATCHED].reshape(-1).clone()
+        draw = self.task.family(self.task.monitor_noise)
+        z, weight = draw.z[..., :_MOST_WATCHED], draw.log_weight.exp().unsqueeze(-1)
+        mean = (weight * z).sum(-2)
+        variance = (weight * (z - mean.unsqueeze(-2)) ** 2).sum(-2)
+        return torch.cat([mean.reshape(-1), 0.5 * variance.clamp_min(1e-300).log().reshape(-1)])
+
+    def _unit(self, row: Tensor) -> Tensor:
+        latent = getattr(self.task.family, "latent", None)
+        if latent is None or latent.dim == 0 or latent.space is not Space.REAL:
+            return torch.ones_like(row)
+        _, log_sd = row.chunk(2)
+        return torch.cat([log_sd.exp(), torch.ones_like(log_sd)])
+
+    # -- averaging and stages ------------------------------------------------------------------------------------------
+    def _snapshot(self) -> None:
+        self.snapshots.append((self.step_count, [s.clone() for s in self.sums]))
+        if len(self.snapshots) > _SNAPSHOTS:
+            # keep the ends and every other one between: windows may then start a little later than asked
+            self.snapshots = [self.snapshots[0], *self.snapshots[1:-1:2], self.snapshots[-1]]
+
+    def average(self) -> list[Tensor]:
+        """Average of the parameters over the stationary window, or over the last half of the stage where there is none yet."""
+        now = self.step_count
+        start = self.monitor.stationary_from
+        if start is None:
+            start = (self.monitor.first_step + now) // 2
+        at, base = min((s for s in self.snapshots if s[0] < now), key=lambda s: abs(s[0] - start), default=(now, []))
+        if at == now:
+            return [g.value.clone() for g in self.groups]
+        return [(total - old) / (now - at) for total, old in zip(self.sums, base, strict=True)]
+
+    def _end_stage(self, verdict: str) -> None:
+        for group, value in zip(self.groups, self._better(), strict=True):
+            group.set(value)
+        if verdict == "slow":
+            what = "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
+            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
+        row = self.watch()
+        if self.previous is not None:
+            self.change = float(((row - self.previous).abs() / self._unit(row)).nan_to_num(0.0).max())
+        small = self.change < self.rule.tolerance
+        if small and verdict == "done" and self.monitor.error < self.rule.mcse:
+            self.finished = "converged"
+            return
+        self.stage += 1
+        if self.stage >= self.rule.stages:
+            self.finished = "smallest_step"
+            return
+        self.previous = row
+        self.step_size *= self.rule.shrink
+        for group, held in zip(self.groups, self.optimiser.param_groups, strict=True):
+            held["lr"] = self._rate(group)
+        # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
+        near = self.change < 2 * self.rule.tolerance
+        self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
+        self.gradient_sum.zero_()
+        self.gradient_square.zero_()
+        self.gradient_count = 0
+
+    @torch.no_grad()
+    def _probe(self, value: list[Tensor]) -> Tensor:
+        """Loss at given parameters on eight fixed noises, ``(8, restart)``."""
+        kept = [g.value.clone() for g in self.groups]
+        for group, v in zip(self.groups, value, strict=True):
+            group.set(v)
+        rows = [self._loss(self.task.noise_at(i), i).value.reshape(-1) for i in range(8)]
+        for group, v in zip(self.groups, kept, strict=True):
+            group.set(v)
+        return torch.stack(rows)
+
+    def _better(self) -> list[Tensor]:
+        """The average, unless the last iterate is clearly better.
+
+        Averages of weights of networks (flows) need not be good even where each iterate is; for Gaussians the average always wins.
+        """
+        average, last = self.average(), [g.value.clone() for g in self.groups]
+        difference = self._probe(average) - self._probe(last)
+        error = difference.std(0) / difference.shape[0] ** 0.5
+        worse = (difference.mean(0) > 3 * error + 1e-12) | ~torch.isfinite(difference).all(0)
+        if not bool(worse.any()):
+            return average
+        rows = worse.unsqueeze(-1)
+        return [torch.where(rows if a.shape[0] == rows.shape[0] else rows.any(), b, a) for a, b in zip(average, last, strict=True)]
+
+    def output(self) -> Mapping[str, Any]:
+        """Write the averaged state into the family (see :class:`~vifamily.solvers._base.Run`)."""
+        if self.finished is None and self.step_count > self.monitor.first_step:
+            for group, value in zip(self.groups, self._better(), strict=True):
+                group.set(value)
+        snr = None
+        if self.gradient_count > 1:
+            mean = self.gradient_sum / self.gradient_count
+            sd = (self.gradient_square / self.gradient_count - mean**2).clamp_min(0).sqrt()
+            ratio = (mean.abs() / sd)[sd > 0]
+            snr = float(ratio.median()) if ratio.numel() else float("inf")
+        return {
+            "losses": self._probe([g.value.clone() for g in self.groups]).mean(0).tolist(),
+            "rhat": self.monitor.rhat,
+            "mcse": self.monitor.error,
+            "gradient_snr": snr,
+            "notes": tuple(self.notes),
+            "change": self.change,
+        }
+
+    # -- writing down --------------------------------------------------------------------------------------------------
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state (see :class:`~vifamily.solvers._base.Run`)."""
+        out: dict[str, Tensor] = {"losses": self.losses, "step_sizes": self.step_sizes}
+        for i, (group, total, held) in enumerate(zip(self.groups, self.sums, self.optimiser.param_groups, strict=True)):
+            out[f"value/{i}"], out[f"sum/{i}"] = group.value.clone(), total.clone()
+            for key, value in self.optimiser.state[held["params"][0]].items():
+                out[f"optimiser/{i}/{key}"] = value.clone()
+            for j, (_, base) in enumerate(self.snapshots):
+                out[f"snapshot/{j}/{i}"] = base[i].clone()
+        out["gradient/sum"], out["gradient/square"] = self.gradient_sum.clone(), self.gradient_square.clone()
+        if self.monitor.rows:
+            out["monitor"] = torch.stack(self.monitor.rows)
+        if self.previous is not None:
+            out["previous"] = self.previous.clone()
+        out.update({f"term/{name}": column for name, column in self.terms.items()})
+        values = {
+            "step": self.step_count, "stage": self.stage, "step_size": self.step_size, "change": _plain(self.change), "notes": list(self.notes),
+            "finished": self.finished, "gradient_count": self.gradient_count, "snapshots": [at for at, _ in self.snapshots],
+            "first_step": self.monitor.first_step, "goal": self.monitor.goal, "stationary_from": self.monitor.stationary_from, "rhat": _plain(self.monitor.rhat), "error": _plain(self.monitor.error),
+        }  # fmt: skip
+        if isinstance(self.objective_state, Tensor):
+            out["objective_state"] = self.objective_state.clone()
+        return out, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
+        self.step_count, self.stage, self.step_size = int(values["step"]), int(values["stage"]), float(values["step_size"])
+        self.change, self.notes, self.finished = _number(values["change"]), list(values["notes"]), values["finished"]
+        self.gradient_count = int(values["gradient_count"])
+        self.monitor = StageMonitor(self.rule, int(values["first_step"]), float(values["goal"]))
+        self.monitor.stationary_from = values["stationary_from"]
+        self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
+        self.monitor.rows = list(tensors["monitor"]) if "monitor" in tensors else []
+        self.previous = tensors.get("previous")
+        self.gradient_sum, self.gradient_square = tensors["gradient/sum"].clone(), tensors["gradient/square"].clone()
+        for i, (group, held) in enumerate(zip(self.groups, self.optimiser.param_groups, strict=True)):
+            group.set(tensors[f"value/{i}"])
+            self.sums[i] = tensors[f"sum/{i}"].clone()
+            held["lr"] = self._rate(group)
+            prefix = f"optimiser/{i}/"
+            state = {key.removeprefix(prefix): v.clone() for key, v in tensors.items() if key.startswith(prefix)}
+            if state:
+                self.optimiser.state[held["params"][0]] = state
+        self.snapshots = [
+            (int(at), [tensors[f"snapshot/{j}/{i}"].clone() for i in range(len(self.groups))])
+            for j, at in enumerate(values["snapshots"])
+        ]
+        self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
+        self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}
+        self.objective_state = tensors.get("objective_state", self.objective_state)
+
+    @property
+    def losses(self) -> Tensor:
+        """Loss of every step so far, ``(step, restart)``."""
+        return torch.tensor(self._losses, dtype=torch.float64).reshape(len(self._losses), self.task.restarts)
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """Step size of every step so far, ``(step,)``."""
+        return torch.tensor(self._step_sizes, dtype=torch.float64)
+
+    @property
+    def terms(self) -> Mapping[str, Tensor]:
+        """Parts of the loss of every step so far."""
+        return {name: torch.tensor(column, dtype=torch.float64) for name, column in self._terms.items()}

@@ -1,0 +1,134 @@
+"""Where a fit begins: at a Gaussian approximation, at the prior, at a given point, or at another posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vifamily.errors import ConfigError, NotAvailableError, ShapeError
+from vifamily.families import Family, FamilyEntry
+from vifamily.models import Model
+from vifamily.numerics.gaussian_start import GaussianStart, best_start, laplace, negative_curvature
+from vifamily.rng import generator
+from vifamily.types import Space
+
+__all__ = ["initialise"]
+
+_LARGEST_DATA = 200_000
+
+
+def initialise(
+    family: Family, entry: FamilyEntry, model: Model, init: Any, *, seed: int, restart: int, minibatches: bool
+) -> str:
+    """Set a family's coordinates, and so its first distribution; returns how, in words.
+
+    Args:
+        family: The family, changed in place.
+        entry: Its entry.
+        model: The model.
+        init: ``"auto"``, ``"laplace"``, ``"prior"``, a mapping of named constrained values, an unconstrained point ``(dim,)``, or a posterior.
+        seed: Root seed.
+        restart: Index of the restart; each has its own start point.
+        minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the data are few).
+
+    Raises:
+        ConfigError: If ``init`` is none of these.
+        NotAvailableError: If the Laplace approximation was asked for and the mode is degenerate, or the prior and it cannot be drawn from.
+    """
+    if family.latent.space is not Space.REAL or family.latent.dim == 0:
+        return "uniform"
+    restrict = entry.restrict_scale
+    if hasattr(init, "draws") and hasattr(init, "family"):
+        return _from_posterior(family, init, restrict=restrict)
+    if isinstance(init, (Mapping, Tensor)):
+        mean = _given_point(model, init)
+        scale = _curvature_scale(model, mean)
+        family.precondition(mean, scale)
+        return "at the given point"
+    if init == "prior":
+        return _from_prior(family, model, seed=seed, restart=restart)
+    if init not in ("auto", "laplace"):
+        raise ConfigError(
+            f"init must be 'auto', 'laplace', 'prior', named values, an unconstrained point or a posterior, got {init!r}."
+        )
+    point = model.start(1, generator=generator(seed, "start", restart))[0]
+    if minibatches and (model.num_data or 0) > _LARGEST_DATA:
+        family.precondition(point, torch.ones_like(point))
+        return "at a prior draw"
+    return _gaussian(family, model, point, init, seed=seed, restart=restart, restrict=restrict)
+
+
+def _gaussian(
+    family: Family, model: Model, point: Tensor, init: str, *, seed: int, restart: int, restrict: bool
+) -> str:
+    found: GaussianStart | None
+    if init == "laplace":
+        at_mode = laplace(model.log_joint, point)
+        if at_mode is None:
+            raise NotAvailableError("the Laplace approximation does not exist here: the mode found is degenerate. Use init='auto'.")
+        mode, factor = at_mode
+        scale = torch.cholesky_inverse(factor).diagonal().rsqrt() if restrict else factor
+        found = GaussianStart(mode, scale, float("nan"), "laplace")
+    else:
+        found = best_start(model.log_joint, point, generator=generator(seed, "start/noise", restart), full=not restrict)
+    if found is None:
+        family.precondition(point, torch.ones_like(point))
+        return "at a prior draw (no Gaussian approximation was finite)"
+    family.precondition(found.mean, found.scale)
+    return f"at a Gaussian approximation ({found.method})"
+
+
+def _from_posterior(family: Family, posterior: Any, *, restrict: bool) -> str:
+    other = posterior.family
+    if other.latent.dim != family.latent.dim:
+        raise ShapeError(f"init= is a posterior over {other.latent.dim} coordinates, the model has {family.latent.dim}.")
+    same = other.spec == family.spec and {n: p.shape for n, p in other.named_parameters()} == {
+        n: p.shape for n, p in family.named_parameters()
+    }
+    if same:
+        family.precondition(other.shift, other.scale)
+        family.load_state_dict({k: v.to(family.shift) for k, v in other.state_dict().items()})
+        return "at the given posterior"
+    z = posterior.draws(2000).to(family.shift)
+    mean, centred = z.mean(0), z - z.mean(0)
+    if restrict or family.latent.dim > 300:
+        scale = centred.std(0).clamp_min(1e-8)
+    else:
+        covariance = centred.T @ centred / (z.shape[0] - 1)
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        scale = centred.std(0).clamp_min(1e-8) if int(info) else factor
+    family.precondition(mean, scale)
+    return "at the moments of the given posterior"
+
+
+def _given_point(model: Model, init: Mapping[str, Any] | Tensor) -> Tensor:
+    if isinstance(init, Tensor):
+        if init.shape != (model.dim,):
+            raise ShapeError(f"init must be an unconstrained point of shape ({model.dim},), got {tuple(init.shape)}.")
+        point = init
+    else:
+        theta = {k: torch.as_tensor(v, dtype=model.dtype, device=model.device) for k, v in init.items()}
+        point = model.unconstrain(theta)
+    point = point.detach().to(device=model.device, dtype=model.dtype)
+    if not bool(torch.isfinite(model.log_joint(point.unsqueeze(0))).all()):
+        raise ConfigError("the log joint is not finite at the given init point; start inside the support.")
+    return point
+
+
+def _curvature_scale(model: Model, point: Tensor) -> Tensor:
+    if model.dim > 300:
+        return torch.ones_like(point)
+    diagonal = negative_curvature(model.log_joint, point).diagonal()
+    positive = torch.isfinite(diagonal) & (diagonal > 0)
+    return torch.where(positive, diagonal.clamp_min(1e-30).rsqrt(), torch.ones_like(point))
+
+
+def _from_prior(family: Family, model: Model, *, seed: int, restart: int) -> str:
+    z = model.sample_prior(1000, generator=generator(seed, "start/prior", restart)).to(family.shift)
+    # quartiles, since priors on scales have heavy tails once logged or not
+    low, middle, high = z.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=z.dtype, device=z.device), dim=0)
+    family.precondition(middle, ((high - low) / 1.349).clamp_min(1e-6))
+    return "at the prior"
