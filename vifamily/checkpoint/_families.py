@@ -72,10 +72,10 @@ def describe_family(family: Family) -> dict[str, Any]:
     """Return what :func:`rebuild_family` needs, as plain data: the family's spec and latent space."""
     if isinstance(family, RestartMixture):
         return {"kind": "restart_mixture", "components": [describe_family(part) for part in family.members()]}
-    spec = None if family.spec is None else str(family.spec)
+    spec = getattr(family, "spec", None)
     return {
         "kind": "registered",
-        "spec": spec,
+        "spec": None if spec is None else str(spec),
         "class": type(family).__name__,
         "latent": describe_latent(family.latent),
     }
@@ -115,13 +115,15 @@ def _build(data: Mapping[str, Any], device: torch.device | str | None, depth: in
     if spec is None:
         raise CheckpointError(
             f"the saved family {str(data.get('class'))[:80]!r} is not a registered one: build it and pass it as "
-            f"load(path, family=...)."
+            "load(path, family=...)."
         )
     latent = rebuild_latent(field(data, "latent", dict), device=device)
     try:
         return build("families", spec).build(latent, generator=generator(0, "load"))
-    except (VifamilyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"the saved family {spec[:80]!r} cannot be rebuilt: {error}") from error
+    except (VifamilyError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
+        raise CheckpointError(
+            f"the saved family {spec[:80]!r} cannot be rebuilt, so pass it as load(path, family=...): {error}"
+        ) from error
 
 
 def restore_family(family: Family, state: Mapping[str, Tensor]) -> None:

@@ -80,7 +80,7 @@ def write(
         ConfigError: If the folder cannot be written, or ``meta`` holds something else.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as here:
         ...     _ = write(here, {"loc": torch.zeros(2)}, {"step": 7})
         ...     tensors, meta = read(here)

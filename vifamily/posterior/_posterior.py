@@ -1,0 +1,629 @@
+"""The posterior: what can be asked of a fitted family."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vifamily.diagnostics import (
+    Diagnosis,
+    Loo,
+    PredictiveCheck,
+    Psis,
+    RestartMixture,
+    Summary,
+    importance_mixture_weights,
+    loo,
+    predictive_check,
+    psis,
+    stacking_weights,
+    summarise,
+)
+from vifamily.diagnostics.inference_data import to_inference_data
+from vifamily.errors import ConfigError, NotAvailableError, VifamilyWarning
+from vifamily.families._base import Family, FamilyEntry
+from vifamily.models._base import Model
+from vifamily.posterior._diagnose import diagnose
+from vifamily.posterior._draw_plots import draw_plot
+from vifamily.posterior._record import FitRecord
+from vifamily.posterior._saving import load_parts, save_posterior
+from vifamily.rng import generator
+from vifamily.supports import Layout
+from vifamily.types import Capability
+
+__all__ = ["Posterior", "load"]
+
+_CHUNK = 256
+"""Draws given to the model at once, to bound the memory of likelihoods per datum."""
+
+
+class Posterior:
+    """A fitted family over the parameters of a model.
+
+    Draws without a ``seed`` come from the stream ``"posterior"`` of the fit's own seed: asked twice, they are the same.
+
+    Args:
+        model: The model, or None when it is not there (loaded without it): what needs a log joint then says so.
+        family: The fitted family.
+        record: How the fit went.
+        layout: Named parameters and their places in ``z``.
+        problem: The named problem it came from, or None.
+        restarts: The families of all restarts, when there were several.
+        objective: The objective it was fitted with.
+        config: The configuration of the fit, plain data.
+
+    Example:
+        >>> from vifamily.families.mean_field import MeanField
+        >>> from vifamily.models.density import Density
+        >>> from vifamily.types import LatentSpec
+        >>> model = Density(lambda z: -0.5 * (z**2).sum(-1), dim=2)
+        >>> family = MeanField().build(LatentSpec(2), generator=torch.Generator())
+        >>> record = FitRecord("elbo", None, "mean_field", "adam", 0, 100, "converged", True, 0.1, 8)
+        >>> posterior = Posterior(model, family, record, layout=model.layout)
+        >>> posterior.sample(10)["z"].shape, posterior.diagnose().k_hat  # the family is the posterior: equal weights
+        (torch.Size([10, 2]), 0.0)
+    """
+
+    def __init__(
+        self,
+        model: Model | None,
+        family: Family,
+        record: FitRecord,
+        *,
+        layout: Layout,
+        problem: Any = None,
+        restarts: Sequence[Family] = (),
+        objective: Any = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.family, self.record, self.layout = model, family, record, layout
+        self.problem, self.restarts, self.objective = problem, tuple(restarts), objective
+        self.config: dict[str, Any] | None = None if config is None else dict(config)
+        self.problem_name: str | None = getattr(problem, "name", None)
+        self._no_model = "it was loaded without its model: pass it as load(path, model=...)"
+
+    def __repr__(self) -> str:
+        record = self.record
+        return (
+            f"Posterior({record.family}, {record.objective}, {record.stop_reason} after {record.steps} steps: "
+            f"{self.layout!r})"
+        )
+
+    @property
+    def dim(self) -> int:
+        """Number of unconstrained coordinates."""
+        return self.layout.dim
+
+    # -- draws and densities -------------------------------------------------------------------------------------------
+    def _generator(self, seed: int | None, *index: int) -> torch.Generator:
+        return generator(self.record.seed if seed is None else seed, "posterior", *index)
+
+    def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> Tensor:
+        """Draw on unconstrained space.
+
+        Families whose draws carry weights (ensembles) are resampled by them.
+
+        Args:
+            num_draws: Number of draws, at least 1.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            ``(num_draws, dim)``, equally weighted.
+
+        Raises:
+            ConfigError: If ``num_draws`` is not a positive integer.
+        """
+        _check_count("num_draws", num_draws)
+        return self.family.sample(num_draws, generator=self._generator(seed))
+
+    def sample(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw named parameters in their supports.
+
+        Args:
+            num_draws: Number of draws, at least 1.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            Name to ``(num_draws, *shape)``, in the dtype of the fit; integers for discrete parameters.
+
+        Raises:
+            ConfigError: If ``num_draws`` is not a positive integer.
+        """
+        return self.constrain(self.draws(num_draws, seed=seed))
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Map unconstrained points ``(..., dim)`` to named parameters ``(..., *shape)``; integers for discrete ones."""
+        theta = self.layout.constrain(z)
+        whole = {site.name for site in self.layout.sites if site.num_categories is not None}
+        return {name: value.round().long() if name in whole else value for name, value in theta.items()}
+
+    def columns(self, num_draws: int = 4000, *, seed: int | None = None) -> Tensor:
+        """Draws as a table, ``(num_draws, column)``, one constrained number per column of ``layout.columns()``."""
+        return self._flat(self.draws(num_draws, seed=seed))
+
+    def _flat(self, z: Tensor) -> Tensor:
+        return self.layout.flatten(self.layout.constrain(z))
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log density of the family on unconstrained space, ``(..., dim) -> (...)``.
+
+        Raises:
+            NotAvailableError: If the family has no density.
+        """
+        return self.family.log_prob(z)
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        """Log joint of the model on unconstrained space, Jacobian included, ``(..., dim) -> (...)``.
+
+        Raises:
+            NotAvailableError: If the model is not there.
+        """
+        return self.require_model("the log joint").log_joint(z)
+
+    def require_model(self, what: str, *needs: Capability) -> Model:
+        """Return the model, or say why something cannot be had.
+
+        Args:
+            what: What it is for, as the message says it.
+            needs: Capabilities the model must have.
+
+        Raises:
+            NotAvailableError: If the model is not there or lacks a capability.
+        """
+        if self.model is None:
+            raise NotAvailableError(f"{what} needs the model of this posterior, and {self._no_model}.")
+        lacking = [str(need) for need in needs if need not in self.model.capabilities]
+        if lacking:
+            raise NotAvailableError(
+                f"{what} needs a model with {', '.join(lacking)}; {type(self.model).__name__} has none."
+            )
+        return self.model
+
+    # -- summaries -----------------------------------------------------------------------------------------------------
+    def mean(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
+        """Posterior mean.
+
+        Args:
+            unconstrained: Of ``z`` rather than of the constrained parameters.
+            num_draws: Draws to take where there is no closed form.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            ``(column,)`` in the order of ``layout.columns()``, or ``(dim,)``.
+        """
+        return self._moments(num_draws, seed, unconstrained=unconstrained)[0]
+
+    def sd(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
+        """Posterior standard deviations; arguments and order as in :meth:`mean`."""
+        return self._moments(num_draws, seed, unconstrained=unconstrained)[1].diagonal().clamp_min(0).sqrt()
+
+    def covariance(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
+        """Posterior covariance, ``(column, column)``; arguments and order as in :meth:`mean`."""
+        return self._moments(num_draws, seed, unconstrained=unconstrained)[1]
+
+    @torch.no_grad()
+    def _moments(self, num_draws: int, seed: int | None, *, unconstrained: bool) -> tuple[Tensor, Tensor]:
+        real = all(site.plain["kind"] == "real" for site in self.layout.sites)
+        if unconstrained or real:
+            try:
+                return self.family.moments()
+            except NotAvailableError:
+                pass
+        z = self.draws(num_draws, seed=seed)
+        x = z if unconstrained else self._flat(z).to(z.dtype)
+        centred = x - x.mean(0)
+        return x.mean(0), centred.T @ centred / max(x.shape[0] - 1, 1)
+
+    def summary(
+        self,
+        *,
+        num_draws: int = 4000,
+        seed: int | None = None,
+        probabilities: Sequence[float] = (0.05, 0.5, 0.95),
+    ) -> Summary:
+        """Mean, standard deviation, quantiles and Monte-Carlo error of each parameter.
+
+        Args:
+            num_draws: Number of draws.
+            seed: Seed of the draws; by default that of the fit.
+            probabilities: Probabilities of the quantiles.
+
+        Returns:
+            A table: prints, shows in a notebook, and gives ``.to_dict()``.
+        """
+        return summarise(self.columns(num_draws, seed=seed), self.layout.columns(), probabilities=probabilities)
+
+    def diagnose(self, *, num_draws: int = 4000, seed: int | None = None) -> Diagnosis:
+        """Say how the fit went and how far the posterior can be trusted.
+
+        Args:
+            num_draws: Draws for k-hat, the ELBO and restart agreement; at least 25.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            The figures and one sentence of advice; prints as a table, ``.to_dict()`` gives plain data.
+
+        Raises:
+            ConfigError: If there are fewer than 25 draws.
+        """
+        return diagnose(self, num_draws, seed)
+
+    # -- importance weights --------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def weighted(
+        self, num_draws: int = 4000, *, seed: int | None = None, family: Family | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws with both log densities, for importance weights.
+
+        Args:
+            num_draws: Number of draws.
+            seed: Seed of the draws; by default that of the fit.
+            family: Another family than the posterior's, for example one restart.
+
+        Returns:
+            ``z`` ``(num_draws, dim)``, ``log p(z, y)`` and ``log q(z)`` ``(num_draws,)``, float64 for the densities.
+
+        Raises:
+            NotAvailableError: If the family has no density or the model is not there.
+        """
+        self.require_model("an importance weight", Capability.LOG_JOINT)
+        chosen = self.family if family is None else family
+        if Capability.LOG_Q not in chosen.capabilities:
+            raise NotAvailableError(
+                f"importance weights need a density, and the family {self.record.family} is a sampler only."
+            )
+        _check_count("num_draws", num_draws)
+        z = chosen.sample(num_draws, generator=self._generator(seed))
+        return z, self.log_joint_in_chunks(z), chosen.log_prob(z).double()
+
+    @torch.no_grad()
+    def log_joint_in_chunks(self, z: Tensor) -> Tensor:
+        """Log joint of many points without a gradient, ``(draw, dim) -> (draw,)``, float64."""
+        model = self.require_model("the log joint", Capability.LOG_JOINT)
+        return torch.cat([model.log_joint(part) for part in z.split(_CHUNK)]).double()
+
+    def importance_weights(self, num_draws: int = 4000, *, seed: int | None = None) -> tuple[Tensor, Psis]:
+        """Draws with their Pareto-smoothed importance weights, ``z`` and :class:`~vifamily.diagnostics.Psis`."""
+        z, log_p, log_q = self.weighted(num_draws, seed=seed)
+        return z, psis(log_p - log_q)
+
+    def importance_resample(
+        self, num_draws: int = 1000, *, pool: int | None = None, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Draw from the posterior corrected by smoothed importance weights.
+
+        Args:
+            num_draws: Number of draws, with replacement.
+            pool: Draws of the family to choose from; by default four times as many, 4,000 at least.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            Name to ``(num_draws, *shape)``.
+
+        Raises:
+            NotAvailableError: If the family has no density, the model is not there, or no draw has weight.
+
+        Warns:
+            VifamilyWarning: If k-hat is above its threshold, so that the correction itself cannot be trusted.
+        """
+        _check_count("num_draws", num_draws)
+        z, weights = self.importance_weights(max(4 * num_draws, 4000) if pool is None else pool, seed=seed)
+        if not bool(weights.log_weight.isfinite().any()):
+            raise NotAvailableError("every draw has weight zero under the model: there is nothing to resample.")
+        if not weights.reliable:
+            warnings.warn(
+                f"k-hat {weights.k_hat:.2f} is above {weights.threshold:.2f}: a few draws carry most of the weight, so "
+                "the resampled posterior is no better founded than the fit. Use a richer family.",
+                VifamilyWarning,
+                stacklevel=2,
+            )
+        chosen = torch.multinomial(
+            weights.log_weight.exp(), num_draws, replacement=True, generator=self._generator(seed, 1)
+        )
+        return self.constrain(z[chosen.to(z.device)])
+
+    def stack(
+        self,
+        *,
+        method: Literal["importance", "predictive"] = "importance",
+        num_draws: int = 2000,
+        seed: int | None = None,
+    ) -> Posterior:
+        """Combine the restarts into one mixture.
+
+        ``"importance"`` weighs restarts so that the mixture is nearest to the posterior in inclusive divergence, by
+        multiple-importance weights on draws of all restarts: restarts in separate modes get the masses of the modes.
+        ``"predictive"`` weighs them for the best leave-one-out log score (stacking, Yao et al. 2022): better
+        predictions where the model is wrong, but not the masses of modes; needs a likelihood per datum.
+
+        Args:
+            method: How to weigh.
+            num_draws: Draws per restart.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            A posterior whose family is the mixture; its record's notes give the weights.
+
+        Raises:
+            NotAvailableError: If there was one restart, a family has no density, or the model lacks what is needed.
+            ConfigError: If the method is unknown.
+        """
+        if len(self.restarts) < 2:
+            raise NotAvailableError("stacking combines restarts, and this fit had one: fit with restarts=4.")
+        if method not in ("importance", "predictive"):
+            raise ConfigError(f"method must be 'importance' or 'predictive', got {method!r}.")
+        self.require_model("stacking", *([Capability.PER_DATUM] if method == "predictive" else []))
+        parts = []
+        for r, family in enumerate(self.restarts):
+            z, log_p, log_q = self.weighted(num_draws, seed=None if seed is None else seed + r, family=family)
+            parts.append((z, log_p, log_q))
+        if method == "importance":
+            with torch.no_grad():
+                z = torch.cat([part[0] for part in parts])
+                every = torch.stack([family.log_prob(z).double() for family in self.restarts], -1)
+            weights = importance_mixture_weights(torch.cat([part[1] for part in parts]), every)
+        else:
+            scores = [loo(self._log_likelihood(z), log_p - log_q).pointwise for z, log_p, log_q in parts]
+            weights = stacking_weights(torch.stack(scores, -1))
+        note = f"restarts stacked by {method} weights " + ", ".join(f"{w:.3f}" for w in weights.tolist())
+        record = dataclasses.replace(self.record, notes=(*self.record.notes, note))
+        out = Posterior(
+            self.model,
+            RestartMixture(self.restarts, weights),
+            record,
+            layout=self.layout,
+            problem=self.problem,
+            restarts=self.restarts,
+            objective=self.objective,
+            config=self.config,
+        )
+        out.problem_name = self.problem_name
+        return out
+
+    # -- predictions and checks ----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def _log_likelihood(self, z: Tensor) -> Tensor:
+        model = self.require_model("a likelihood per datum", Capability.PER_DATUM)
+        return torch.cat([model.log_likelihood(part) for part in z.split(_CHUNK)]).double()
+
+    def predict(self, x: Any, *, num_draws: int = 1000, seed: int | None = None, **options: Any) -> Any:
+        """Predict at new inputs, where the model has inputs: what its ``predict(z, x, **options)`` gives.
+
+        Args:
+            x: New inputs, as the model takes them.
+            num_draws: Number of posterior draws ``z`` ``(num_draws, dim)`` handed to the model.
+            seed: Seed of the draws; by default that of the fit.
+            options: Passed on.
+
+        Raises:
+            NotAvailableError: If the model does not predict.
+        """
+        model = self.require_model("a prediction")
+        predict = getattr(model, "predict", None)
+        if predict is None:
+            raise NotAvailableError(
+                f"the model {type(model).__name__} has no inputs to predict at; posterior_predictive() draws new data."
+            )
+        return predict(self.draws(num_draws, seed=seed), x, **options)
+
+    def prior_predictive(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw data from the prior predictive, name to ``(num_draws, ...)``.
+
+        Raises:
+            NotAvailableError: If the model cannot draw from its prior or its predictive.
+        """
+        _check_count("num_draws", num_draws)
+        model = self.require_model("the prior predictive", Capability.PRIOR_DRAWS, Capability.PREDICTIVE)
+        source = self._generator(seed, 2)
+        with torch.no_grad():
+            return model.predictive(model.sample_prior(num_draws, generator=source), generator=source)
+
+    def posterior_predictive(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw replicated data, one data set per posterior draw, name to ``(num_draws, ...)``.
+
+        Raises:
+            NotAvailableError: If the model cannot draw from its predictive.
+        """
+        model = self.require_model("the posterior predictive", Capability.PREDICTIVE)
+        with torch.no_grad():
+            return model.predictive(self.draws(num_draws, seed=seed), generator=self._generator(seed, 3))
+
+    def check(
+        self,
+        statistic: Callable[[Mapping[str, Tensor]], Tensor],
+        *,
+        prior: bool = False,
+        num_draws: int = 1000,
+        seed: int | None = None,
+    ) -> PredictiveCheck:
+        """Compare a statistic of the observed data with that of replicated data.
+
+        Args:
+            statistic: From a data set (name to tensor) to a number, for example ``lambda data: data["y"].max()``.
+            prior: Replicate from the prior instead of the posterior.
+            num_draws: Number of replicated data sets.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            The statistics and the upper tail probability.
+
+        Raises:
+            NotAvailableError: If the model cannot draw new data or does not name its observed data.
+        """
+        replicate = self.prior_predictive if prior else self.posterior_predictive
+        observed = self.require_model("a predictive check", Capability.PREDICTIVE).observed()
+        return predictive_check(
+            statistic, replicate(num_draws, seed=seed), observed, kind="prior" if prior else "posterior"
+        )
+
+    def loo(self, *, num_draws: int = 4000, seed: int | None = None) -> Loo:
+        """Leave-one-out cross-validation by importance sampling, corrected for the approximation.
+
+        Args:
+            num_draws: Number of draws.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            The expected log predictive density, its error, and a k-hat per datum.
+
+        Raises:
+            NotAvailableError: If the family has no density or the model no likelihood per datum.
+        """
+        self.require_model("leave-one-out", Capability.PER_DATUM)
+        z, log_p, log_q = self.weighted(num_draws, seed=seed)
+        return loo(self._log_likelihood(z), log_p - log_q)
+
+    # -- other tools ---------------------------------------------------------------------------------------------------
+    def to_arviz(self, *, num_draws: int = 1000, seed: int | None = None) -> Any:
+        """Return draws as ArviZ's ``InferenceData``.
+
+        Groups: ``posterior``; ``sample_stats`` with ``log_p``, ``log_q`` and the smoothed ``log_weight`` of each draw,
+        where there are densities; ``log_likelihood``, ``posterior_predictive`` and ``observed_data``, where the model
+        gives them; ``fit_trace``, the loss over the fit.
+
+        Args:
+            num_draws: Number of draws.
+            seed: Seed of the draws; by default that of the fit.
+
+        Raises:
+            ConfigError: If ``num_draws`` is not a positive integer.
+        """
+        z = self.draws(num_draws, seed=seed)
+        has = frozenset() if self.model is None else frozenset(self.model.capabilities)
+        stats: dict[str, Tensor] = {}
+        if Capability.LOG_JOINT in has:
+            stats["log_p"] = self.log_joint_in_chunks(z)
+        if Capability.LOG_Q in self.family.capabilities:
+            with torch.no_grad():
+                stats["log_q"] = self.log_prob(z).double()
+        if len(stats) == 2 and num_draws >= 25:
+            stats["log_weight"] = psis(stats["log_p"] - stats["log_q"]).log_weight
+        record, _ = self.record.to_plain()
+        predictive = Capability.PREDICTIVE in has
+        return to_inference_data(
+            self.constrain(z),
+            sample_stats=stats,
+            log_likelihood={"y": self._log_likelihood(z)} if Capability.PER_DATUM in has else None,
+            posterior_predictive=self.posterior_predictive(num_draws, seed=seed) if predictive else None,
+            observed_data=self._observed() if predictive else None,
+            trace=self.record.trace,
+            attributes={"inference_library": "vifamily", **{k: v for k, v in record.items() if v is not None}},
+        )
+
+    def _observed(self) -> dict[str, Tensor] | None:
+        try:
+            return None if self.model is None else self.model.observed()
+        except NotAvailableError:
+            return None
+
+    def plot(
+        self,
+        kind: Literal["pairs", "marginals", "contour", "trace", "khat"] = "pairs",
+        *,
+        reference: Any = None,
+        num_draws: int = 2000,
+        seed: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+    ) -> Any:
+        """Draw a picture.
+
+        Args:
+            kind: ``"pairs"``, ``"marginals"``, ``"contour"`` (two unconstrained coordinates), ``"trace"`` of the loss,
+                or ``"khat"``.
+            reference: Reference draws ``(draw, column)`` or a reference with ``draws``; by default that of the named
+                problem, where there is one.
+            num_draws: Draws shown.
+            seed: Seed of the draws; by default that of the fit.
+            path: Save the figure there too; the ending gives the format.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ConfigError: If the kind is unknown.
+            NotAvailableError: If the posterior lacks what the kind shows.
+        """
+        return draw_plot(self, kind, reference=reference, num_draws=num_draws, seed=seed, path=path)
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Save to a folder: tensors as safetensors, everything else as JSON (see :func:`load`).
+
+        The model is not saved, only the name of its problem and its point parameters.
+
+        Args:
+            path: The folder, created if need be.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        return save_posterior(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: Model | None = None,
+        family: Family | FamilyEntry | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Posterior:
+        """Load what :meth:`save` wrote; see :func:`load`."""
+        parts = load_parts(path, model=model, family=family, device=device)
+        name, why = parts.pop("problem_name"), parts.pop("no_model")
+        out = cls(**parts)
+        out.problem_name = name
+        if why is not None:
+            out._no_model = why
+        for part in (out.family, *out.restarts):
+            part.requires_grad_(requires_grad=False)
+        return out
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    model: Model | None = None,
+    family: Family | FamilyEntry | str | None = None,
+    device: torch.device | str | None = None,
+) -> Posterior:
+    """Load a saved posterior. Nothing in the files is executed.
+
+    Args:
+        path: The folder that :meth:`Posterior.save` wrote.
+        model: The model. A named problem is built again by its name; other models must be given for whatever needs
+            a log joint, and their point parameters are set to the saved ones. Without it draws, density and summary
+            work.
+        family: The family, its entry or a spec, for families that are not registered.
+        device: Where the family goes; by default the saved device, or the CPU where that is not there.
+
+    Returns:
+        The posterior; on the same machine its draws are those of the saved one.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated, changed, of another version, or does not fit the model or
+            family.
+
+    Example:
+        >>> load("nowhere")
+        Traceback (most recent call last):
+        vifamily.errors.CheckpointError: there is no checkpoint at nowhere/posterior.json: give the folder that was
+        saved to.
+    """
+    return Posterior.load(path, model=model, family=family, device=device)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < math.inf:
+        raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
