@@ -40,6 +40,10 @@ class FamilyEntry(abc.ABC):
     """What the built families can do at least, known before building (used to list what would work)."""
     restrict_scale: ClassVar[bool] = False
     """True when only a per-coordinate rescaling leaves the family unchanged (mean field)."""
+    log_q_is_bound: ClassVar[bool] = False
+    """True when the log density of draws is a stochastic bound, so that it differs from ``log_prob`` at the draws."""
+    given: ClassVar[bool] = False
+    """True for a module of the user's own, used as it stands: neither preconditioned nor started anew."""
 
     @abc.abstractmethod
     def build(self, latent: LatentSpec, *, generator: torch.Generator) -> Family:
@@ -90,6 +94,8 @@ class Family(nn.Module, abc.ABC):
     noise_spec: NoiseSpec
     vectorised: bool = True
     """Whether restarts can be run through ``torch.func.vmap``; others are looped over."""
+    log_q_is_bound: bool = False
+    """See :attr:`FamilyEntry.log_q_is_bound`."""
 
     def __init__(self, latent: LatentSpec) -> None:
         super().__init__()
@@ -132,6 +138,26 @@ class Family(nn.Module, abc.ABC):
             scale: ``(dim,)`` standard deviations, or ``(dim, dim)`` a lower-triangular factor of the covariance.
         """
         raise NotAvailableError(f"the family {type(self).__name__} cannot be started at given moments.")
+
+    def check_context(self, context: Tensor | None) -> None:
+        """Refuse a context where none was declared, and its absence where one was.
+
+        Raises:
+            IncompatibleError: If the family was built without a context and one is given.
+            ShapeError: If the context is missing or is not ``(datum, context_dim)``.
+        """
+        declared = self.latent.context_dim
+        if declared is None and context is not None:
+            raise IncompatibleError(
+                f"this {type(self).__name__} was built without a context, but one of shape {tuple(context.shape)} was "
+                "given. Build it with context_dim= in its LatentSpec.",
+                missing=(str(Capability.CONDITIONAL),),
+            )
+        if declared is not None and (context is None or context.dim() != 2 or context.shape[-1] != declared):
+            got = "none" if context is None else tuple(context.shape)
+            raise ShapeError(
+                f"{type(self).__name__} is conditional: give a context of shape (datum, {declared}), got {got}."
+            )
 
     # -- derived -----------------------------------------------------------------------------------------------------
     @property

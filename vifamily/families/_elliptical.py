@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import ConfigError, IncompatibleError, NotAvailableError, ShapeError
+from vifamily.errors import ConfigError, NotAvailableError, ShapeError
 from vifamily.families._base import Family, FamilyEntry
 from vifamily.families._nets import check_widths, mlp
 from vifamily.types import Capability, LatentSpec
@@ -21,6 +22,7 @@ _BASIC = frozenset(
         Capability.DRAWS,
         Capability.REPARAMETERISED,
         Capability.LOG_Q,
+        Capability.CHEAP_LOG_Q,
         Capability.ENTROPY,
         Capability.CONDITIONAL,
     }
@@ -71,7 +73,7 @@ class Radial:
         constant = math.lgamma(half) - math.lgamma(0.5 * self.df) - 0.5 * p * math.log(self.df * math.pi)
         arguments = torch.tensor([half, 0.5 * self.df], dtype=torch.float64)
         upper, lower = torch.digamma(arguments).tolist()
-        return half * (upper - lower) - constant
+        return float(half * (upper - lower) - constant)
 
 
 class EllipticalEntry(FamilyEntry):
@@ -83,7 +85,7 @@ class EllipticalEntry(FamilyEntry):
 
     def __post_init__(self) -> None:
         """Check the options; a Student-t entry does not claim to be Gaussian."""
-        df = self.student_t
+        df: Any = self.student_t
         if df is not None:
             if isinstance(df, bool) or not isinstance(df, int) or df <= 2:
                 raise ConfigError(
@@ -124,24 +126,17 @@ class EllipticalFamily(Family):
     def add_head(self, hidden: Sequence[int], generator: torch.Generator) -> None:
         """Make the parameters depend on a context, through a linear map or a perceptron that starts near zero."""
         if self.latent.context_dim is not None:
-            options = {"dtype": self.latent.dtype, "device": self.latent.device}
+            options: dict[str, Any] = {"dtype": self.latent.dtype, "device": self.latent.device}
             self.head = mlp(self.latent.context_dim, hidden, self.num_values, generator, last_gain=1e-2, **options)
 
     def values(self, context: Tensor | None) -> list[Tensor]:
         """Return the parameters, ``shape`` each, or ``(datum, *shape)`` under a context."""
         free = [getattr(self, name) for name in self.shapes]
         if self.head is None:
-            if context is not None:
-                raise IncompatibleError(
-                    f"this {type(self).__name__} was built without a context, but one of shape "
-                    f"{tuple(context.shape)} was given. Build it with context_dim= in its LatentSpec.",
-                    missing=(str(Capability.CONDITIONAL),),
-                )
+            self.check_context(context)
             return free
         if context is None:
-            raise ShapeError(
-                f"{type(self).__name__} is conditional: give a context of shape (datum, {self.latent.context_dim})."
-            )
+            raise ShapeError(f"{type(self).__name__} is conditional: give a context.")
         added = self.head(context).split([math.prod(shape) for shape in self.shapes.values()], dim=-1)
         return [f + a.reshape(a.shape[0], *f.shape) for f, a in zip(free, added, strict=True)]
 

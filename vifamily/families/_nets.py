@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, ShapeError
 
-__all__ = ["Table", "check_positive", "check_widths", "linear", "mlp", "normal"]
+__all__ = ["SamplerNet", "Table", "check_positive", "check_widths", "linear", "mlp", "normal"]
 
 
 def normal(
@@ -122,3 +122,58 @@ def check_widths(name: str, value: object) -> tuple[int, ...]:
     if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):
         raise ConfigError(f"{name} must be a list of positive integers such as [64, 64], got {value!r}.")
     return widths
+
+
+class SamplerNet(nn.Module):
+    """A generator network ``loc + skip e + unit net(e, context)``: near a linear map of the noise when it starts.
+
+    Args:
+        noise_dim: Size of the noise ``e``.
+        dim: Size of the output.
+        hidden: Widths of the hidden layers.
+        context_dim: Size of a context, 0 for none.
+        generator: Randomness of the weights.
+        dtype: Dtype of the weights.
+        device: Device of the weights.
+    """
+
+    direction: Tensor
+    unit: Tensor
+
+    def __init__(
+        self,
+        noise_dim: int,
+        dim: int,
+        hidden: Sequence[int],
+        context_dim: int,
+        generator: torch.Generator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        options = {"dtype": dtype, "device": device}
+        self.net = mlp(noise_dim + context_dim, hidden, dim, generator, dtype=dtype, device=device, last_gain=0.1)
+        self.loc = nn.Parameter(torch.zeros(dim, **options))
+        direction = torch.eye(dim, noise_dim, **options)
+        if noise_dim < dim:
+            # fewer inputs than outputs: rows of unit length, so that every output starts with unit variance
+            direction = nn.functional.normalize(normal((dim, noise_dim), generator, dtype=dtype, device=device), dim=-1)
+        self.register_buffer("direction", direction)
+        self.register_buffer("unit", torch.ones(dim, **options))
+        self.skip = nn.Parameter(direction.clone())
+
+    def forward(self, noise: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map noise ``(..., [datum,] noise_dim)`` to ``(..., [datum,] dim)``."""
+        inputs = noise
+        if context is not None:
+            inputs = torch.cat([noise, context.expand(*noise.shape[:-1], context.shape[-1])], dim=-1)
+        return self.loc + noise @ self.skip.mT + self.unit * self.net(inputs)
+
+    @torch.no_grad()
+    def start(self, mean: Tensor, scale: Tensor) -> None:
+        """Set mean and covariance of the linear part; ``scale`` is ``(dim,)`` or a factor ``(dim, dim)``."""
+        self.loc.copy_(mean)
+        scale = scale.to(self.skip)
+        self.skip.copy_(scale[:, None] * self.direction if scale.dim() == 1 else scale @ self.direction)
+        self.unit.copy_(scale if scale.dim() == 1 else scale.square().sum(-1).sqrt())

@@ -70,7 +70,8 @@ def whiten(lower: Tensor, r: Tensor) -> Tensor:
     # the diagonal of `lower` is taken to be one and never read
     if lower.dim() == 2:
         flat = r.reshape(-1, r.shape[-1])
-        return torch.linalg.solve_triangular(lower, flat.mT, upper=False, unitriangular=True).mT.reshape(r.shape)
+        solved: Tensor = torch.linalg.solve_triangular(lower, flat.mT, upper=False, unitriangular=True)
+        return solved.mT.reshape(r.shape)
     flat = r.expand(*r.shape[:-2], lower.shape[0], r.shape[-1]).reshape(-1, lower.shape[0], r.shape[-1])
     solved = torch.linalg.solve_triangular(lower, flat.permute(1, 2, 0), upper=False, unitriangular=True)
     return solved.permute(2, 0, 1).reshape(*r.shape[:-2], lower.shape[0], r.shape[-1])

@@ -53,6 +53,7 @@ class LowRank(EllipticalEntry):
     rank: int = 2
     student_t: int | None = None
     hidden: Sequence[int] = ()
+    restrict_scale = True
 
     def __post_init__(self) -> None:
         """Check the rank and the shared options."""
@@ -98,7 +99,8 @@ class LowRankFamily(EllipticalFamily):
     def _inner(self, factor: Tensor) -> Tensor:
         """Cholesky factor of ``I + W^T W``."""
         eye = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)
-        return torch.linalg.cholesky(eye + factor.mT @ factor)
+        inner: Tensor = torch.linalg.cholesky(eye + factor.mT @ factor)
+        return inner
 
     def _log_density(self, r: Tensor, log_diagonal: Tensor, factor: Tensor) -> Tensor:
         """Log density where ``r = D^-1 (u - loc)``."""
@@ -170,4 +172,5 @@ class LowRankFamily(EllipticalFamily):
             loading = vectors[:, -self.rank :] * values[-self.rank :].clamp_min(0).sqrt()
             own = 1 - loading.square().sum(-1)
         own = own.clamp(1e-6, 1.0)
-        return loading / own.sqrt()[:, None]
+        out: Tensor = loading / own.sqrt()[:, None]
+        return out

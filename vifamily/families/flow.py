@@ -1,0 +1,218 @@
+"""Normalizing flows of zuko, run in the direction in which a draw and its density come from one pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import ConfigError
+from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
+from vifamily.families._foreign import load
+from vifamily.families._nets import check_positive, check_widths
+from vifamily.families.full_rank import strict_lower, whiten
+from vifamily.registry import register
+from vifamily.rng import scoped
+from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
+
+__all__ = ["Flow", "FlowFamily"]
+
+_CAPABILITIES = frozenset({Capability.DRAWS, Capability.REPARAMETERISED, Capability.LOG_Q, Capability.CONDITIONAL})
+_KINDS = ("nsf", "maf", "nice", "realnvp", "bpf")
+_COUPLING = ("nice", "realnvp")
+_ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU, "relu": nn.ReLU}
+_START = 1e-2
+_LARGEST_FULL = 256
+
+
+@register("families", "flow")
+@dataclasses.dataclass(frozen=True)
+class Flow(FamilyEntry):
+    """A normalizing flow ``z = loc + L f(e)``, ``e`` standard normal, ``f`` from zuko and ``L`` lower triangular.
+
+    ``log q(z) = log N(e) - log |det df/de| - log |det L|``. The triangular map makes the family contain every Gaussian;
+    ``f`` starts near the identity. The autoregressive direction is that of the inverse autoregressive flow (Kingma et
+    al., NeurIPS 2016): a draw and its density take one pass through the networks, while the density at other points
+    inverts ``f``, which takes as many passes as ``passes`` says.
+
+    Kinds: ``nsf`` neural spline flow (Durkan et al., NeurIPS 2019), ``maf`` affine autoregressive (Papamakarios et al.,
+    NeurIPS 2017), ``nice`` and ``realnvp`` affine coupling (Dinh et al., ICLR 2017), ``bpf`` Bernstein polynomials
+    (Sick et al., ICPR 2020; inverted by bisection to about 1e-6).
+
+    Args:
+        kind: One of the kinds above.
+        transforms: Number of layers.
+        hidden: Widths of the networks of each layer.
+        passes: For autoregressive kinds, passes that an inversion takes: None for fully autoregressive (one pass per
+            coordinate), 2 for a coupling.
+        bins: Bins of a spline, or degree of a polynomial.
+        activation: ``silu``, ``tanh``, ``elu`` (smooth) or ``relu``.
+        affine: ``full`` for a triangular ``L``, ``diagonal``, or ``auto``: full up to 256 coordinates.
+
+    Raises:
+        ConfigError: If an option is unknown or not a positive integer.
+
+    Example:
+        >>> import torch
+        >>> from vifamily.types import LatentSpec
+        >>> family = Flow(kind="maf", transforms=1).build(LatentSpec(2), generator=torch.Generator().manual_seed(0))
+        >>> draw = family(torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+        >>> bool((draw.log_q - family.log_prob(draw.z)).abs().max() < 1e-8)
+        True
+    """
+
+    kind: str = "nsf"
+    transforms: int = 3
+    hidden: Sequence[int] = (64, 64)
+    passes: int | None = None
+    bins: int = 8
+    activation: str = "silu"
+    affine: str = "auto"
+    capabilities = _CAPABILITIES
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for name, value, known in (
+            ("kind", self.kind, _KINDS),
+            ("activation", self.activation, tuple(_ACTIVATIONS)),
+            ("affine", self.affine, ("auto", "full", "diagonal")),
+        ):
+            if value not in known:
+                raise ConfigError(f"unknown {name} {value!r} of a flow: choose one of {', '.join(known)}.")
+        check_positive("transforms", self.transforms)
+        check_positive("bins", self.bins, least=2)
+        object.__setattr__(self, "hidden", check_widths("hidden", self.hidden))
+        if self.passes is not None:
+            check_positive("passes", self.passes, least=2)
+            if self.kind in _COUPLING:
+                raise ConfigError(f"the coupling flow {self.kind!r} has no passes= to choose: leave it out.")
+        if self.cheap:
+            object.__setattr__(self, "capabilities", _CAPABILITIES | {Capability.CHEAP_LOG_Q})
+
+    @property
+    def cheap(self) -> bool:
+        """Whether an inversion costs about as much as a draw."""
+        return self.kind in _COUPLING or (self.passes == 2 and self.kind != "bpf")
+
+    def build(self, latent: LatentSpec, *, generator: torch.Generator) -> FlowFamily:
+        """Build the flow near the standard normal law."""
+        self.check_space(latent)
+        return FlowFamily(latent, self, self._make(latent, generator))
+
+    def _make(self, latent: LatentSpec, generator: torch.Generator) -> nn.Module:
+        flows = load("zuko.flows")
+        make = {"nsf": flows.NSF, "maf": flows.MAF, "nice": flows.NICE, "realnvp": flows.RealNVP, "bpf": flows.BPF}
+        options: dict[str, Any] = {"hidden_features": list(self.hidden), "activation": _ACTIVATIONS[self.activation]}
+        if latent.dim == 1 and latent.context_dim is None:
+            options = {}  # one coordinate without context has no network: its spline or scale is a free parameter
+        if self.kind not in _COUPLING and latent.dim > 1:
+            options["passes"] = self.passes
+        options.update({"nsf": {"bins": self.bins}, "bpf": {"degree": self.bins}}.get(self.kind, {}))
+        # zuko draws its weights from the global stream
+        with scoped(generator):
+            flow = make[self.kind](latent.dim, context=latent.context_dim or 0, transforms=self.transforms, **options)
+        transform: nn.Module = flow.transform.to(dtype=latent.dtype, device=latent.device)
+        _near_identity(transform)
+        _constant_masks(transform)
+        return transform
+
+
+def _near_identity(transform: nn.Module) -> None:
+    """Scale down what parametrises each layer; all kinds are the identity where it is zero."""
+    with torch.no_grad():
+        for layer in transform.modules():
+            module: Any = layer
+            if hasattr(module, "hyper"):
+                last = [part for part in module.hyper if hasattr(part, "weight")][-1]
+                last.weight.mul_(_START)
+                last.bias.mul_(_START)
+            elif hasattr(module, "phi"):
+                for phi in module.phi:
+                    phi.mul_(_START)
+
+
+def _constant_masks(transform: nn.Module) -> None:
+    """Keep coupling masks out of the buffers: zuko reads positions from them, which vmap over buffers forbids."""
+    for module in transform.modules():
+        mask = module._buffers.get("mask")
+        if mask is not None and hasattr(module, "hyper"):
+            del module._buffers["mask"]
+            object.__setattr__(module, "mask", mask)
+
+
+class FlowFamily(Family):
+    """The module of :class:`Flow`: ``layers`` from zuko, ``loc``, ``log_diagonal`` ``(dim,)`` and ``lower``.
+
+    Args:
+        latent: What is covered.
+        entry: Hyper-parameters.
+        layers: zuko's lazy transform.
+    """
+
+    position: Tensor
+
+    def __init__(self, latent: LatentSpec, entry: Flow, layers: nn.Module) -> None:
+        super().__init__(latent)
+        dim = latent.dim
+        options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
+        self.layers = layers
+        self.full = entry.affine == "full" or (entry.affine == "auto" and dim <= _LARGEST_FULL)
+        self.capabilities = entry.capabilities
+        # zuko inverts Bernstein polynomials by calls of autograd that vmap does not allow
+        self.vectorised = entry.kind != "bpf"
+        self.noise_spec = NoiseSpec((dim,))
+        self.loc = nn.Parameter(torch.zeros(dim, **options))
+        self.log_diagonal = nn.Parameter(torch.zeros(dim, **options))
+        size = dim * (dim - 1) // 2 if self.full else 0
+        if size:
+            self.lower = nn.Parameter(torch.zeros(size, **options))
+            rows, columns = torch.tril_indices(dim, dim, -1)
+            position = torch.full((dim, dim), size, dtype=torch.long)
+            position[rows, columns] = torch.arange(size)
+            self.register_buffer("position", position.to(latent.device), persistent=False)
+        else:
+            self.full = False
+
+    def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
+        """Map noise to draws and their log density in one pass."""
+        self.check_context(context)
+        # zuko writes into a new tensor of the kind of its input: a buffer added makes it carry the axis of vmap
+        base = noise + torch.zeros_like(self.shift)
+        v, log_jacobian = self.layers(context).call_and_ladj(base)
+        log_q = _standard_normal(noise) - log_jacobian - self.log_diagonal.sum(-1)
+        scaled = v + v @ strict_lower(self.lower, self.position).mT if self.full else v
+        return Draw(self.loc + self.log_diagonal.exp() * scaled, log_q, uniform_log_weight(log_q, noise.shape[0]))
+
+    def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
+        """Log density in standardised coordinates, by inverting the flow."""
+        self.check_context(context)
+        v = (u - self.loc) * (-self.log_diagonal).exp()
+        if self.full:
+            v = whiten(strict_lower(self.lower, self.position), v)
+        layers = self.layers(context)
+        base = layers.inv(v)
+        _, log_jacobian = layers.call_and_ladj(base)
+        out: Tensor = _standard_normal(base) - log_jacobian - self.log_diagonal.sum(-1)
+        return out
+
+    @torch.no_grad()
+    def start_at(self, mean: Tensor, scale: Tensor) -> None:
+        """Set the affine map; the flow before it stays as it is, near the identity when it was just built."""
+        diagonal = scale if scale.dim() == 1 else scale.diagonal()
+        if scale.dim() == 2 and not self.full:
+            diagonal = scale.square().sum(-1).sqrt()
+        self.loc.copy_(mean)
+        self.log_diagonal.copy_(diagonal.abs().log())
+        if self.full:
+            self.lower.zero_()
+            if scale.dim() == 2:
+                rows, columns = torch.tril_indices(self.dim, self.dim, -1)
+                self.lower.copy_((scale * diagonal.sign() / diagonal.abs()[:, None])[rows, columns])
+
+
+def _standard_normal(e: Tensor) -> Tensor:
+    return -0.5 * e.square().sum(-1) - 0.5 * e.shape[-1] * math.log(2 * math.pi)
