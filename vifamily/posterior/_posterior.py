@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,33 +18,26 @@ from vifamily.diagnostics import (
     PredictiveCheck,
     Psis,
     RestartMixture,
-    Summary,
     importance_mixture_weights,
     loo,
     predictive_check,
     psis,
     stacking_weights,
-    summarise,
 )
 from vifamily.diagnostics.inference_data import to_inference_data
 from vifamily.errors import ConfigError, NotAvailableError, VifamilyWarning
 from vifamily.families._base import Family, FamilyEntry
 from vifamily.models._base import Model
+from vifamily.posterior._core import PosteriorCore, check_count
 from vifamily.posterior._diagnose import diagnose
 from vifamily.posterior._draw_plots import draw_plot
-from vifamily.posterior._record import FitRecord
 from vifamily.posterior._saving import load_parts, save_posterior
-from vifamily.rng import generator
-from vifamily.supports import Layout
 from vifamily.types import Capability
 
 __all__ = ["Posterior", "load"]
 
-_CHUNK = 256
-"""Draws given to the model at once, to bound the memory of likelihoods per datum."""
 
-
-class Posterior:
+class Posterior(PosteriorCore):
     """A fitted family over the parameters of a model.
 
     Draws without a ``seed`` come from the stream ``"posterior"`` of the fit's own seed: asked twice, they are the same.
@@ -63,6 +55,7 @@ class Posterior:
     Example:
         >>> from vifamily.families.mean_field import MeanField
         >>> from vifamily.models.density import Density
+        >>> from vifamily.posterior import FitRecord
         >>> from vifamily.types import LatentSpec
         >>> model = Density(lambda z: -0.5 * (z**2).sum(-1), dim=2)
         >>> family = MeanField().build(LatentSpec(2), generator=torch.Generator())
@@ -71,175 +64,6 @@ class Posterior:
         >>> posterior.sample(10)["z"].shape, posterior.diagnose().k_hat  # the family is the posterior: equal weights
         (torch.Size([10, 2]), 0.0)
     """
-
-    def __init__(
-        self,
-        model: Model | None,
-        family: Family,
-        record: FitRecord,
-        *,
-        layout: Layout,
-        problem: Any = None,
-        restarts: Sequence[Family] = (),
-        objective: Any = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.model, self.family, self.record, self.layout = model, family, record, layout
-        self.problem, self.restarts, self.objective = problem, tuple(restarts), objective
-        self.config: dict[str, Any] | None = None if config is None else dict(config)
-        self.problem_name: str | None = getattr(problem, "name", None)
-        self._no_model = "it was loaded without its model: pass it as load(path, model=...)"
-
-    def __repr__(self) -> str:
-        record = self.record
-        return (
-            f"Posterior({record.family}, {record.objective}, {record.stop_reason} after {record.steps} steps: "
-            f"{self.layout!r})"
-        )
-
-    @property
-    def dim(self) -> int:
-        """Number of unconstrained coordinates."""
-        return self.layout.dim
-
-    # -- draws and densities -------------------------------------------------------------------------------------------
-    def _generator(self, seed: int | None, *index: int) -> torch.Generator:
-        return generator(self.record.seed if seed is None else seed, "posterior", *index)
-
-    def draws(self, num_draws: int = 1000, *, seed: int | None = None) -> Tensor:
-        """Draw on unconstrained space.
-
-        Families whose draws carry weights (ensembles) are resampled by them.
-
-        Args:
-            num_draws: Number of draws, at least 1.
-            seed: Seed of the draws; by default that of the fit.
-
-        Returns:
-            ``(num_draws, dim)``, equally weighted.
-
-        Raises:
-            ConfigError: If ``num_draws`` is not a positive integer.
-        """
-        _check_count("num_draws", num_draws)
-        return self.family.sample(num_draws, generator=self._generator(seed))
-
-    def sample(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
-        """Draw named parameters in their supports.
-
-        Args:
-            num_draws: Number of draws, at least 1.
-            seed: Seed of the draws; by default that of the fit.
-
-        Returns:
-            Name to ``(num_draws, *shape)``, in the dtype of the fit; integers for discrete parameters.
-
-        Raises:
-            ConfigError: If ``num_draws`` is not a positive integer.
-        """
-        return self.constrain(self.draws(num_draws, seed=seed))
-
-    def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """Map unconstrained points ``(..., dim)`` to named parameters ``(..., *shape)``; integers for discrete ones."""
-        theta = self.layout.constrain(z)
-        whole = {site.name for site in self.layout.sites if site.num_categories is not None}
-        return {name: value.round().long() if name in whole else value for name, value in theta.items()}
-
-    def columns(self, num_draws: int = 4000, *, seed: int | None = None) -> Tensor:
-        """Draws as a table, ``(num_draws, column)``, one constrained number per column of ``layout.columns()``."""
-        return self._flat(self.draws(num_draws, seed=seed))
-
-    def _flat(self, z: Tensor) -> Tensor:
-        return self.layout.flatten(self.layout.constrain(z))
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log density of the family on unconstrained space, ``(..., dim) -> (...)``.
-
-        Raises:
-            NotAvailableError: If the family has no density.
-        """
-        return self.family.log_prob(z)
-
-    def log_joint(self, z: Tensor) -> Tensor:
-        """Log joint of the model on unconstrained space, Jacobian included, ``(..., dim) -> (...)``.
-
-        Raises:
-            NotAvailableError: If the model is not there.
-        """
-        return self.require_model("the log joint").log_joint(z)
-
-    def require_model(self, what: str, *needs: Capability) -> Model:
-        """Return the model, or say why something cannot be had.
-
-        Args:
-            what: What it is for, as the message says it.
-            needs: Capabilities the model must have.
-
-        Raises:
-            NotAvailableError: If the model is not there or lacks a capability.
-        """
-        if self.model is None:
-            raise NotAvailableError(f"{what} needs the model of this posterior, and {self._no_model}.")
-        lacking = [str(need) for need in needs if need not in self.model.capabilities]
-        if lacking:
-            raise NotAvailableError(
-                f"{what} needs a model with {', '.join(lacking)}; {type(self.model).__name__} has none."
-            )
-        return self.model
-
-    # -- summaries -----------------------------------------------------------------------------------------------------
-    def mean(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
-        """Posterior mean.
-
-        Args:
-            unconstrained: Of ``z`` rather than of the constrained parameters.
-            num_draws: Draws to take where there is no closed form.
-            seed: Seed of the draws; by default that of the fit.
-
-        Returns:
-            ``(column,)`` in the order of ``layout.columns()``, or ``(dim,)``.
-        """
-        return self._moments(num_draws, seed, unconstrained=unconstrained)[0]
-
-    def sd(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
-        """Posterior standard deviations; arguments and order as in :meth:`mean`."""
-        return self._moments(num_draws, seed, unconstrained=unconstrained)[1].diagonal().clamp_min(0).sqrt()
-
-    def covariance(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
-        """Posterior covariance, ``(column, column)``; arguments and order as in :meth:`mean`."""
-        return self._moments(num_draws, seed, unconstrained=unconstrained)[1]
-
-    @torch.no_grad()
-    def _moments(self, num_draws: int, seed: int | None, *, unconstrained: bool) -> tuple[Tensor, Tensor]:
-        real = all(site.plain["kind"] == "real" for site in self.layout.sites)
-        if unconstrained or real:
-            try:
-                return self.family.moments()
-            except NotAvailableError:
-                pass
-        z = self.draws(num_draws, seed=seed)
-        x = z if unconstrained else self._flat(z).to(z.dtype)
-        centred = x - x.mean(0)
-        return x.mean(0), centred.T @ centred / max(x.shape[0] - 1, 1)
-
-    def summary(
-        self,
-        *,
-        num_draws: int = 4000,
-        seed: int | None = None,
-        probabilities: Sequence[float] = (0.05, 0.5, 0.95),
-    ) -> Summary:
-        """Mean, standard deviation, quantiles and Monte-Carlo error of each parameter.
-
-        Args:
-            num_draws: Number of draws.
-            seed: Seed of the draws; by default that of the fit.
-            probabilities: Probabilities of the quantiles.
-
-        Returns:
-            A table: prints, shows in a notebook, and gives ``.to_dict()``.
-        """
-        return summarise(self.columns(num_draws, seed=seed), self.layout.columns(), probabilities=probabilities)
 
     def diagnose(self, *, num_draws: int = 4000, seed: int | None = None) -> Diagnosis:
         """Say how the fit went and how far the posterior can be trusted.
@@ -257,39 +81,6 @@ class Posterior:
         return diagnose(self, num_draws, seed)
 
     # -- importance weights --------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def weighted(
-        self, num_draws: int = 4000, *, seed: int | None = None, family: Family | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws with both log densities, for importance weights.
-
-        Args:
-            num_draws: Number of draws.
-            seed: Seed of the draws; by default that of the fit.
-            family: Another family than the posterior's, for example one restart.
-
-        Returns:
-            ``z`` ``(num_draws, dim)``, ``log p(z, y)`` and ``log q(z)`` ``(num_draws,)``, float64 for the densities.
-
-        Raises:
-            NotAvailableError: If the family has no density or the model is not there.
-        """
-        self.require_model("an importance weight", Capability.LOG_JOINT)
-        chosen = self.family if family is None else family
-        if Capability.LOG_Q not in chosen.capabilities:
-            raise NotAvailableError(
-                f"importance weights need a density, and the family {self.record.family} is a sampler only."
-            )
-        _check_count("num_draws", num_draws)
-        z = chosen.sample(num_draws, generator=self._generator(seed))
-        return z, self.log_joint_in_chunks(z), chosen.log_prob(z).double()
-
-    @torch.no_grad()
-    def log_joint_in_chunks(self, z: Tensor) -> Tensor:
-        """Log joint of many points without a gradient, ``(draw, dim) -> (draw,)``, float64."""
-        model = self.require_model("the log joint", Capability.LOG_JOINT)
-        return torch.cat([model.log_joint(part) for part in z.split(_CHUNK)]).double()
-
     def importance_weights(self, num_draws: int = 4000, *, seed: int | None = None) -> tuple[Tensor, Psis]:
         """Draws with their Pareto-smoothed importance weights, ``z`` and :class:`~vifamily.diagnostics.Psis`."""
         z, log_p, log_q = self.weighted(num_draws, seed=seed)
@@ -314,7 +105,7 @@ class Posterior:
         Warns:
             VifamilyWarning: If k-hat is above its threshold, so that the correction itself cannot be trusted.
         """
-        _check_count("num_draws", num_draws)
+        check_count("num_draws", num_draws)
         z, weights = self.importance_weights(max(4 * num_draws, 4000) if pool is None else pool, seed=seed)
         if not bool(weights.log_weight.isfinite().any()):
             raise NotAvailableError("every draw has weight zero under the model: there is nothing to resample.")
@@ -361,17 +152,14 @@ class Posterior:
         if method not in ("importance", "predictive"):
             raise ConfigError(f"method must be 'importance' or 'predictive', got {method!r}.")
         self.require_model("stacking", *([Capability.PER_DATUM] if method == "predictive" else []))
-        parts = []
-        for r, family in enumerate(self.restarts):
-            z, log_p, log_q = self.weighted(num_draws, seed=None if seed is None else seed + r, family=family)
-            parts.append((z, log_p, log_q))
+        parts = [self.weighted(num_draws, seed=seed, restart=r) for r in range(len(self.restarts))]
         if method == "importance":
             with torch.no_grad():
                 z = torch.cat([part[0] for part in parts])
                 every = torch.stack([family.log_prob(z).double() for family in self.restarts], -1)
             weights = importance_mixture_weights(torch.cat([part[1] for part in parts]), every)
         else:
-            scores = [loo(self._log_likelihood(z), log_p - log_q).pointwise for z, log_p, log_q in parts]
+            scores = [loo(self.log_likelihood_in_chunks(z), log_p - log_q).pointwise for z, log_p, log_q in parts]
             weights = stacking_weights(torch.stack(scores, -1))
         note = f"restarts stacked by {method} weights " + ", ".join(f"{w:.3f}" for w in weights.tolist())
         record = dataclasses.replace(self.record, notes=(*self.record.notes, note))
@@ -389,11 +177,6 @@ class Posterior:
         return out
 
     # -- predictions and checks ----------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def _log_likelihood(self, z: Tensor) -> Tensor:
-        model = self.require_model("a likelihood per datum", Capability.PER_DATUM)
-        return torch.cat([model.log_likelihood(part) for part in z.split(_CHUNK)]).double()
-
     def predict(self, x: Any, *, num_draws: int = 1000, seed: int | None = None, **options: Any) -> Any:
         """Predict at new inputs, where the model has inputs: what its ``predict(z, x, **options)`` gives.
 
@@ -420,7 +203,7 @@ class Posterior:
         Raises:
             NotAvailableError: If the model cannot draw from its prior or its predictive.
         """
-        _check_count("num_draws", num_draws)
+        check_count("num_draws", num_draws)
         model = self.require_model("the prior predictive", Capability.PRIOR_DRAWS, Capability.PREDICTIVE)
         source = self._generator(seed, 2)
         with torch.no_grad():
@@ -479,7 +262,7 @@ class Posterior:
         """
         self.require_model("leave-one-out", Capability.PER_DATUM)
         z, log_p, log_q = self.weighted(num_draws, seed=seed)
-        return loo(self._log_likelihood(z), log_p - log_q)
+        return loo(self.log_likelihood_in_chunks(z), log_p - log_q)
 
     # -- other tools ---------------------------------------------------------------------------------------------------
     def to_arviz(self, *, num_draws: int = 1000, seed: int | None = None) -> Any:
@@ -511,7 +294,7 @@ class Posterior:
         return to_inference_data(
             self.constrain(z),
             sample_stats=stats,
-            log_likelihood={"y": self._log_likelihood(z)} if Capability.PER_DATUM in has else None,
+            log_likelihood={"y": self.log_likelihood_in_chunks(z)} if Capability.PER_DATUM in has else None,
             posterior_predictive=self.posterior_predictive(num_draws, seed=seed) if predictive else None,
             observed_data=self._observed() if predictive else None,
             trace=self.record.trace,
@@ -622,8 +405,3 @@ def load(
         saved to.
     """
     return Posterior.load(path, model=model, family=family, device=device)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < math.inf:
-        raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
