@@ -27,8 +27,8 @@ class Reference:
     """What is known about a posterior, on the constrained scale.
 
     Attributes:
-        kind: Where it comes from: ``"analytic"`` (closed form), ``"quadrature"`` (numerical integration, exact to at least eight digits), ``"nuts"`` (a long
-            Markov chain of ours) or ``"published"`` (somebody else's).
+        kind: Where it comes from: ``"analytic"`` (closed form), ``"quadrature"`` (numerical integration, exact to at
+            least eight digits), ``"nuts"`` (a long Markov chain of ours) or ``"published"`` (somebody else's).
         names: Names of the columns, such as ``"mu"`` or ``"theta[0]"``, counted from 0.
         mean: Posterior means, one per column.
         sd: Posterior standard deviations, one per column.
@@ -67,14 +67,18 @@ class Reference:
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != (size,) or not np.isfinite(value).all():
-                raise ReferenceDataError(f"the reference's {label} must be {size} finite numbers, one per name, got shape {value.shape}.")
+                raise ReferenceDataError(
+                    f"the reference's {label} must be {size} finite numbers, one per name, got shape {value.shape}."
+                )
             object.__setattr__(self, label, value)
         if not (self.sd > 0).all():
             raise ReferenceDataError(f"the reference's standard deviations must be positive, got {self.sd}.")
         if self.draws is not None:
             draws = np.asarray(self.draws, dtype=np.float64)
             if draws.ndim != 2 or draws.shape[1] != size or not len(draws) or not np.isfinite(draws).all():
-                raise ReferenceDataError(f"the reference's draws must be finite and of shape (draw, {size}), got {draws.shape}.")
+                raise ReferenceDataError(
+                    f"the reference's draws must be finite and of shape (draw, {size}), got {draws.shape}."
+                )
             object.__setattr__(self, "draws", draws)
 
     def column(self, name: str) -> int:
@@ -97,7 +101,8 @@ class Problem:
         model: The model.
         reference: What is known, or None.
         description: One or two sentences on what the problem is and what makes it hard.
-        quantities: From constrained parameters to the reference's columns ``(draw, column)``, where those are not simply the parameters one after the other.
+        quantities: From constrained parameters to the reference's columns ``(draw, column)``, where those are not
+            simply the parameters one after the other.
     """
 
     name: str
@@ -121,7 +126,8 @@ class Problem:
         out: Tensor = self.model.layout.flatten(theta) if self.quantities is None else self.quantities(theta)
         if self.reference is not None and out.shape[-1] != len(self.reference.names):
             raise ShapeError(
-                f"the problem {self.name!r} gave {out.shape[-1]} columns, its reference has {len(self.reference.names)}."
+                f"the problem {self.name!r} gave {out.shape[-1]} columns, "
+                f"its reference has {len(self.reference.names)}."
             )
         return out
 

@@ -1,4 +1,4 @@
-"""Log densities of the usual laws, elementwise and without the checks of a distribution object, which cost more than the formula."""
+"""Log densities of the usual laws, elementwise, without the costly checks of a distribution object."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 def normal_log_density(x: Tensor, mean: Tensor | float = 0.0, sd: Tensor | float = 1.0) -> Tensor:
-    """Return the log density of a normal law, elementwise, without the checks (and the cost) of a distribution object."""
+    """Return the log density of a normal law."""
     log_sd = sd.log() if isinstance(sd, Tensor) else math.log(sd)
     return -0.5 * ((x - mean) / sd).square() - log_sd - _HALF_LOG_TWO_PI
 
 
 def half_cauchy_log_density(x: Tensor, scale: float) -> Tensor:
-    """Return the log density of a Cauchy law on the positive half-line, up to rounding also where ``x ** 2`` would overflow."""
+    """Return the log density of a Cauchy law on the positive half-line, finite also where ``x ** 2`` overflows."""
     log_ratio = x.log() - math.log(scale)
     return math.log(2 / (math.pi * scale)) - torch.nn.functional.softplus(2 * log_ratio)
 
@@ -52,8 +52,9 @@ def student_t_log_density(x: Tensor, df: Tensor, mean: Tensor, scale: Tensor) ->
 def bounded_exp(x: Tensor, limit: float = 40.0) -> Tensor:
     """Return ``exp(x)``, continued by its tangent above ``limit``.
 
-    A Poisson rate ``exp(x)`` overflows for far starting points, and an infinite value has a NaN gradient. A clamp would drop the gradient that leads back; the
-    tangent keeps it. With ``limit=40`` the rate is above 1e17 there, where no posterior of these problems has mass.
+    A Poisson rate ``exp(x)`` overflows for far starting points, and an infinite value has a NaN gradient. A clamp would
+    drop the gradient that leads back; the tangent keeps it. With ``limit=40`` the rate is above 1e17 there, where no
+    posterior of these problems has mass.
 
     Example:
         >>> import torch

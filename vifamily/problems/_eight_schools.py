@@ -51,16 +51,30 @@ def eight_schools_model(
             return top + normal_log_density(values["theta"], mu.unsqueeze(-1), tau.unsqueeze(-1)).sum(-1)
         return top + normal_log_density(values["eta"]).sum(-1)
 
-    def log_likelihood(values: dict[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        index, observed, sd = batch
-        return normal_log_density(observed, schools(values)[..., index], sd)
+    def log_likelihood(values: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        return normal_log_density(batch["y"], schools(values)[..., batch["school"]], batch["sigma"])
 
     def quantities(values: dict[str, Tensor]) -> Tensor:
         return torch.cat([schools(values), values["mu"].unsqueeze(-1), values["tau"].unsqueeze(-1)], dim=-1)
 
+    def sample_prior(num_draws: int, generator: torch.Generator) -> dict[str, Tensor]:
+        normal = torch.randn(num_draws, size + 1, generator=generator, dtype=effect.dtype)
+        uniform = torch.rand(num_draws, generator=generator, dtype=effect.dtype).clamp(1e-6, 1 - 1e-6)
+        mu, tau = MU_SD * normal[:, 0], TAU_SCALE * torch.tan(0.5 * math.pi * uniform)
+        eta = normal[:, 1:]
+        return {name: mu.unsqueeze(-1) + tau.unsqueeze(-1) * eta if centered else eta, "mu": mu, "tau": tau}
+
+    def simulate(values: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        centre = schools(values)
+        return {"y": centre + error * torch.randn(centre.shape, generator=generator, dtype=centre.dtype)}
+
     model = LikelihoodModel(
-        log_prior, log_likelihood, data=(torch.arange(size), effect, error), num_data=size,
+        log_prior,
+        log_likelihood,
+        data={"school": torch.arange(size), "y": effect, "sigma": error},
         parameters={name: ((size,), "real"), "mu": "real", "tau": "positive"},
+        sample_prior=sample_prior,
+        simulate=simulate,
     )
     return model, quantities
 
@@ -68,8 +82,10 @@ def eight_schools_model(
 def eight_schools_reference(effect: np.ndarray, error: np.ndarray) -> Reference:
     r"""Integrate the posterior over :math:`\log\tau`; given :math:`\tau` everything else is normal, in closed form.
 
-    With :math:`v_j = \sigma_j^2 + \tau^2`, the marginal of the data is :math:`N(0,\ \mathrm{diag}(v) + s_\mu^2 \mathbf 1 \mathbf 1^T)`, the one of
-    :math:`\mu` has precision :math:`s_\mu^{-2} + \sum_j v_j^{-1}`, and :math:`\theta_j` shrinks to :math:`\mu` by the factor :math:`\sigma_j^2 / v_j`.
+    With :math:`v_j = \sigma_j^2 + \tau^2`, the marginal of the data is
+    :math:`N(0,\ \mathrm{diag}(v) + s_\mu^2 \mathbf 1 \mathbf 1^T)`, the one of :math:`\mu` has precision
+    :math:`s_\mu^{-2} + \sum_j v_j^{-1}`, and :math:`\theta_j` shrinks to :math:`\mu` by the factor
+    :math:`\sigma_j^2 / v_j`.
     """
     # The trapezoid rule converges faster than any power here: the integrand is analytic and vanishes at both ends.
     grid = np.linspace(-30.0, 12.0, 8001)
@@ -78,8 +94,11 @@ def eight_schools_reference(effect: np.ndarray, error: np.ndarray) -> Reference:
     precision = MU_SD**-2 + (1 / variance).sum(1)
     mu_mean = (effect / variance).sum(1) / precision
     log_data = -0.5 * (
-        len(effect) * math.log(2 * math.pi) + np.log(variance).sum(1) + np.log(precision * MU_SD**2)
-        + (effect**2 / variance).sum(1) - precision * mu_mean**2
+        len(effect) * math.log(2 * math.pi)
+        + np.log(variance).sum(1)
+        + np.log(precision * MU_SD**2)
+        + (effect**2 / variance).sum(1)
+        - precision * mu_mean**2
     )
     log_mass = log_data + math.log(2 / (math.pi * TAU_SCALE)) - np.log1p((tau[:, 0] / TAU_SCALE) ** 2) + grid
     log_evidence = float(logsumexp(log_mass) + math.log(grid[1] - grid[0]))
@@ -106,6 +125,11 @@ def eight_schools_reference(effect: np.ndarray, error: np.ndarray) -> Reference:
         return torch.from_numpy(np.concatenate([theta, mu, t], axis=1))
 
     return Reference(
-        "quadrature", (*indexed("theta", len(effect)), "mu", "tau"), mean, sd, exact_draws("eight_schools", draw), log_evidence,
+        "quadrature",
+        (*indexed("theta", len(effect)), "mu", "tau"),
+        mean,
+        sd,
+        exact_draws("eight_schools", draw),
+        log_evidence,
         "all but tau integrated in closed form, log tau by the trapezoid rule on 8001 points; independent draws",
     )

@@ -1,7 +1,8 @@
 """Problems kept in a folder: a data file and a file with the reference posterior.
 
-The folder is looked for where the environment variable ``VIFAMILY_REFERENCE_DATA`` says, else in ``shared`` beside the checkout. Inside, a problem is
-``<collection>/<name>/`` with ``data.json`` or ``data.npz``, and ``reference.npz``; pickles are never read.
+The folder is looked for where the environment variable ``VIFAMILY_REFERENCE_DATA`` says, else in ``shared`` beside the
+checkout. Inside, a problem is ``<collection>/<name>/`` with ``data.json`` or ``data.npz``, and ``reference.npz``;
+pickles are never read.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ def read_folder(path: str | Path) -> tuple[dict[str, Any], Reference]:
     """Read a problem's data and reference.
 
     Args:
-        path: Folder with ``data.json`` or ``data.npz``, and ``reference.npz`` with ``names``, ``mean``, ``sd`` and optionally ``draws`` and ``mcse_mean``.
+        path: Folder with ``data.json`` or ``data.npz``, and ``reference.npz`` with ``names``, ``mean``, ``sd`` and
+            optionally ``draws`` and ``mcse_mean``.
 
     Returns:
-        The data, numbers as they are and lists as arrays; and the reference, its columns counted from 0 where the file counts from 1.
+        The data, numbers as they are and lists as arrays; and the reference, its columns counted from 0 where the file
+        counts from 1.
 
     Raises:
         ReferenceDataError: If a file is missing, cannot be read, or does not hold what it must.
@@ -79,7 +82,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ReferenceDataError(f"cannot read {path}: {error}. Fetch the file again.") from error
     if not isinstance(content, dict):
-        raise ReferenceDataError(f"{path} must hold a mapping from names to numbers or lists, got {type(content).__name__}.")
+        raise ReferenceDataError(
+            f"{path} must hold a mapping from names to numbers or lists, got {type(content).__name__}."
+        )
     return {name: _plain(value, f"{path}, entry {name!r}") for name, value in content.items()}
 
 
@@ -97,7 +102,8 @@ def _plain(value: Any, where: str) -> Any:
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here, because NumPy leaves the file open when it finds it damaged.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         raise ReferenceDataError(f"cannot read {path}: {error}. Fetch the file again.") from error
@@ -117,16 +123,26 @@ def _reference(path: Path) -> Reference:
     snapshot = f", snapshot {stored['snapshot'].item()}" if "snapshot" in stored else ""
     try:
         reference = Reference(
-            "published", tuple(_from_zero(str(name)) for name in stored["names"]), numeric["mean"], numeric["sd"], numeric.get("draws"),
-            None, f"read from {path.parent.parent.name}/{path.parent.name}{snapshot}", numeric.get("mcse_mean"),
+            "published",
+            tuple(_from_zero(str(name)) for name in stored["names"]),
+            numeric["mean"],
+            numeric["sd"],
+            numeric.get("draws"),
+            None,
+            f"read from {path.parent.parent.name}/{path.parent.name}{snapshot}",
+            numeric.get("mcse_mean"),
         )
     except ReferenceDataError as error:
         raise ReferenceDataError(f"{path}: {error}") from error
     if reference.draws is not None:
-        # Thinned draws can be off by a few hundredths of a standard deviation; more means that columns and names do not belong together.
+        # Thinned draws can be off by a few hundredths of a standard deviation; more means that columns and names do not
+        # belong together.
         off = np.abs(reference.draws.mean(0) - reference.mean) / reference.sd
         if off.max() > 0.3:
-            raise ReferenceDataError(f"{path}: draws and mean disagree for {reference.names[int(off.argmax())]!r}; the file is not consistent.")
+            raise ReferenceDataError(
+                f"{path}: draws and mean disagree for {reference.names[int(off.argmax())]!r}, "
+                "so columns and names do not belong together. Fetch the file again."
+            )
     return reference
 
 

@@ -38,7 +38,12 @@ def normal_mixture(name: str, weights: Tensor, means: Tensor, sd: float, descrip
     mean = weights @ means
     variance = sd**2 + weights @ (means - mean).square()
     reference = Reference(
-        "analytic", indexed("z", dim), np.asarray(mean), np.asarray(variance.sqrt()), exact_draws(name, draw), 0.0,
+        "analytic",
+        indexed("z", dim),
+        np.asarray(mean),
+        np.asarray(variance.sqrt()),
+        exact_draws(name, draw),
+        0.0,
         "closed form; independent draws",
     )
     return Problem(name, Density(log_prob, dim=dim, name=name), reference, description)

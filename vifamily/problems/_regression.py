@@ -37,16 +37,21 @@ def logistic(features: Tensor, label: Tensor, **options: Any) -> LikelihoodModel
     """
     dim = features.shape[1]
 
-    def log_prior(theta: Values) -> Tensor:
-        return normal_log_density(theta["w"]).sum(-1)
-
     def log_likelihood(theta: Values, batch: Rows) -> Tensor:
         x, y = batch
         # logsigmoid keeps full precision on both tails, where log(sigmoid) would be -inf
         return torch.nn.functional.logsigmoid((2 * y - 1) * (theta["w"] @ x.T))
 
+    def simulate(theta: Values, generator: torch.Generator) -> Tensor:
+        return torch.bernoulli(torch.sigmoid(theta["w"] @ features.T), generator=generator)
+
     return LikelihoodModel(
-        log_prior, log_likelihood, data=(features, label), parameters={"w": ((dim,), "real")}, num_data=len(label), **options
+        (0.0, 1.0),
+        log_likelihood,
+        data=(features, label),
+        parameters={"w": ((dim,), "real")},
+        simulate=simulate,
+        **options,
     )
 
 
@@ -65,7 +70,8 @@ def linear(
         features: ``(datum, dim)``.
         response: ``(datum,)``.
         log_prior: Log prior of all parameters.
-        location: From the parameters and the features to the mean ``(draw, datum)``; ``beta @ features.T`` where left out.
+        location: From the parameters and the features to the mean ``(draw, datum)``; ``beta @ features.T`` where left
+            out.
         parameters: Names with supports, ``sigma`` among them.
         options: Passed to the model.
     """
@@ -75,6 +81,10 @@ def linear(
         mean = theta["beta"] @ x.T if location is None else location(theta, x)
         return normal_log_density(y, mean, theta["sigma"].unsqueeze(-1))
 
+    def simulate(theta: Values, generator: torch.Generator) -> Tensor:
+        mean = theta["beta"] @ features.T if location is None else location(theta, features)
+        return mean + theta["sigma"].unsqueeze(-1) * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+
     return LikelihoodModel(
-        log_prior, log_likelihood, data=(features, response), parameters=parameters, num_data=len(response), **options
+        log_prior, log_likelihood, data=(features, response), parameters=parameters, simulate=simulate, **options
     )

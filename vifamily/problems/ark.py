@@ -42,7 +42,10 @@ def ark() -> Problem:
         return theta["alpha"].unsqueeze(-1) + theta["beta"] @ rows.T
 
     model = linear(
-        torch.from_numpy(lags), torch.from_numpy(series[order:]), log_prior, location=location,
+        torch.from_numpy(lags),
+        torch.from_numpy(series[order:]),
+        log_prior,
+        location=location,
         parameters={"alpha": "real", "beta": ((order,), "real"), "sigma": "positive"},
     )
     return Problem("ark", model, reference, "Autoregression of order five: strong correlations, otherwise Gaussian.")

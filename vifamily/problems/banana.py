@@ -24,8 +24,9 @@ def banana(*, curvature: float = 0.25, width: float = 2.0) -> Problem:
     .. math:: z_0 \sim N(0, w), \qquad z_1 \mid z_0 \sim N(b\,(z_0^2 - w^2),\ 1)
 
     A shear of a normal law, so it is normalised (log evidence 0) and :math:`E z = 0`, :math:`\mathrm{sd}(z_0) = w`,
-    :math:`\mathrm{sd}(z_1) = \sqrt{1 + 2 b^2 w^4}`, without linear correlation. The shape is the one of Haario, Saksman and Tamminen, "Adaptive proposal
-    distribution for random walk Metropolis algorithm", Computational Statistics 14 (1999).
+    :math:`\mathrm{sd}(z_1) = \sqrt{1 + 2 b^2 w^4}`, without linear correlation. The shape is the one of Haario, Saksman
+    and Tamminen, "Adaptive proposal distribution for random walk Metropolis algorithm", Computational Statistics 14
+    (1999).
 
     Args:
         curvature: :math:`b`, the strength of the bend; 0 gives a normal law.
@@ -46,7 +47,9 @@ def banana(*, curvature: float = 0.25, width: float = 2.0) -> Problem:
 
     def log_prob(z: Tensor) -> Tensor:
         first, second = z.unbind(-1)
-        return normal_log_density(first, 0.0, width) + normal_log_density(second, curvature * (first.square() - width**2))
+        return normal_log_density(first, 0.0, width) + normal_log_density(
+            second, curvature * (first.square() - width**2)
+        )
 
     def draw(source: torch.Generator) -> Tensor:
         noise = torch.randn(NUM_DRAWS, 2, generator=source, dtype=torch.float64)
@@ -54,10 +57,17 @@ def banana(*, curvature: float = 0.25, width: float = 2.0) -> Problem:
         return torch.stack([first, noise[:, 1] + curvature * (first.square() - width**2)], dim=-1)
 
     reference = Reference(
-        "analytic", indexed("z", 2), np.zeros(2), np.array([width, math.sqrt(1 + 2 * curvature**2 * width**4)]),
-        exact_draws("banana", draw), 0.0, "closed form; independent draws",
+        "analytic",
+        indexed("z", 2),
+        np.zeros(2),
+        np.array([width, math.sqrt(1 + 2 * curvature**2 * width**4)]),
+        exact_draws("banana", draw),
+        0.0,
+        "closed form; independent draws",
     )
     return Problem(
-        "banana", Density(log_prob, dim=2, name="banana"), reference,
+        "banana",
+        Density(log_prob, dim=2, name="banana"),
+        reference,
         "Normal law bent along a parabola: dependence without linear correlation.",
     )

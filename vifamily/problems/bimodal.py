@@ -18,8 +18,9 @@ def bimodal(*, weight: float = 0.5, separation: float = 3.0) -> Problem:
 
     .. math:: p(z) = w\, N(z; -d, 1) + (1 - w)\, N(z; d, 1)
 
-    Normalised, so the log evidence is 0; the mean is :math:`(1 - 2w) d` and the variance :math:`1 + 4 w (1 - w) d^2`. Objectives that see only the score
-    :math:`\nabla \log p` can hardly tell one weight from another when the modes are apart.
+    Normalised, so the log evidence is 0; the mean is :math:`(1 - 2w) d` and the variance :math:`1 + 4 w (1 - w) d^2`.
+    Objectives that see only the score :math:`\nabla \log p` can hardly tell one weight from another when the modes are
+    apart.
 
     Args:
         weight: :math:`w`, the weight of the lower mode, strictly between 0 and 1.
@@ -39,4 +40,6 @@ def bimodal(*, weight: float = 0.5, separation: float = 3.0) -> Problem:
         raise ConfigError(f"weight must lie strictly between 0 and 1, got {weight}.")
     weights = torch.tensor([weight, 1 - weight], dtype=torch.float64)
     means = torch.tensor([[-separation], [separation]], dtype=torch.float64)
-    return normal_mixture("bimodal", weights, means, 1.0, "Two separate modes on a line: a family with one mode must choose or blur.")
+    return normal_mixture(
+        "bimodal", weights, means, 1.0, "Two separate modes on a line: a family with one mode must choose or blur."
+    )

@@ -20,9 +20,10 @@ def breast_cancer() -> Problem:
 
     .. math:: w \sim N(0, I), \qquad y_n \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(x_n \cdot w))
 
-    Features are scaled to mean 0 and standard deviation 1, a last column of ones is the intercept; :math:`y = 1` is benign, as in the table. Several features
-    are near-copies of each other, so the posterior is strongly correlated. In likelihood form: minibatches work. Data: Wolberg, Street and Mangasarian,
-    "Breast Cancer Wisconsin (Diagnostic)", UCI Machine Learning Repository (1993), as bundled with scikit-learn.
+    Features are scaled to mean 0 and standard deviation 1, a last column of ones is the intercept; :math:`y = 1` is
+    benign, as in the table. Several features are near-copies of each other, so the posterior is strongly correlated. In
+    likelihood form: minibatches work. Data: Wolberg, Street and Mangasarian, "Breast Cancer Wisconsin (Diagnostic)",
+    UCI Machine Learning Repository (1993), as bundled with scikit-learn.
 
     Returns:
         The problem, with parameter ``w`` of 31 numbers, reference moments and draws from a long Markov chain.

@@ -20,12 +20,15 @@ __all__ = ["brownian_unknown_scales"]
 def brownian_unknown_scales() -> Problem:
     r"""Brownian path of 30 steps with unknown scales, its middle third unobserved: a chain and a funnel.
 
-    .. math:: s, r \sim \mathrm{LogNormal}(0, 2), \qquad x_1 \sim N(0, s), \quad x_t \sim N(x_{t-1}, s), \qquad y_t \sim N(x_t, r)\ \text{where observed}
+    .. math:: s, r \sim \mathrm{LogNormal}(0, 2), \qquad x_1 \sim N(0, s), \quad x_t \sim N(x_{t-1}, s), \qquad y_t \sim
+        N(x_t, r)\ \text{where observed}
 
-    Target of the inference-gym collection. The reference moments are exact, by quadrature over both log scales with the path integrated in closed form.
+    Target of the inference-gym collection. The reference moments are exact, by quadrature over both log scales with the
+    path integrated in closed form.
 
     Returns:
-        The problem, with parameters ``innovation_noise_scale`` :math:`s`, ``observation_noise_scale`` :math:`r` and ``locs`` :math:`x`; exact moments, no draws.
+        The problem, with parameters ``innovation_noise_scale`` :math:`s`, ``observation_noise_scale`` :math:`r` and
+        ``locs`` :math:`x`; exact moments, no draws.
 
     Raises:
         ReferenceDataError: If the reference data are not on this machine.
@@ -45,8 +48,14 @@ def brownian_unknown_scales() -> Problem:
             + normal_log_density(values, path[..., seen], noise.unsqueeze(-1)).sum(-1)
         )
 
-    parameters = {"innovation_noise_scale": "positive", "observation_noise_scale": "positive", "locs": ((len(observed),), "real")}
+    parameters = {
+        "innovation_noise_scale": "positive",
+        "observation_noise_scale": "positive",
+        "locs": ((len(observed),), "real"),
+    }
     return Problem(
-        "brownian_unknown_scales", Density(log_prob, parameters=parameters, name="brownian_unknown_scales"),
-        dataclasses.replace(reference, kind="quadrature"), "Brownian path with a gap and unknown scales: chain correlation and a funnel.",
+        "brownian_unknown_scales",
+        Density(log_prob, parameters=parameters, name="brownian_unknown_scales"),
+        dataclasses.replace(reference, kind="quadrature"),
+        "Brownian path with a gap and unknown scales: chain correlation and a funnel.",
     )

@@ -22,8 +22,9 @@ def correlated_normal(*, dim: int = 2, correlation: float = 0.9, mean: float = 1
 
     .. math:: p(z) = N(z;\ m \mathbf 1,\ (1 - \rho) I + \rho \mathbf 1 \mathbf 1^T)
 
-    The smallest target that a mean-field family cannot hold: under the reverse Kullback-Leibler divergence it lands on the conditional standard deviation
-    :math:`(\Lambda_{ii})^{-1/2}` instead of 1. The density is normalised, so the log evidence is 0.
+    The smallest target that a mean-field family cannot hold: under the reverse Kullback-Leibler divergence it lands on
+    the conditional standard deviation :math:`(\Lambda_{ii})^{-1/2}` instead of 1. The density is normalised, so the log
+    evidence is 0.
 
     Args:
         dim: Number of coordinates.
@@ -59,10 +60,17 @@ def correlated_normal(*, dim: int = 2, correlation: float = 0.9, mean: float = 1
         return mean + torch.randn(NUM_DRAWS, dim, generator=source, dtype=torch.float64) @ factor.T
 
     reference = Reference(
-        "analytic", indexed("z", dim), np.full(dim, float(mean)), np.ones(dim),
-        exact_draws("correlated_normal", draw), 0.0, "closed form; independent draws",
+        "analytic",
+        indexed("z", dim),
+        np.full(dim, float(mean)),
+        np.ones(dim),
+        exact_draws("correlated_normal", draw),
+        0.0,
+        "closed form; independent draws",
     )
     return Problem(
-        "correlated_normal", Density(log_prob, dim=dim, name="correlated_normal"), reference,
+        "correlated_normal",
+        Density(log_prob, dim=dim, name="correlated_normal"),
+        reference,
         f"Normal law in {dim} dimensions with correlation {correlation}: what mean-field loses, in closed form.",
     )

@@ -14,7 +14,7 @@ from vifamily.errors import ConfigError
 from vifamily.models import LikelihoodModel
 from vifamily.problems._base import NUM_DRAWS, Problem, Reference, exact_draws, indexed
 from vifamily.problems._densities import normal_log_density
-from vifamily.problems._regression import design
+from vifamily.problems._regression import design, linear
 from vifamily.registry import register
 
 __all__ = ["diabetes"]
@@ -27,16 +27,19 @@ PRIOR_SHAPE, PRIOR_RATE = 2.0, 1.0
 def diabetes(*, noise: str = "known") -> Problem:
     r"""Linear regression of disease progression, conjugate: the posterior and the evidence are exact.
 
-    Ten features and the response are scaled to mean 0 and standard deviation 1, a last column of ones is the intercept. With ``noise="known"``
+    Ten features and the response are scaled to mean 0 and standard deviation 1, a last column of ones is the intercept.
+    With ``noise="known"``
 
     .. math:: \beta \sim N(0, I), \qquad y_n \sim N(x_n \cdot \beta,\ 0.7)
 
     and the posterior is normal. With ``noise="unknown"``
 
-    .. math:: \sigma^2 \sim \mathrm{InverseGamma}(2, 1), \qquad \beta \mid \sigma \sim N(0, \sigma I), \qquad y_n \sim N(x_n \cdot \beta, \sigma)
+    .. math:: \sigma^2 \sim \mathrm{InverseGamma}(2, 1), \qquad \beta \mid \sigma \sim N(0, \sigma I), \qquad y_n \sim
+        N(x_n \cdot \beta, \sigma)
 
-    and :math:`(\beta, \sigma^2)` is normal-inverse-gamma; the parameter is :math:`\sigma`. Data: Efron, Hastie, Johnstone and Tibshirani, "Least angle
-    regression", Annals of Statistics 32 (2004), as bundled with scikit-learn. Formulas: Gelman et al., "Bayesian Data Analysis", 3rd edition, section 14.8.
+    and :math:`(\beta, \sigma^2)` is normal-inverse-gamma; the parameter is :math:`\sigma`. Data: Efron, Hastie,
+    Johnstone and Tibshirani, "Least angle regression", Annals of Statistics 32 (2004), as bundled with scikit-learn.
+    Formulas: Gelman et al., "Bayesian Data Analysis", 3rd edition, section 14.8.
 
     Args:
         noise: ``"known"`` or ``"unknown"``.
@@ -63,7 +66,7 @@ def diabetes(*, noise: str = "known") -> Problem:
 
 
 def _posterior(x: Tensor, y: Tensor, sigma: float) -> tuple[Tensor, Tensor, float, float]:
-    """Mean, lower factor of the covariance, log determinant of the precision, and misfit of the posterior under a standard normal prior and noise ``sigma``."""
+    """Mean, covariance factor, log determinant of the precision and misfit, for a standard normal prior."""
     precision = torch.eye(x.shape[1], dtype=x.dtype) + x.T @ x / sigma**2
     factor = torch.linalg.cholesky(precision)
     mean = torch.cholesky_solve((x.T @ y / sigma**2).unsqueeze(-1), factor).squeeze(-1)
@@ -76,11 +79,12 @@ def _posterior(x: Tensor, y: Tensor, sigma: float) -> tuple[Tensor, Tensor, floa
 def _known(x: Tensor, y: Tensor) -> tuple[LikelihoodModel, Reference]:
     num_data, dim = x.shape
 
-    def log_prior(theta: dict[str, Tensor]) -> Tensor:
-        return normal_log_density(theta["beta"]).sum(-1)
-
     def log_likelihood(theta: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         return normal_log_density(batch[1], theta["beta"] @ batch[0].T, KNOWN_SIGMA)
+
+    def simulate(theta: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        centre = theta["beta"] @ x.T
+        return centre + KNOWN_SIGMA * torch.randn(centre.shape, generator=generator, dtype=x.dtype)
 
     mean, factor, log_det, misfit = _posterior(x, y, KNOWN_SIGMA)
     log_evidence = -0.5 * (num_data * math.log(2 * math.pi * KNOWN_SIGMA**2) + log_det + misfit)
@@ -88,10 +92,18 @@ def _known(x: Tensor, y: Tensor) -> tuple[LikelihoodModel, Reference]:
     def draw(source: torch.Generator) -> Tensor:
         return mean + torch.randn(NUM_DRAWS, dim, generator=source, dtype=torch.float64) @ factor.T
 
-    model = LikelihoodModel(log_prior, log_likelihood, data=(x, y), parameters={"beta": ((dim,), "real")}, num_data=num_data)
+    model = LikelihoodModel(
+        (0.0, 1.0), log_likelihood, data=(x, y), parameters={"beta": ((dim,), "real")}, simulate=simulate
+    )
     sd = factor.square().sum(-1).sqrt()
     return model, Reference(
-        "analytic", indexed("beta", dim), mean.numpy(), sd.numpy(), exact_draws("diabetes", draw), log_evidence, "normal posterior; independent draws"
+        "analytic",
+        indexed("beta", dim),
+        mean.numpy(),
+        sd.numpy(),
+        exact_draws("diabetes", draw),
+        log_evidence,
+        "normal posterior; independent draws",
     )
 
 
@@ -105,13 +117,13 @@ def _unknown(x: Tensor, y: Tensor) -> tuple[LikelihoodModel, Reference]:
         prior_sigma = constant - (2 * PRIOR_SHAPE + 1) * sigma.log() - PRIOR_RATE / sigma.square()
         return prior_sigma + normal_log_density(theta["beta"], 0.0, sigma.unsqueeze(-1)).sum(-1)
 
-    def log_likelihood(theta: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-        return normal_log_density(batch[1], theta["beta"] @ batch[0].T, theta["sigma"].unsqueeze(-1))
-
     mean, factor, log_det, misfit = _posterior(x, y, 1.0)
     shape, rate = PRIOR_SHAPE + 0.5 * num_data, PRIOR_RATE + 0.5 * misfit
     log_evidence = float(
-        PRIOR_SHAPE * math.log(PRIOR_RATE) - gammaln(PRIOR_SHAPE) + gammaln(shape) - shape * math.log(rate)
+        PRIOR_SHAPE * math.log(PRIOR_RATE)
+        - gammaln(PRIOR_SHAPE)
+        + gammaln(shape)
+        - shape * math.log(rate)
         - 0.5 * (num_data * math.log(2 * math.pi) + log_det)
     )
     sigma_mean = math.exp(gammaln(shape - 0.5) - gammaln(shape)) * math.sqrt(rate)
@@ -123,11 +135,14 @@ def _unknown(x: Tensor, y: Tensor) -> tuple[LikelihoodModel, Reference]:
         noise = torch.randn(NUM_DRAWS, dim, generator=source, dtype=torch.float64)
         return torch.cat([mean + sigma * (noise @ factor.T), sigma], dim=-1)
 
-    model = LikelihoodModel(
-        log_prior, log_likelihood, data=(x, y), parameters={"beta": ((dim,), "real"), "sigma": "positive"}, num_data=num_data
-    )
+    model = linear(x, y, log_prior, parameters={"beta": ((dim,), "real"), "sigma": "positive"})
     sd = math.sqrt(variance) * factor.square().sum(-1).sqrt()
     return model, Reference(
-        "analytic", (*indexed("beta", dim), "sigma"), np.append(mean.numpy(), sigma_mean), np.append(sd.numpy(), math.sqrt(variance - sigma_mean**2)),
-        exact_draws("diabetes", draw), log_evidence, "normal-inverse-gamma posterior; independent draws",
+        "analytic",
+        (*indexed("beta", dim), "sigma"),
+        np.append(mean.numpy(), sigma_mean),
+        np.append(sd.numpy(), math.sqrt(variance - sigma_mean**2)),
+        exact_draws("diabetes", draw),
+        log_evidence,
+        "normal-inverse-gamma posterior; independent draws",
     )

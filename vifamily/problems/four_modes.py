@@ -38,4 +38,6 @@ def four_modes(*, separation: float = 3.0, sd: float = 0.7) -> Problem:
         raise ConfigError(f"sd must be positive, got {sd}.")
     corners = torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
     weights = torch.full((4,), 0.25, dtype=torch.float64)
-    return normal_mixture("four_modes", weights, separation * corners, sd, "Four separate modes at the corners of a square.")
+    return normal_mixture(
+        "four_modes", weights, separation * corners, sd, "Four separate modes at the corners of a square."
+    )

@@ -23,8 +23,9 @@ def funnel(*, dim: int = 10, scale: float = 3.0) -> Problem:
 
     .. math:: v \sim N(0, s), \qquad x_i \mid v \sim N(0, e^{v/2}), \quad i = 1, \dots, \mathrm{dim} - 1
 
-    The density is normalised (log evidence 0); all means are 0, :math:`\mathrm{sd}(v) = s` and :math:`\mathrm{sd}(x_i) = e^{s^2/4}`. From R. M. Neal,
-    "Slice sampling", Annals of Statistics 31 (2003), section 8, there with ``dim=10`` and ``scale=3``.
+    The density is normalised (log evidence 0); all means are 0, :math:`\mathrm{sd}(v) = s` and
+    :math:`\mathrm{sd}(x_i) = e^{s^2/4}`. From R. M. Neal, "Slice sampling", Annals of Statistics 31 (2003), section 8,
+    there with ``dim=10`` and ``scale=3``.
 
     Args:
         dim: Number of coordinates, at least 2.
@@ -57,8 +58,18 @@ def funnel(*, dim: int = 10, scale: float = 3.0) -> Problem:
         return torch.cat([v, (0.5 * v).exp() * noise[:, 1:]], dim=-1)
 
     reference = Reference(
-        "analytic", ("v", *indexed("x", dim - 1)), np.zeros(dim), np.array([scale, *[math.exp(0.25 * scale**2)] * (dim - 1)]),
-        exact_draws("funnel", draw), 0.0, "closed form; independent draws (their sample sd of x converges slowly: the law has heavy tails)",
+        "analytic",
+        ("v", *indexed("x", dim - 1)),
+        np.zeros(dim),
+        np.array([scale, *[math.exp(0.25 * scale**2)] * (dim - 1)]),
+        exact_draws("funnel", draw),
+        0.0,
+        "closed form; independent draws (their sample sd of x converges slowly: the law has heavy tails)",
     )
     model = Density(log_prob, parameters={"v": "real", "x": ((dim - 1,), "real")}, name="funnel")
-    return Problem("funnel", model, reference, f"Neal's funnel in {dim} dimensions: the scale of most coordinates varies by orders of magnitude.")
+    return Problem(
+        "funnel",
+        model,
+        reference,
+        f"Neal's funnel in {dim} dimensions: the scale of most coordinates varies by orders of magnitude.",
+    )

@@ -15,10 +15,12 @@ __all__ = ["garch11", "linear_recursion"]
 
 
 def linear_recursion(first: Tensor, drive: Tensor, decay: Tensor) -> Tensor:
-    r"""Solve :math:`h_0 = \mathrm{first}`, :math:`h_t = \mathrm{drive}_t + \mathrm{decay}\, h_{t-1}` for all times at once.
+    r"""Solve a linear recursion for all times at once.
 
-    Doubles the memory at every pass, :math:`h \leftarrow h + \mathrm{decay}^{2^k} \mathrm{shift}_{2^k} h`, so that T steps take :math:`\log_2 T` passes of plain
-    tensor operations instead of a loop of T.
+    .. math:: h_0 = \mathrm{first}, \qquad h_t = \mathrm{drive}_t + \mathrm{decay}\, h_{t-1}
+
+    Doubles the memory at every pass, :math:`h \leftarrow h + \mathrm{decay}^{2^k} \mathrm{shift}_{2^k} h`, so that T
+    steps take :math:`\log_2 T` passes of plain tensor operations instead of a loop of T.
 
     Args:
         first: ``(draw,)``.
@@ -45,13 +47,16 @@ def linear_recursion(first: Tensor, drive: Tensor, decay: Tensor) -> Tensor:
 def garch11() -> Problem:
     r"""GARCH(1, 1) on 200 returns: a triangular support and a skewed posterior.
 
-    .. math:: h_1 = \sigma_1^2, \qquad h_t = \alpha_0 + \alpha_1 (y_{t-1} - \mu)^2 + \beta_1 h_{t-1}, \qquad y_t \sim N(\mu, \sqrt{h_t})
+    .. math:: h_1 = \sigma_1^2, \qquad h_t = \alpha_0 + \alpha_1 (y_{t-1} - \mu)^2 + \beta_1 h_{t-1}, \qquad y_t \sim
+        N(\mu, \sqrt{h_t})
 
-    with a flat prior on :math:`\alpha_0 > 0`, :math:`\alpha_1 \in (0, 1)`, :math:`\beta_1 \in (0, 1 - \alpha_1)`. The parameter used is
-    ``fraction`` :math:`= \beta_1 / (1 - \alpha_1) \in (0, 1)`, whose Jacobian :math:`1 - \alpha_1` is part of the density. posteriordb posterior ``garch-garch11``.
+    with a flat prior on :math:`\alpha_0 > 0`, :math:`\alpha_1 \in (0, 1)`, :math:`\beta_1 \in (0, 1 - \alpha_1)`. The
+    parameter used is ``fraction`` :math:`= \beta_1 / (1 - \alpha_1) \in (0, 1)`, whose Jacobian :math:`1 - \alpha_1` is
+    part of the density. posteriordb posterior ``garch-garch11``.
 
     Returns:
-        The problem, with parameters ``mu``, ``alpha0``, ``alpha1`` and ``fraction``; published moments and draws of ``mu, alpha0, alpha1, beta1``.
+        The problem, with parameters ``mu``, ``alpha0``, ``alpha1`` and ``fraction``; published moments and draws of
+        ``mu, alpha0, alpha1, beta1``.
 
     Raises:
         ReferenceDataError: If the reference data are not on this machine.
@@ -74,7 +79,8 @@ def garch11() -> Problem:
         return torch.stack([theta["mu"], theta["alpha0"], theta["alpha1"], beta1(theta)], dim=-1)
 
     model = Density(
-        log_prob, name="garch11",
+        log_prob,
+        name="garch11",
         parameters={"mu": "real", "alpha0": "positive", "alpha1": "unit_interval", "fraction": "unit_interval"},
     )
     return Problem("garch11", model, reference, "GARCH(1, 1): triangular support, skewed.", quantities)

@@ -18,8 +18,8 @@ def german_credit_logistic() -> Problem:
 
     .. math:: w \sim N(0, I), \qquad y_n \sim \mathrm{Bernoulli}(\mathrm{sigmoid}(x_n \cdot w))
 
-    Target of the inference-gym collection; the reference has moments, no draws. Data: H. Hofmann, "Statlog (German Credit Data)", UCI Machine Learning
-    Repository (1994).
+    Target of the inference-gym collection; the reference has moments, no draws. Data: H. Hofmann, "Statlog (German
+    Credit Data)", UCI Machine Learning Repository (1994).
 
     Returns:
         The problem, with parameter ``w`` of 25 numbers, the last one the intercept, and published moments.
@@ -29,4 +29,6 @@ def german_credit_logistic() -> Problem:
     """
     data, reference = read_folder(find_folder("inference_gym", "german_credit_logistic"))
     model = logistic(torch.from_numpy(data["X"]).double(), torch.from_numpy(data["y"]).double())
-    return Problem("german_credit_logistic", model, reference, "Logistic regression with 25 weights on 1000 data: near-Gaussian.")
+    return Problem(
+        "german_credit_logistic", model, reference, "Logistic regression with 25 weights on 1000 data: near-Gaussian."
+    )

@@ -38,7 +38,9 @@ def kidscore_momhsiq() -> Problem:
         return half_cauchy_log_density(theta["sigma"], 2.5)
 
     model = linear(
-        features, torch.as_tensor(data["kid_score"], dtype=torch.float64), log_prior,
+        features,
+        torch.as_tensor(data["kid_score"], dtype=torch.float64),
+        log_prior,
         parameters={"beta": ((3,), "real"), "sigma": "positive"},
     )
     return Problem("kidscore_momhsiq", model, reference, "Unscaled linear regression: a test of conditioning.")

@@ -16,15 +16,18 @@ from vifamily.registry import register
 __all__ = ["log_populations", "lotka_volterra"]
 
 STEPS_PER_YEAR = 10
-# Far from the posterior the equation is stiff and an explicit step can leave any bound; e^25 is 10^9 times the data. Draws that reach it are so unlikely that
-# the value does not matter, only that it stays finite.
+# Far from the posterior the equation is stiff and an explicit step can leave any bound; e^25 is 10^9 times the data.
+# Draws that reach it are so unlikely that the value does not matter, only that it stays finite.
 HIGHEST_LOG = 25.0
 
 
 def log_populations(theta: Tensor, start: Tensor, years: int) -> Tensor:
-    r"""Integrate :math:`u' = (a - b v) u`, :math:`v' = (-c + d u) v` by the classical Runge-Kutta rule, 10 equal steps a year.
+    r"""Integrate the equation by the classical Runge-Kutta rule, 10 equal steps a year.
 
-    Works on the logs, :math:`(\log u)' = a - b v` and :math:`(\log v)' = -c + d u`, which keeps populations positive at any step.
+    .. math:: u' = (a - b v) u, \qquad v' = (-c + d u) v
+
+    Works on the logs, :math:`(\log u)' = a - b v` and :math:`(\log v)' = -c + d u`, which keeps populations positive at
+    any step.
 
     Args:
         theta: :math:`(a, b, c, d)`, ``(draw, 4)``.
@@ -35,7 +38,8 @@ def log_populations(theta: Tensor, start: Tensor, years: int) -> Tensor:
         Logs of both populations after 1, ..., ``years`` years, ``(draw, years, 2)``.
     """
     a, b, c, d = theta.unbind(-1)
-    # The slope is formed with its two entries exchanged, (log v)' first, because then it needs (u, v) in order; `swap` puts it back and scales in one product.
+    # The slope is formed with its two entries exchanged, (log v)' first, because then it needs (u, v) in order; `swap`
+    # puts it back and scales in one product.
     rate, coupling = torch.stack([-c, a], dim=-1), torch.stack([d, -b], dim=-1)
     step = 1.0 / STEPS_PER_YEAR
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=theta.dtype, device=theta.device)
@@ -60,13 +64,14 @@ def log_populations(theta: Tensor, start: Tensor, years: int) -> Tensor:
 def lotka_volterra() -> Problem:
     r"""Predator and prey over twenty years: an ordinary differential equation with log-normal noise.
 
-    .. math:: a, c \sim N^+(1, 0.5), \quad b, d \sim N^+(0.05, 0.05), \quad \sigma_k \sim \mathrm{LogNormal}(-1, 1), \quad
-        z_k \sim \mathrm{LogNormal}(\log 10, 1)
+    .. math:: a, c \sim N^+(1, 0.5), \quad b, d \sim N^+(0.05, 0.05), \quad \sigma_k \sim \mathrm{LogNormal}(-1, 1),
+        \quad z_k \sim \mathrm{LogNormal}(\log 10, 1)
 
-    .. math:: u' = (a - b v) u, \quad v' = (-c + d u) v, \quad (u, v)(0) = z, \quad \log y_{nk} \sim N(\log (u, v)_k(t_n),\ \sigma_k)
+    .. math:: u' = (a - b v) u, \quad v' = (-c + d u) v, \quad (u, v)(0) = z, \quad \log y_{nk} \sim N(\log (u,
+        v)_k(t_n),\ \sigma_k)
 
-    also at time 0; :math:`N^+` is the normal law cut to positive values (its constant is left out). Integrated by the classical Runge-Kutta rule with 10 steps a
-    year. posteriordb posterior ``hudson_lynx_hare-lotka_volterra``.
+    also at time 0; :math:`N^+` is the normal law cut to positive values (its constant is left out). Integrated by the
+    classical Runge-Kutta rule with 10 steps a year. posteriordb posterior ``hudson_lynx_hare-lotka_volterra``.
 
     Returns:
         The problem, with parameters ``theta`` (4), ``z_init`` (2) and ``sigma`` (2), published moments and draws.
@@ -95,7 +100,13 @@ def lotka_volterra() -> Problem:
         return prior + noise.sum((-2, -1)) - log_observed_sum
 
     model = Density(
-        log_prob, name="lotka_volterra",
+        log_prob,
+        name="lotka_volterra",
         parameters={"theta": ((4,), "positive"), "z_init": ((2,), "positive"), "sigma": ((2,), "positive")},
     )
-    return Problem("lotka_volterra", model, reference, "Predator and prey: an ordinary differential equation with eight parameters.")
+    return Problem(
+        "lotka_volterra",
+        model,
+        reference,
+        "Predator and prey: an ordinary differential equation with eight parameters.",
+    )

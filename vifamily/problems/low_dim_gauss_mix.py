@@ -18,10 +18,11 @@ __all__ = ["low_dim_gauss_mix"]
 def low_dim_gauss_mix() -> Problem:
     r"""Means, widths and weight of a two-part mixture, from 1000 values.
 
-    .. math:: \mu_k \sim N(0, 2)\ (\mu_0 < \mu_1), \quad \sigma_k \sim \mathrm{HalfNormal}(2), \quad \theta \sim \mathrm{Beta}(5, 5), \quad
-        y_n \sim \theta N(\mu_0, \sigma_0) + (1 - \theta) N(\mu_1, \sigma_1)
+    .. math:: \mu_k \sim N(0, 2)\ (\mu_0 < \mu_1), \quad \sigma_k \sim \mathrm{HalfNormal}(2), \quad \theta \sim
+        \mathrm{Beta}(5, 5), \quad y_n \sim \theta N(\mu_0, \sigma_0) + (1 - \theta) N(\mu_1, \sigma_1)
 
-    The order removes the label symmetry, so there is one mode. posteriordb posterior ``low_dim_gauss_mix-low_dim_gauss_mix``.
+    The order removes the label symmetry, so there is one mode. posteriordb posterior
+    ``low_dim_gauss_mix-low_dim_gauss_mix``.
 
     Returns:
         The problem, with parameters ``mu`` (2), ``sigma`` (2) and ``theta``, published moments and draws.
@@ -35,7 +36,11 @@ def low_dim_gauss_mix() -> Problem:
     def log_prior(theta: dict[str, Tensor]) -> Tensor:
         weight = theta["theta"]
         beta = 4 * (weight.log() + torch.log1p(-weight))
-        return normal_log_density(theta["mu"], 0.0, 2.0).sum(-1) + half_normal_log_density(theta["sigma"], 2.0).sum(-1) + beta
+        return (
+            normal_log_density(theta["mu"], 0.0, 2.0).sum(-1)
+            + half_normal_log_density(theta["sigma"], 2.0).sum(-1)
+            + beta
+        )
 
     def log_likelihood(theta: dict[str, Tensor], batch: Tensor) -> Tensor:
         weight = theta["theta"].unsqueeze(-1)
@@ -43,7 +48,11 @@ def low_dim_gauss_mix() -> Problem:
         return torch.logaddexp(weight.log() + parts[0], torch.log1p(-weight) + parts[1])
 
     model = LikelihoodModel(
-        log_prior, log_likelihood, data=values, num_data=len(values),
+        log_prior,
+        log_likelihood,
+        data=values,
         parameters={"mu": ((2,), "ordered"), "sigma": ((2,), "positive"), "theta": "unit_interval"},
     )
-    return Problem("low_dim_gauss_mix", model, reference, "Two-part mixture with ordered means: five parameters from 1000 data.")
+    return Problem(
+        "low_dim_gauss_mix", model, reference, "Two-part mixture with ordered means: five parameters from 1000 data."
+    )

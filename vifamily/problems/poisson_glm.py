@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vifamily.models import LikelihoodModel
 from vifamily.problems._base import Problem
-from vifamily.problems._densities import bounded_exp, normal_log_density
+from vifamily.problems._densities import bounded_exp
 from vifamily.problems._references import stored_reference
 from vifamily.problems._regression import design
 from vifamily.registry import register
@@ -22,8 +22,8 @@ def poisson_glm() -> Problem:
 
     .. math:: \beta \sim N(0, 2), \qquad y_n \sim \mathrm{Poisson}(e^{x_n \cdot \beta})
 
-    Features are scaled to mean 0 and standard deviation 1, a last column of ones is the intercept. Weight and waist are strongly correlated. Data: Tenenhaus,
-    "La régression PLS" (1998), as bundled with scikit-learn.
+    Features are scaled to mean 0 and standard deviation 1, a last column of ones is the intercept. Weight and waist are
+    strongly correlated. Data: Tenenhaus, "La régression PLS" (1998), as bundled with scikit-learn.
 
     Returns:
         The problem, with parameter ``beta`` of 4 numbers, reference moments and draws from a long Markov chain.
@@ -42,12 +42,14 @@ def make_model() -> LikelihoodModel:
     table = load_linnerud()
     x, y = design(table.target), torch.from_numpy(table.data[:, 0]).double()
 
-    def log_prior(theta: dict[str, Tensor]) -> Tensor:
-        return normal_log_density(theta["beta"], 0.0, 2.0).sum(-1)
-
     def log_likelihood(theta: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         rows, count = batch
         log_rate = theta["beta"] @ rows.T
         return count * log_rate - bounded_exp(log_rate) - torch.lgamma(count + 1)
 
-    return LikelihoodModel(log_prior, log_likelihood, data=(x, y), num_data=len(y), parameters={"beta": ((4,), "real")})
+    def simulate(theta: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        return torch.poisson(bounded_exp(theta["beta"] @ x.T), generator=generator)
+
+    return LikelihoodModel(
+        (0.0, 2.0), log_likelihood, data=(x, y), parameters={"beta": ((4,), "real")}, simulate=simulate
+    )

@@ -14,7 +14,9 @@ __all__ = ["posteriordb_eight_schools"]
 
 @register("problems", "posteriordb_eight_schools")
 def posteriordb_eight_schools(*, parameterisation: str = "noncentered") -> Problem:
-    """Eight schools as in :func:`~vifamily.problems.eight_schools.eight_schools`, judged against the published draws of posteriordb.
+    """Eight schools judged against the published draws of posteriordb.
+
+    The model is that of :func:`~vifamily.problems.eight_schools.eight_schools`.
 
     Args:
         parameterisation: ``"noncentered"`` or ``"centered"``; the reference is the same.
@@ -30,6 +32,9 @@ def posteriordb_eight_schools(*, parameterisation: str = "noncentered") -> Probl
     effect, error = (torch.as_tensor(data[key], dtype=torch.float64) for key in ("y", "sigma"))
     model, quantities = eight_schools_model(effect, error, parameterisation)
     return Problem(
-        "posteriordb_eight_schools", model, reference,
-        f"Hierarchy of eight effects with unknown spread, {parameterisation}, against published draws.", quantities,
+        "posteriordb_eight_schools",
+        model,
+        reference,
+        f"Hierarchy of eight effects with unknown spread, {parameterisation}, against published draws.",
+        quantities,
     )

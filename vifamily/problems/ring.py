@@ -23,15 +23,17 @@ def ring(*, radius: float = 2.0, width: float = 0.2) -> Problem:
 
     .. math:: \log p(z) = -\frac{(\lVert z \rVert - R)^2}{2 w^2} - \log Z
 
-    with the constant :math:`Z` left out, so that the log evidence is :math:`\log Z = \log 2\pi \int_0^\infty r\, e^{-(r-R)^2/2w^2} dr`. The mean is 0 by
-    symmetry; the variance of each coordinate is half of :math:`E r^2`. Both integrals are one-dimensional and done by adaptive quadrature.
+    with the constant :math:`Z` left out, so that the log evidence is
+    :math:`\log Z = \log 2\pi \int_0^\infty r\, e^{-(r-R)^2/2w^2} dr`. The mean is 0 by symmetry; the variance of each
+    coordinate is half of :math:`E r^2`. Both integrals are one-dimensional and done by adaptive quadrature.
 
     Args:
         radius: :math:`R \ge 0`.
         width: :math:`w > 0`.
 
     Returns:
-        The problem, with moments and log evidence by quadrature, and independent draws by inversion of the radius' distribution function.
+        The problem, with moments and log evidence by quadrature, and independent draws by inversion of the radius'
+        distribution function.
 
     Raises:
         ConfigError: If the radius is negative or the width is not positive.
@@ -41,10 +43,13 @@ def ring(*, radius: float = 2.0, width: float = 0.2) -> Problem:
         1.840589
     """
     if radius < 0 or not width > 0:
-        raise ConfigError(f"radius must not be negative and width must be positive, got radius={radius}, width={width}.")
+        raise ConfigError(
+            f"radius must not be negative and width must be positive, got radius={radius}, width={width}."
+        )
 
     def log_prob(z: Tensor) -> Tensor:
-        # The tiny term keeps the first two derivatives finite at the origin, where the radius has a kink; it is below rounding elsewhere.
+        # The tiny term keeps the first two derivatives finite at the origin, where the radius has a kink; it is below
+        # rounding elsewhere.
         r = (z.square().sum(-1) + 1e-24).sqrt()
         return -0.5 * ((r - radius) / width).square()
 
@@ -52,8 +57,13 @@ def ring(*, radius: float = 2.0, width: float = 0.2) -> Problem:
 
     def moment(power: int) -> float:
         value, _ = integrate.quad(
-            lambda r: r ** (power + 1) * math.exp(-0.5 * ((r - radius) / width) ** 2), lowest, highest,
-            points=[radius], epsabs=0.0, epsrel=1e-12, limit=200,
+            lambda r: r ** (power + 1) * math.exp(-0.5 * ((r - radius) / width) ** 2),
+            lowest,
+            highest,
+            points=[radius],
+            epsabs=0.0,
+            epsrel=1e-12,
+            limit=200,
         )
         return float(value)
 
@@ -69,7 +79,17 @@ def ring(*, radius: float = 2.0, width: float = 0.2) -> Problem:
         return torch.stack([r * angle.cos(), r * angle.sin()], dim=-1)
 
     reference = Reference(
-        "quadrature", indexed("z", 2), np.zeros(2), np.full(2, math.sqrt(0.5 * moment(2) / mass)),
-        exact_draws("ring", draw), math.log(2 * math.pi * mass), "one-dimensional adaptive quadrature of the radius; independent draws by inversion",
+        "quadrature",
+        indexed("z", 2),
+        np.zeros(2),
+        np.full(2, math.sqrt(0.5 * moment(2) / mass)),
+        exact_draws("ring", draw),
+        math.log(2 * math.pi * mass),
+        "one-dimensional adaptive quadrature of the radius; independent draws by inversion",
     )
-    return Problem("ring", Density(log_prob, dim=2, name="ring"), reference, "Mass around a circle: uncorrelated, dependent, empty in the middle.")
+    return Problem(
+        "ring",
+        Density(log_prob, dim=2, name="ring"),
+        reference,
+        "Mass around a circle: uncorrelated, dependent, empty in the middle.",
+    )

@@ -34,5 +34,7 @@ def sblrc_blr() -> Problem:
     def log_prior(theta: dict[str, Tensor]) -> Tensor:
         return normal_log_density(theta["beta"], 0.0, 10.0).sum(-1) + half_normal_log_density(theta["sigma"], 10.0)
 
-    model = linear(features, response, log_prior, parameters={"beta": ((features.shape[1],), "real"), "sigma": "positive"})
+    model = linear(
+        features, response, log_prior, parameters={"beta": ((features.shape[1],), "real"), "sigma": "positive"}
+    )
     return Problem("sblrc_blr", model, reference, "Linear regression with a correlated design.")

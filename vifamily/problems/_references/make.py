@@ -1,7 +1,8 @@
 """Make the stored references again: ``python -m vifamily.problems._references.make breast_cancer``.
 
-Runs Pyro's NUTS on the unconstrained log joint in float64, several chains one after the other from points spread around the mode, and stores moments, thinned
-draws, R-hat and effective sample sizes. Takes minutes per problem; nothing else in the package runs it.
+Runs Pyro's NUTS on the unconstrained log joint in float64, several chains one after the other from points spread around
+the mode, and stores moments, thinned draws, R-hat and effective sample sizes. Takes minutes per problem; nothing else
+in the package runs it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Chains:
 
 
 def _mode(model: Model, start: Tensor) -> Tensor:
-    z = start.clone().requires_grad_(True)
+    z = start.clone().requires_grad_()
     solver = torch.optim.LBFGS([z], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
     def closure() -> Tensor:
@@ -76,11 +77,19 @@ def run_chains(model: Model, *, seed: int, num_chains: int, num_draws: int, warm
         source = generator(seed, "nuts/start", chain)
         start = mode + 0.5 * torch.randn(model.dim, generator=source, dtype=torch.float64)
         kernel = NUTS(
-            potential_fn=lambda values: -model.log_joint(values["z"].unsqueeze(0))[0], full_mass=True, target_accept_prob=0.9, max_tree_depth=9
+            potential_fn=lambda values: -model.log_joint(values["z"].unsqueeze(0))[0],
+            full_mass=True,
+            target_accept_prob=0.9,
+            max_tree_depth=9,
         )
         with scoped(split(seed, "nuts/run", chain)):
             run = MCMC(
-                kernel, num_samples=num_draws, warmup_steps=warmup, initial_params={"z": start}, num_chains=1, disable_progbar=True
+                kernel,
+                num_samples=num_draws,
+                warmup_steps=warmup,
+                initial_params={"z": start},
+                num_chains=1,
+                disable_progbar=True,
             )
             run.run()
         chains.append(run.get_samples()["z"])
@@ -116,7 +125,10 @@ def _store(name: str, model: Model, chains: Chains, folder: Path, command: str) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the references named on the command line; see ``--help``."""
-    parser = argparse.ArgumentParser(prog="python -m vifamily.problems._references.make", description="Make stored references again by long NUTS runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m vifamily.problems._references.make",
+        description="Make stored references again by long NUTS runs.",
+    )
     parser.add_argument("name", choices=NAMES, help="problem whose reference to make")
     parser.add_argument("--chains", type=int, default=4)
     parser.add_argument("--draws", type=int, default=2500, help="draws kept per chain")
@@ -132,9 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = importlib.import_module(f"vifamily.problems.{given.name}").make_model()
     chains = run_chains(model, seed=given.seed, num_chains=given.chains, num_draws=given.draws, warmup=given.warmup)
     stored = _store(given.name, model, chains, given.folder, command)
+    least = min(stored["ess_bulk"].min(), stored["ess_tail"].min())
     print(
-        f"{given.name}: R-hat at most {stored['rhat'].max():.4f}, effective sample size at least "
-        f"{min(stored['ess_bulk'].min(), stored['ess_tail'].min()):.0f}, {chains.divergences} divergences, {time.perf_counter() - began:.0f} s"
+        f"{given.name}: R-hat at most {stored['rhat'].max():.4f}, effective sample size at least {least:.0f}, "
+        f"{chains.divergences} divergences, {time.perf_counter() - began:.0f} s"
     )
     return 0 if stored["rhat"].max() < 1.01 else 1
 
