@@ -94,15 +94,17 @@ def rebuild_family(
     Raises:
         CheckpointError: If the data or the state do not fit a family.
     """
-    family = _build(data, device, depth=0)
+    # Before anything of the size that the JSON claims is allocated: every family stores a shift of its dimension.
+    largest = max((value.numel() for value in state.values()), default=0)
+    family = _build(data, device, largest)
     restore_family(family, state)
     return family
 
 
-def _build(data: Mapping[str, Any], device: torch.device | str | None, depth: int) -> Family:
+def _build(data: Mapping[str, Any], device: torch.device | str | None, largest: int, *, nested: bool = False) -> Family:
     kind = field(data, "kind", str)
-    if kind == "restart_mixture" and depth == 0:
-        parts = [_build(part, device, depth + 1) for part in field(data, "components", list)]
+    if kind == "restart_mixture" and not nested:
+        parts = [_build(part, device, largest, nested=True) for part in field(data, "components", list)]
         if not parts:
             raise CheckpointError("the saved mixture of restarts has no components; the file is damaged.")
         try:
@@ -118,12 +120,15 @@ def _build(data: Mapping[str, Any], device: torch.device | str | None, depth: in
             "load(path, family=...)."
         )
     latent = rebuild_latent(field(data, "latent", dict), device=device)
+    if latent.dim > largest:
+        raise CheckpointError(f"the saved family claims {latent.dim} coordinates, which its tensors do not hold.")
     try:
-        return build("families", spec).build(latent, generator=generator(0, "load"))
+        family: Family = build("families", spec).build(latent, generator=generator(0, "load"))
     except (VifamilyError, TypeError, ValueError, RuntimeError, AttributeError, MemoryError) as error:
         raise CheckpointError(
             f"the saved family {spec[:80]!r} cannot be rebuilt, so pass it as load(path, family=...): {error}"
         ) from error
+    return family
 
 
 def restore_family(family: Family, state: Mapping[str, Tensor]) -> None:

@@ -187,7 +187,10 @@ def read(folder: str | os.PathLike[str], *, name: str = "checkpoint") -> tuple[d
             f"{path / f'{name}.json'} names the tensor file {file[:80]!r}, which is not a name of this format."
         )
     tensors = _tensors(path / file, field(header, "sha256", str))
-    meta = _from_json(header.get("meta"))
+    try:
+        meta = _from_json(header.get("meta"))
+    except RecursionError as error:
+        raise CheckpointError(f"{path / f'{name}.json'} is nested too deeply; it is not valid.") from error
     if not isinstance(meta, dict):
         raise CheckpointError(
             f"{path / f'{name}.json'} holds no 'meta' dictionary; the file is not a checkpoint of this package."
@@ -254,7 +257,7 @@ def _from_json(value: Any) -> Any:
     return [_from_json(inner) for inner in value] if isinstance(value, list) else value
 
 
-def field(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
+def field(data: Any, key: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
     """Return an entry of plain data read from a file, checked for its type.
 
     Args:
@@ -270,7 +273,7 @@ def field(data: Mapping[str, Any], key: str, kind: type | tuple[type, ...], *, o
         >>> field({"dim": 2}, "dim", int)
         2
     """
-    value = data.get(key) if isinstance(data, Mapping) else None
+    value: Any = data.get(key) if isinstance(data, Mapping) else None
     if value is None and optional:
         return None
     kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -58,7 +58,8 @@ def wasserstein_1d(x: Tensor, y: Tensor, *, order: float = 2.0) -> Tensor:
     knots = torch.unique(torch.cat([torch.arange(m + 1) * n, torch.arange(n + 1) * m]))
     left, width = knots[:-1], knots.diff().to(x.dtype) / (m * n)
     gap = (x[left // n] - y[left // m]).abs() ** order
-    return (width @ gap) ** (1 / order)
+    power: Tensor = width @ gap
+    return power.pow(1 / order)
 
 
 def sliced_wasserstein(
@@ -158,21 +159,25 @@ def mmd(x: Any, y: Any, *, bandwidth: float | None = None) -> Estimate:
     if not 0 < width < math.inf:
         raise ConfigError(f"the bandwidth must be positive and finite, got {bandwidth}.")
     m, n = a.shape[0], b.shape[0]
-    (xx, xx2), (yy, yy2), (xy, xy2) = (_row_sums(p, q, width) for p, q in ((a, a), (b, b), (a, b)))
-    (yx, _) = _row_sums(b, a, width)
-    xx, yy = (xx - 1) / (m - 1), (yy - 1) / (n - 1)  # the pairs of a point with itself are left out
-    value = float(xx.mean() + yy.mean() - xy.sum() / (m * n) - yx.sum() / (m * n))
-    first = 4 * float((xx - xy / n).var() / m + (yy - yx / m).var() / n)
-    # Where the samples agree the first term vanishes and this one is all there is.
-    square = [
-        (float(xx2.sum()) - m) / (m * (m - 1)),
-        (float(yy2.sum()) - n) / (n * (n - 1)),
-        float(xy2.sum()) / (m * n),
-    ]
-    level = [float(xx.mean()), float(yy.mean()), float(xy.sum()) / (m * n)]
-    spread = [max(s - v * v, 0.0) for s, v in zip(square, level, strict=True)]
-    second = 2 * spread[0] / (m * (m - 1)) + 2 * spread[1] / (n * (n - 1)) + 4 * spread[2] / (m * n)
-    return Estimate(value, math.sqrt(first + second))
+    (xx, xx2), (yy, yy2), (xy, xy2), (yx, _) = (_row_sums(p, q, width) for p, q in ((a, a), (b, b), (a, b), (b, a)))
+    # means over the other points; the pairs of a point with itself are left out
+    xx, yy, xy, yx = (xx - 1) / (m - 1), (yy - 1) / (n - 1), xy / n, yx / m
+    value = float(xx.mean() + yy.mean() - 2 * xy.mean())
+    # Variance of a U-statistic: that of its projections on single points, and that of the rest, which is all there is
+    # where the samples agree. The projections are means themselves, whose own noise is taken off.
+    rest_x = _rest(float(xx2.sum() - m) / (m * (m - 1)), xx, xx)
+    rest_y = _rest(float(yy2.sum() - n) / (n * (n - 1)), yy, yy)
+    rest_xy = _rest(float(xy2.sum()) / (m * n), xy, yx)
+    first_x = float((xx - xy).var()) - rest_x / (m - 1) - rest_xy / n
+    first_y = float((yy - yx).var()) - rest_y / (n - 1) - rest_xy / m
+    second = 2 * rest_x / (m * (m - 1)) + 2 * rest_y / (n * (n - 1)) + 4 * rest_xy / (m * n)
+    return Estimate(value, math.sqrt(4 * max(first_x, 0.0) / m + 4 * max(first_y, 0.0) / n + second))
+
+
+def _rest(mean_square: float, rows: Tensor, columns: Tensor) -> float:
+    """Variance of a kernel after its row and column means are taken off."""
+    level = float(rows.mean())
+    return max(mean_square - float((rows**2).mean()) - float((columns**2).mean()) + level**2, 0.0)
 
 
 def _row_sums(x: Tensor, y: Tensor, width: float) -> tuple[Tensor, Tensor]:

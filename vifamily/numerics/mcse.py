@@ -31,7 +31,8 @@ def autocovariance(chains: Tensor) -> Tensor:
     # Padding to twice the length keeps the circular convolution from wrapping round.
     size = 1 << (2 * time - 1).bit_length()
     spectrum = torch.fft.rfft(centred, n=size, dim=-2)
-    return torch.fft.irfft(spectrum.abs() ** 2, n=size, dim=-2)[..., :time, :] / time
+    covariance: Tensor = torch.fft.irfft(spectrum.abs() ** 2, n=size, dim=-2)[..., :time, :] / time
+    return covariance
 
 
 def effective_sample_size(chain: Tensor) -> Tensor:

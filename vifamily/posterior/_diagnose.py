@@ -15,6 +15,7 @@ from vifamily.diagnostics.psis import FEWEST_DRAWS, k_hat_threshold, psis
 from vifamily.diagnostics.restarts import restart_rhat
 from vifamily.diagnostics.stein import SteinTest, kernel_stein
 from vifamily.errors import ConfigError, SpecError
+from vifamily.posterior._core import check_count
 from vifamily.registry import entry_name, parse
 from vifamily.rng import generator
 from vifamily.types import Capability, Space
@@ -29,7 +30,8 @@ _STEIN_DRAWS = 500
 
 def diagnose(posterior: Posterior, num_draws: int, seed: int | None) -> Diagnosis:
     """Gather the figures and choose the advice."""
-    if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < FEWEST_DRAWS:
+    check_count("num_draws", num_draws)
+    if num_draws < FEWEST_DRAWS:
         raise ConfigError(f"a diagnosis needs {FEWEST_DRAWS} draws or more, got num_draws={num_draws!r}.")
     record = posterior.record
     figures: dict[str, Any] = {"num_draws": num_draws, "k_hat_threshold": k_hat_threshold(num_draws)}
@@ -97,7 +99,8 @@ def _stein(posterior: Posterior, seed: int | None) -> SteinTest | None:
         return None
     if Capability.FINITE in posterior.family.capabilities or Capability.LOG_JOINT not in model.capabilities:
         return None
-    z = posterior.draws(_STEIN_DRAWS, seed=seed).detach().requires_grad_(requires_grad=True)
+    z = posterior.draws(_STEIN_DRAWS, seed=seed).detach().clone()
+    z.requires_grad = True
     with torch.enable_grad():
         (score,) = torch.autograd.grad(model.log_joint(z).sum(), z)
     if not bool(score.isfinite().all()):

@@ -61,7 +61,7 @@ def _columns(
     theta = posterior.sample(num_draws, seed=seed)
     known = getattr(posterior.problem, "reference", None) if reference is None else reference
     exact = getattr(known, "draws", None) if hasattr(known, "draws") else known
-    if reference is None and exact is not None:
+    if reference is None and known is not None and exact is not None:
         return _array(posterior.problem.columns(theta)), list(known.names), np.asarray(exact)
     draws = _array(posterior.layout.flatten(theta))
     return draws, posterior.layout.columns(), None if exact is None else np.asarray(exact)
