@@ -78,7 +78,7 @@ class Objective(abc.ABC):
         return False
 
     min_draws: ClassVar[int] = 1
-    default_draws: ClassVar[int] = 8
+    default_draws: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
         asked = getattr(self, "estimator", "auto")

@@ -41,7 +41,7 @@ class StoppingRule:
     rhat: float = 1.1
     mcse: float = 0.02
     rough: float = 0.1
-    tolerance: float = 0.05
+    tolerance: float = 0.02
     stage: int = 5000
     shrink: float = 0.5
     stages: int = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,7 @@ class Adam(Solver):
     """
 
     step_size: float | None = None
-    tolerance: float = 0.05
+    tolerance: float = 0.02
     mcse: float = 0.02
     model_step_size: float = 0.2
 
@@ -63,12 +64,12 @@ class Adam(Solver):
         return AdamRun(task, rule, self.step_size or task.step_size, self.model_step_size)
 
 
-def _plain(value: float) -> float | None:
-    """Write NaN as None: JSON has no NaN."""
-    return None if value != value else value
+def _plain(value: float) -> float | str | None:
+    """Write NaN as None and infinity as a word: JSON has neither."""
+    return "inf" if value == math.inf else None if value != value else value
 
 
-def _number(value: float | None) -> float:
+def _number(value: float | str | None) -> float:
     return float("nan") if value is None else float(value)
 
 
@@ -95,7 +96,7 @@ class AdamRun(Run):
         self.sums = [torch.zeros_like(g.value) for g in self.groups]
         self.snapshots: list[tuple[int, list[Tensor]]] = [(0, [s.clone() for s in self.sums])]
         self.previous: Tensor | None = None
-        self.change = float("nan")
+        self.change, self.previous_error = float("nan"), float("inf")
         self.gradient_sum, self.gradient_square = torch.zeros_like(self.flat.value), torch.zeros_like(self.flat.value)
         self.gradient_count = 0
         self._losses: list[list[float]] = []
@@ -233,10 +234,14 @@ class AdamRun(Run):
         row = self.watch()
         if self.previous is not None:
             self.change = float(((row - self.previous).abs() / self._unit(row)).nan_to_num(0.0).max())
-        small = self.change < self.rule.tolerance
-        if small and verdict == "done" and self.monitor.error < self.rule.mcse:
+        # a change that the Monte-Carlo errors of the two averages explain is no change
+        noise = 2 * math.hypot(self.monitor.error, self.previous_error)
+        small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
+        # two halvings at least: one small change may be chance
+        if small and self.stage >= 2 and verdict == "done" and max(self.monitor.error, 0.5 * self.previous_error) < self.rule.mcse:
             self.finished = "converged"
             return
+        self.previous_error = self.monitor.error
         self.stage += 1
         if self.stage >= self.rule.stages:
             self.finished = "smallest_step"
@@ -245,8 +250,11 @@ class AdamRun(Run):
         self.step_size *= self.rule.shrink
         for group, held in zip(self.groups, self.optimiser.param_groups, strict=True):
             held["lr"] = self._rate(group)
+        # the second moments still remember the large gradients of the way here, which makes steps too short and drift
+        # pass for stationarity
+        self.optimiser.state.clear()
         # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
-        near = self.change < 2 * self.rule.tolerance
+        near = self.change < max(4 * self.rule.tolerance, noise)
         self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
         self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
         self.gradient_sum.zero_()
@@ -315,7 +323,7 @@ class AdamRun(Run):
             out["previous"] = self.previous.clone()
         out.update({f"term/{name}": column for name, column in self.terms.items()})
         values = {
-            "step": self.step_count, "stage": self.stage, "step_size": self.step_size, "change": _plain(self.change), "notes": list(self.notes),
+            "step": self.step_count, "stage": self.stage, "step_size": self.step_size, "change": _plain(self.change), "previous_error": _plain(self.previous_error), "notes": list(self.notes),
             "finished": self.finished, "gradient_count": self.gradient_count, "snapshots": [at for at, _ in self.snapshots],
             "first_step": self.monitor.first_step, "goal": self.monitor.goal, "stationary_from": self.monitor.stationary_from, "rhat": _plain(self.monitor.rhat), "error": _plain(self.monitor.error),
         }  # fmt: skip
@@ -328,6 +336,7 @@ class AdamRun(Run):
         self.step_count, self.stage, self.step_size = int(values["step"]), int(values["stage"]), float(values["step_size"])
         self.change, self.notes, self.finished = _number(values["change"]), list(values["notes"]), values["finished"]
         self.gradient_count = int(values["gradient_count"])
+        self.previous_error = _number(values["previous_error"])
         self.monitor = StageMonitor(self.rule, int(values["first_step"]), float(values["goal"]))
         self.monitor.stationary_from = values["stationary_from"]
         self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
