@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from vifamily.errors import ConfigError, ShapeError
 
-__all__ = ["Cell", "Picture", "Table", "Text", "html", "png", "write", "write_text"]
+__all__ = ["Cell", "Picture", "Table", "Text", "html", "png", "write", "write_bytes", "write_text"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,10 +265,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     Raises:
         ConfigError: If the folder cannot be written to.
     """
-    return _write_bytes(Path(path), text.encode("utf-8"))
+    return write_bytes(path, text.encode("utf-8"))
 
 
-def _write_bytes(path: Path, data: bytes) -> Path:
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a binary file the way :func:`write_text` writes text."""
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)

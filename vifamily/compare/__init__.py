@@ -1,0 +1,191 @@
+"""Every objective and family on the same targets, noise and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vifamily import registry
+from vifamily.compare.cells import Cell, Outcome, plain
+from vifamily.compare.grid import run_grid
+from vifamily.compare.labels import Item, items, split_specs
+from vifamily.compare.measure import MEASURES, Target, as_problem, fingerprint, fit_cell, target_of
+from vifamily.compare.reporting import Report, reporter
+from vifamily.compare.result import Comparison
+from vifamily.errors import ConfigError, SpecError, VifamilyError
+from vifamily.rng import check_seed
+
+__all__ = ["DEFAULTS", "MEASURES", "Cell", "Comparison", "Outcome", "Target", "compare", "split_specs"]
+
+DEFAULTS: dict[str, Any] = {
+    "problems": ("banana", "correlated_normal", "eight_schools"),
+    "families": ("mean_field", "full_rank", "flow"),
+    "objectives": ("elbo", "iwae", "renyi(alpha=0.5)"),
+    "seeds": 2,
+}
+"""What ``vifamily compare`` runs when nothing is named."""
+
+
+def compare(
+    problems: Any = DEFAULTS["problems"],
+    families: Any = ("mean_field", "full_rank"),
+    objectives: Any = ("elbo",),
+    *,
+    seeds: int | Iterable[int] = 3,
+    out: str | os.PathLike[str] | None = None,
+    jobs: int | None = None,
+    steps: int | None = None,
+    time_limit: float | None = None,
+    draws: int | None = None,
+    solver: str = "adam",
+    progress: bool | Report | None = None,
+    resume: bool = True,
+) -> Comparison:
+    """Fit every combination of problem, family, objective and seed, and measure each against what is known.
+
+    For each seed, all methods get the same target, the same root seed (so the same noise stream and start), the same
+    draws per step and the same budget. A cell that fails, or that cannot be, is reported with its reason; the others go
+    on.
+
+    Args:
+        problems: Names such as ``"eight_schools"``, problems, or models (then without reference). A string may list
+            several, separated by commas.
+        families: Specs such as ``"low_rank(rank=2)"``, or entries, guides and modules as ``fit`` takes them.
+        objectives: Specs such as ``"renyi(alpha=0.5)"``, or entries.
+        seeds: How many seeds, counted from 0, or the seeds themselves.
+        out: Folder for the files of :meth:`Comparison.save` and for finished cells (``cells/``). A run that was killed
+            goes on from there; a cell whose configuration or problem changed is computed anew. None keeps nothing.
+        jobs: Cells at once, each in a process with one thread; None for one per core. 1 stays in this process. A
+            ``joblib.parallel_config`` around the call chooses another backend.
+        steps: Most steps of each fit; None leaves it to the stopping rule.
+        time_limit: Most seconds of each fit.
+        draws: Draws per step; None takes the largest default among the objectives, for all of them.
+        solver: A solver's spec.
+        progress: True for a progress line, None for one on a terminal only, or a function called with each outcome, the
+            number done and the number of cells.
+        resume: Take finished cells from ``out``.
+
+    Returns:
+        The comparison: prints as a table, and gives figures, JSON, CSV and an HTML page.
+
+    Raises:
+        UnknownNameError: If a name is not registered.
+        SpecError: If a spec cannot be read or its arguments do not fit.
+        ConfigError: If an axis is empty or names something twice, a number is out of range, or ``out`` cannot be
+            written to.
+
+    Example:
+        >>> result = compare("banana", "mean_field", "elbo", seeds=1, steps=30, jobs=1)
+        >>> [(cell.status, cell.values["steps"]) for cell in result.cells]
+        [('ok', 30)]
+    """
+    axes = {
+        kind: items(kind, value)
+        for kind, value in (("problems", problems), ("families", families), ("objectives", objectives))
+    }
+    numbers = _seeds(seeds)
+    settings = _settings(axes["objectives"], steps=steps, time_limit=time_limit, draws=draws, solver=solver)
+    folder = None if out is None else Path(out)
+    cells, targets, broken = _cells(axes, numbers, settings)
+    config: dict[str, Any] = {kind: [item.label for item in chosen] for kind, chosen in axes.items()}
+    versions = _versions()
+    config |= {"seeds": numbers, **settings, "versions": versions}
+    with reporter(progress, len(cells)) as report:
+        outcomes = run_grid(
+            cells,
+            _Runner(broken),
+            folder=None if folder is None else folder / "cells",
+            versions=versions,
+            jobs=jobs,
+            resume=resume,
+            report=report,
+        )
+    comparison = Comparison(tuple(outcomes), plain(config), targets)
+    if folder is not None:
+        comparison.save(folder)
+    return comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runner:
+    """Fits a cell, or says why its problem could not be built."""
+
+    broken: Mapping[str, str]
+
+    def __call__(self, cell: Cell) -> Outcome:
+        if cell.problem in self.broken:
+            raise VifamilyError(self.broken[cell.problem])
+        return fit_cell(cell)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("vifamily", "torch", "zuko", "pyro-ppl"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a source folder without installing it
+            found[name] = "not installed"
+    return found
+
+
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
+    if isinstance(seeds, (int, np.integer)) and not isinstance(seeds, bool):
+        if seeds < 1:
+            raise ConfigError(f"seeds must be at least 1, got {seeds}.")
+        return list(range(int(seeds)))
+    if isinstance(seeds, (str, bool)) or not isinstance(seeds, Iterable):
+        raise ConfigError(f"seeds must be a number of seeds or a list of them, got {seeds!r}.")
+    out = [check_seed(seed) for seed in seeds]
+    if not out or len(set(out)) != len(out):
+        raise ConfigError(f"seeds must be distinct and at least one, got {out}.")
+    return out
+
+
+def _settings(
+    objectives: Sequence[Item], *, steps: int | None, time_limit: float | None, draws: int | None, solver: str
+) -> dict[str, Any]:
+    for name, value in (("steps", steps), ("draws", draws)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
+            raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+    if time_limit is not None and not (isinstance(time_limit, (int, float)) and time_limit > 0):
+        raise ConfigError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+    registry.build("solvers", solver)
+    if draws is None:
+        built = [registry.build("objectives", item.label) if item.given is None else item.given for item in objectives]
+        draws = max(max(getattr(o, "default_draws", 1), getattr(o, "min_draws", 1)) for o in built)
+    return {"solver": solver, "draws": int(draws), "steps": steps, "time_limit": time_limit}
+
+
+def _cells(
+    axes: Mapping[str, Sequence[Item]], seeds: Sequence[int], settings: Mapping[str, Any]
+) -> tuple[list[Cell], dict[str, Target], dict[str, str]]:
+    cells: list[Cell] = []
+    targets: dict[str, Target] = {}
+    broken: dict[str, str] = {}
+    for problem in axes["problems"]:
+        mark = ""
+        try:
+            built = as_problem(problem.label if problem.given is None else problem.given)
+            mark = fingerprint(built)
+            targets[problem.label] = target_of(problem.label, built)
+        except (ConfigError, SpecError):
+            raise
+        except Exception as error:  # data that are not there, a model that raises: those cells say so
+            broken[problem.label] = " ".join(str(error).split()) or type(error).__name__
+        for family in axes["families"]:
+            for objective in axes["objectives"]:
+                chosen = {"problem": problem, "family": family, "objective": objective}
+                given = {axis: item.given for axis, item in chosen.items() if item.given is not None}
+                # a problem given as an object is pinned down by its fingerprint
+                resumable = family.resumable and objective.resumable and (problem.resumable or bool(mark))
+                cells += [
+                    Cell(problem.label, family.label, objective.label, seed, settings, mark, given, resumable)
+                    for seed in seeds
+                ]
+    return cells, targets, broken

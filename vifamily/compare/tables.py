@@ -1,0 +1,169 @@
+"""Tables of a comparison: one row per problem, family and objective, figures averaged over seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from vifamily import report
+from vifamily.compare.cells import Outcome
+from vifamily.compare.measure import MEASURES, Measure
+
+__all__ = ["csv_text", "figure_text", "html_table", "rich_table", "summarise"]
+
+AXES = ("problem", "family", "objective")
+
+
+def summarise(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Average each figure over the seeds.
+
+    Args:
+        outcomes: The cells.
+
+    Returns:
+        One plain dictionary per problem, family and objective, in the order of the cells. Each figure has its mean
+        under its own name and its standard error across seeds under ``<name>_error`` (None with fewer than two seeds).
+    """
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(outcome.place[:3], []).append(outcome)
+    return [_row(place, members) for place, members in groups.items()]
+
+
+def _row(place: tuple[str, str, str], members: Sequence[Outcome]) -> dict[str, Any]:
+    fitted = [m for m in members if m.status == "ok"]
+    row: dict[str, Any] = dict(zip(AXES, place, strict=True))
+    row |= {"seeds": len(members), "fitted": len(fitted)}
+    if fitted:
+        row["status"] = "ok" if len(fitted) == len(members) else "partly failed"
+    else:
+        row["status"] = "failed" if any(m.status == "failed" for m in members) else "not possible"
+    reasons = list(dict.fromkeys(m.reason for m in members if m.reason))
+    row["reason"] = " | ".join(reasons) or None
+    for measure in MEASURES:
+        values = [float(v) for m in fitted if isinstance(v := m.values.get(measure.name), (int, float))]
+        row[measure.name], row[f"{measure.name}_error"] = mean_and_error(values)
+    stops = Counter(str(m.values.get("stop_reason")) for m in fitted)
+    row["stop_reason"] = ", ".join(k if len(stops) == 1 else f"{k} {n}" for k, n in stops.most_common()) or None
+    thresholds = [v for m in fitted if isinstance(v := m.values.get("k_hat_threshold"), float)]
+    row["k_hat_threshold"] = min(thresholds) if thresholds else None
+    return row
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean, and its standard error from the spread of the values."""
+    size = len(values)
+    if not size:
+        return None, None
+    mean = math.fsum(values) / size
+    if size < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (size - 1) / size)
+
+
+def figure_text(value: float | None, error: float | None, *, digits: int | None = None) -> str:
+    """Write a figure with its error, to the digits that the error leaves standing.
+
+    Example:
+        >>> figure_text(0.20312, 0.0123), figure_text(1834.2, None, digits=0), figure_text(None, None)
+        ('0.203 ± 0.012', '1834', '-')
+    """
+    if value is None:
+        return "-"
+    if error is None or not error > 0:
+        return f"{value:.{digits}f}" if digits is not None else f"{value:.3g}"
+    if error < 1e-12 * abs(value):
+        return f"{value:.4g}"
+    places = max(0, 1 - math.floor(math.log10(error)))
+    if places > 6 or abs(value) >= 1e7:
+        return f"{value:.3g} ± {error:.1g}"
+    if digits is not None:
+        places = min(places, max(digits, 0)) if error >= 10.0 ** -(digits + 1) else digits
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def _tone(row: Mapping[str, Any], measure: Measure) -> str:
+    if measure.name == "k_hat" and row["k_hat"] is not None and row["k_hat_threshold"] is not None:
+        return "bad" if row["k_hat"] > row["k_hat_threshold"] else "good"
+    return ""
+
+
+def _text(row: Mapping[str, Any], measure: Measure) -> str:
+    text = figure_text(row[measure.name], row[f"{measure.name}_error"], digits=measure.digits)
+    # colour alone must not carry the meaning
+    return text + " !" if _tone(row, measure) == "bad" else text
+
+
+def _outcome_text(row: Mapping[str, Any]) -> str:
+    if row["status"] == "ok":
+        return str(row["stop_reason"] or "")
+    if row["status"] == "partly failed":
+        return f"{row['stop_reason']}; {row['seeds'] - row['fitted']} of {row['seeds']} failed: {row['reason']}"
+    return f"{row['status']}: {row['reason']}"
+
+
+def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table for a terminal; k-hat above its threshold carries an exclamation mark."""
+    table = Table(title=None, header_style="bold", pad_edge=False, box=None, collapse_padding=True)
+    for axis in AXES:
+        table.add_column(axis, no_wrap=axis != "problem", overflow="fold")
+    for measure in MEASURES:
+        table.add_column(measure.head.replace(", ", "\n"), justify="right", no_wrap=True)
+    table.add_column("stop", overflow="fold", min_width=9)
+    before = None
+    for row in rows:
+        if before is not None and row["problem"] != before:
+            table.add_section()
+        head = "" if row["problem"] == before else _bare(row["problem"])
+        before = row["problem"]
+        figures = []
+        for measure in MEASURES:
+            tone = {"bad": "red", "good": "green"}.get(_tone(row, measure))
+            text = _text(row, measure) if row["fitted"] else "-"
+            figures.append(f"[{tone}]{text}[/]" if tone else text)
+        table.add_row(head, _bare(row["family"]), _bare(row["objective"]), *figures, _bare(_outcome_text(row)))
+    return table
+
+
+def _bare(text: Any) -> str:
+    return str(text).replace("[", r"\[")
+
+
+def html_table(rows: Sequence[Mapping[str, Any]]) -> report.Table:
+    """Return the table for the HTML report."""
+    body = []
+    for row in rows:
+        cells: list[report.Cell | str] = [str(row[axis]) for axis in AXES]
+        cells += [
+            report.Cell(_text(row, m) if row["fitted"] else "-", row[m.name] if row["fitted"] else None, _tone(row, m))
+            for m in MEASURES
+        ]
+        tone = {"ok": "", "not possible": "quiet"}.get(row["status"], "bad")
+        body.append([*cells, report.Cell(_outcome_text(row), tone=tone)])
+    heads = [*AXES, *(m.head for m in MEASURES), "stop"]
+    notes = ["", "", "", *(m.note for m in MEASURES), "Why the fit ended, or why there is none."]
+    seeds = max((row["seeds"] for row in rows), default=0)
+    spread = f"Means over {seeds} seeds ± standard error across seeds. " if seeds > 1 else "One seed. "
+    return report.Table(heads, body, caption=spread + "An exclamation mark: k-hat above its threshold.", notes=notes)
+
+
+def csv_text(outcomes: Sequence[Outcome]) -> str:
+    """Return one line per cell, all figures in columns of their own; empty where there is none."""
+    first = [m.name for m in MEASURES]
+    rest = dict.fromkeys(name for outcome in outcomes for name in outcome.values if name not in first)
+    heads = [*AXES, "seed", "status", *first, *rest, "reason"]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, heads, restval="", lineterminator="\n")
+    writer.writeheader()
+    for outcome in outcomes:
+        line: dict[str, Any] = dict(zip((*AXES, "seed"), outcome.place, strict=True))
+        line |= {"status": outcome.status, "reason": outcome.reason or ""}
+        line |= {name: "" if value is None else value for name, value in outcome.values.items()}
+        writer.writerow(line)
+    return buffer.getvalue()
