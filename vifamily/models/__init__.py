@@ -5,5 +5,6 @@ from __future__ import annotations
 from vifamily.models._base import BatchSource, Model
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
+from vifamily.models.pyro_model import PyroModel
 
-__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model"]
+__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model", "PyroModel"]

@@ -35,8 +35,9 @@ class LikelihoodModel(Model):
 
     Args:
         log_prior: Log prior of the constrained parameters, ``theta -> (draw,)``, where ``theta`` is a dict of
-            ``(draw, *shape)``, or ``z`` of ``(draw, dim)`` with ``dim=``. A pair ``(mean, sd)`` of numbers or ``(dim,)``
-            tensors is the independent normal prior, where every support is real. None where there are only local latents.
+            ``(draw, *shape)``, or ``z`` of ``(draw, dim)`` with ``dim=``. A pair ``(mean, sd)`` of numbers or
+            ``(dim,)`` tensors is the independent normal prior, where every support is real. None where every latent is
+            local.
         log_likelihood: Log likelihood of each datum, ``(theta, data) -> (draw, datum)``.
         data: A tensor, a tuple or dict of tensors with the datum axis first, a torch ``Dataset`` read by position, or a
             ``DataLoader``, which makes its own minibatches.

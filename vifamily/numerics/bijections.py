@@ -57,7 +57,8 @@ class CorrMatrixConstraint(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Return whether each matrix is a correlation matrix."""
         unit: Tensor = ((value.diagonal(dim1=-2, dim2=-1) - 1).abs() < 1e-6).all(-1)
-        return constraints.positive_definite.check(value) & unit
+        definite: Tensor = constraints.positive_definite.check(value)
+        return definite & unit
 
 
 class _Bijection(Transform):
