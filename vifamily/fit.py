@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,10 @@ from torch import Tensor
 from vifamily import checkpoint as checkpoints
 from vifamily.errors import CheckpointError, ConfigError, NonFiniteLossError
 from vifamily.families import Family
+from vifamily.families._adapters import as_entry
+from vifamily.families._local_view import LocalView, joint_noise_spec
 from vifamily.families._stack import StackedFamily
+from vifamily.families.local import LocalFamily
 from vifamily.plan import Plan, describe, make_plan
 from vifamily.plan import plan as plan
 from vifamily.posterior import FitRecord, Posterior, versions
@@ -24,6 +28,7 @@ from vifamily.rng import NoiseStream, check_seed, draw_noise, generator
 from vifamily.solvers import Run, StepReport, Task
 from vifamily.start import initialise
 from vifamily.trackers import Tracker
+from vifamily.types import Batch, Capability, Loss
 
 __all__ = ["fit", "plan"]
 
@@ -122,43 +127,63 @@ class _Loop:
     ) -> None:  # fmt: skip
         self.plan, self.seed, self.most_steps, self.restarts = planned, seed, most_steps, restarts
         self.folder, self.every = folder, every
+        self.encoder, self.local_family = encoder, local_family
         self.notes = list(planned.notes)
-        self.families = [self._build(r, init) for r in range(restarts)]
         self.saved = None if folder is None else checkpoints.read_if_any(folder)
         self.seconds_before = 0.0
-        self.batches = planned.model.batches(planned.batch_size, seed=seed)
+        self.local = Capability.LOCAL in planned.model.capabilities
+        if not self.local and (encoder is not None or local_family is not None):
+            raise ConfigError("encoder= and local_family= are for models with local latents; this model has none.")
+        # local latents are drawn for the data of a batch, so all data are one batch
+        self.batch_size = planned.model.num_data if self.local and planned.batch_size is None else planned.batch_size
+        self.batches = planned.model.batches(self.batch_size, seed=seed)
+        self.families = [self._build(r, init) for r in range(restarts)]
         self.runs = [self._start(group) for group in self._groups()]
 
     # -- setting up ----------------------------------------------------------------------------------------------------
     def _build(self, restart: int, init: Any) -> Family:
-        family = self.plan.entry.build(self.plan.latent, generator=generator(self.seed, "family", restart))
-        family.spec = describe(self.plan.entry)
-        how = initialise(family, self.plan.entry, self.plan.model, init, seed=self.seed, restart=restart,
-                         minibatches=self.plan.batch_size is not None)  # fmt: skip
+        plan, source = self.plan, generator(self.seed, "family", restart)
+        family = plan.entry.build(plan.latent, generator=source)
+        family.spec = describe(plan.entry)
+        how = initialise(family, plan.entry, plan.model, init, seed=self.seed, restart=restart,
+                         minibatches=plan.batch_size is not None)  # fmt: skip
         if restart == 0:
             self.notes.append(f"started {how}")
-        return family
+        return self._with_locals(family, source) if self.local else family
+
+    def _with_locals(self, family: Family, source: torch.Generator) -> Family:
+        entry = as_entry("mean_field" if self.local_family is None else self.local_family)
+        encoder, context_dim = copy.deepcopy(self.encoder), None
+        if encoder is not None:
+            first = self.batches.at(0)
+            context = encoder(None if first is None else first.data)
+            context_dim = context.shape[-1]
+        return LocalFamily.from_entries(family, entry, self.plan.model.local_dim, generator=source,
+                                        num_data=self.plan.model.num_data, encoder=encoder, context_dim=context_dim)  # fmt: skip
 
     def _groups(self) -> list[list[int]]:
         """Restarts that run as one: all of them, or one by one where the model has parameters of its own."""
-        own = any(p.requires_grad for p in self.plan.model.parameters())
+        own = self.local or any(p.requires_grad for p in self.plan.model.parameters())
         return [[r] for r in range(self.restarts)] if own and self.restarts > 1 else [list(range(self.restarts))]
 
     def _start(self, group: list[int]) -> Run:
         members = [self.families[r] for r in group]
         family = members[0] if len(group) == 1 else StackedFamily(members)
-        latent = self.plan.latent
-        stream = NoiseStream(self.seed, family.noise_spec, draws=self.plan.draws, restarts=len(group),
-                             first_restart=group[0], dtype=latent.dtype, device=latent.device,
-                             balanced=self.plan.objective.linear_in_draws)  # fmt: skip
-        fixed = draw_noise(family.noise_spec, (_MONITOR_DRAWS // 2,), generator(self.seed, "monitor"), dtype=latent.dtype, device=latent.device)
-        fixed = torch.cat([fixed, -fixed if family.noise_spec.law == "normal" else 1 - fixed])
+        latent, objective = self.plan.latent, self.plan.objective
+        loss = _local_loss(objective) if self.local else objective.loss
+        spec = joint_noise_spec(family, self.batch_size or 0) if isinstance(family, LocalFamily) else family.noise_spec
+        # parameters of the model would be shared by runs that follow each other: each has its own copy
+        model = self.plan.model if len(group) == self.restarts else copy.deepcopy(self.plan.model)
+        stream = NoiseStream(self.seed, spec, draws=self.plan.draws, restarts=len(group), first_restart=group[0],
+                             dtype=latent.dtype, device=latent.device, balanced=objective.linear_in_draws)  # fmt: skip
+        half = draw_noise(family.noise_spec, (_MONITOR_DRAWS // 2,), generator(self.seed, "monitor"), dtype=latent.dtype, device=latent.device)
+        fixed = torch.cat([half, -half if family.noise_spec.law == "normal" else 1 - half])
         if len(group) > 1:
             fixed = fixed.expand(len(group), *fixed.shape)
-        state = self.plan.objective.init_state(self.plan.model, family, generator=generator(self.seed, "objective"))
-        task = Task(self.plan.objective.loss, self.plan.model, family, stream.at, self.batches.at, fixed, len(group),
-                    getattr(members[0], "step_size", 0.05), state)  # fmt: skip
-        return self.plan.solver.start(task)
+        state = objective.init_state(model, family, generator=generator(self.seed, "objective"))
+        return self.plan.solver.start(
+            Task(loss, model, family, stream.at, self.batches.at, fixed, len(group), members[0].step_size, state)
+        )
 
     # -- running -------------------------------------------------------------------------------------------------------
     def run(
@@ -315,10 +340,21 @@ class _Loop:
         for family in families:
             family.requires_grad_(False)
         config = {**self._config(), "problem": getattr(self.plan.problem, "name", None)}
+        model = self.runs[best if len(self.runs) > 1 else 0].task.model  # type: ignore[attr-defined]
         return Posterior(
-            self.plan.model, families[best], record, layout=self.plan.model.layout, problem=self.plan.problem,
+            model, families[best], record, layout=model.layout, problem=self.plan.problem,
             restarts=tuple(families) if len(families) > 1 else (), objective=self.plan.objective, config=config,
         )  # fmt: skip
+
+
+def _local_loss(objective: Any) -> Callable[..., Loss]:
+    def loss(family: Any, model: Any, noise: Tensor, batch: Batch | None, state: Any) -> Loss:
+        if batch is None:
+            raise ConfigError("a fit with local latents needs batches.")
+        result: Loss = objective.loss(LocalView(family, batch), model, noise, batch, state)
+        return result
+
+    return loss
 
 
 def _number_or_none(value: float | None) -> float | None:

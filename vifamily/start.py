@@ -13,7 +13,7 @@ from vifamily.families import Family, FamilyEntry
 from vifamily.models import Model
 from vifamily.numerics.gaussian_start import GaussianStart, best_start, laplace, negative_curvature
 from vifamily.rng import generator
-from vifamily.types import Space
+from vifamily.types import Capability, Space
 
 __all__ = ["initialise"]
 
@@ -54,6 +54,10 @@ def initialise(
         raise ConfigError(
             f"init must be 'auto', 'laplace', 'prior', named values, an unconstrained point or a posterior, got {init!r}."
         )
+    if Capability.LOCAL in model.capabilities:
+        point = model.start(1, generator=generator(seed, "start", restart))[0]
+        family.precondition(point, torch.ones_like(point))
+        return "at a prior draw"
     point = model.start(1, generator=generator(seed, "start", restart))[0]
     if minibatches and (model.num_data or 0) > _LARGEST_DATA:
         family.precondition(point, torch.ones_like(point))

@@ -94,6 +94,8 @@ class Family(nn.Module, abc.ABC):
     noise_spec: NoiseSpec
     vectorised: bool = True
     """Whether restarts can be run through ``torch.func.vmap``; others are looped over."""
+    step_size: float = 0.05
+    """First step size that suits the family in its standardised coordinates."""
     log_q_is_bound: bool = False
     """See :attr:`FamilyEntry.log_q_is_bound`."""
 
@@ -179,7 +181,8 @@ class Family(nn.Module, abc.ABC):
         if self.scale.dim() == 1:
             return centred / self.scale
         flat = centred.reshape(-1, self.dim)
-        return torch.linalg.solve_triangular(self.scale, flat.T, upper=False).T.reshape(centred.shape)
+        solved: Tensor = torch.linalg.solve_triangular(self.scale, flat.T, upper=False)
+        return solved.T.reshape(centred.shape)
 
     def forward(self, noise: Tensor, context: Tensor | None = None) -> Draw:
         """Map noise to draws.
@@ -224,7 +227,8 @@ class Family(nn.Module, abc.ABC):
             raise ShapeError(f"log_prob needs points of shape (..., {self.dim}), got {tuple(z.shape)}.")
         if frozen:
             detached = {"family." + name: p.detach() for name, p in self.named_parameters()}
-            return torch.func.functional_call(_LogProb(self), detached, (z, context))
+            out: Tensor = torch.func.functional_call(_LogProb(self), detached, (z, context))
+            return out
         if self.latent.space is not Space.REAL:
             return self.log_density(z, context)
         return self.log_density(self.to_standard(z), context) - self._log_scale()
@@ -272,7 +276,7 @@ class Family(nn.Module, abc.ABC):
         """
         leading = (num_draws,) if context is None else (num_draws, context.shape[0])
         noise = draw_noise(self.noise_spec, leading, generator, dtype=self.latent.dtype, device=self.latent.device)
-        draw = self(noise, context)
+        draw: Draw = self(noise, context)
         if draw.z.shape[0] == num_draws and bool((draw.log_weight == draw.log_weight[0]).all()):
             return draw.z
         weight = draw.log_weight.exp().to(device=generator.device)
@@ -292,4 +296,5 @@ class _LogProb(nn.Module):
         self.family = family
 
     def forward(self, z: Tensor, context: Tensor | None) -> Tensor:
-        return self.family.log_prob(z, context)
+        out: Tensor = self.family.log_prob(z, context)
+        return out

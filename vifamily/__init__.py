@@ -1,0 +1,34 @@
+"""vifamily: variational inference where any objective meets any family meets any model.
+
+>>> import vifamily as vf
+>>> posterior = vf.fit("correlated_normal", family="full_rank", objective="elbo", seed=0)
+>>> posterior.sample(1000)["z"].shape
+torch.Size([1000, 2])
+"""
+
+from vifamily import errors, families, models, objectives, registry, rng, solvers, supports, trackers, types
+from vifamily.compare import compare
+from vifamily.fit import fit
+from vifamily.plan import plan
+from vifamily.posterior import Posterior, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Posterior",
+    "__version__",
+    "compare",
+    "errors",
+    "families",
+    "fit",
+    "load",
+    "models",
+    "objectives",
+    "plan",
+    "registry",
+    "rng",
+    "solvers",
+    "supports",
+    "trackers",
+    "types",
+]
