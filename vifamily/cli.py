@@ -216,7 +216,7 @@ def compare_command(
         typer.echo(result.to_json(), nl=False)
     else:
         console = _console(quiet=quiet)
-        console.print(result.table())
+        console.print(result)
         console.print(f"report: {out / 'report.html'}", markup=False)
     for cell in result.failed:
         typer.echo(

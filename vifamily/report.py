@@ -88,15 +88,15 @@ _STYLE = """
 :root{color-scheme:light}
 *{box-sizing:border-box}
 body{margin:0;background:#fff;color:#222;font:16px/1.5 system-ui,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:76rem;margin:0 auto;padding:2rem 1.25rem 4rem}
+main{max-width:88rem;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 .25rem}
 h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
 p{max-width:46rem;margin:.5rem 0}
 .subtitle{color:#595959;margin-bottom:1.5rem}
 .scroll{overflow-x:auto;margin:.75rem 0}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:#595959;padding:.3rem 0;caption-side:top}
-th,td{padding:.35rem .7rem;text-align:left;white-space:nowrap;border-bottom:1px solid #e4e4e4;vertical-align:top}
+th,td{padding:.35rem .6rem;text-align:left;white-space:nowrap;border-bottom:1px solid #e4e4e4;vertical-align:top}
 td.wide{white-space:normal;min-width:16rem}
 th{border-bottom:2px solid #b8b8b8;vertical-align:bottom;white-space:normal}
 th button{all:unset;cursor:pointer;font-weight:600}

@@ -147,9 +147,7 @@ def _seeds(seeds: int | Iterable[int]) -> list[int]:
     return out
 
 
-def _settings(
-    objectives: Sequence[Item], *, steps: int | None, time_limit: float | None, draws: int | None, solver: str
-) -> dict[str, Any]:
+def _settings(objectives: Sequence[Item], *, steps: Any, time_limit: Any, draws: Any, solver: str) -> dict[str, Any]:
     for name, value in (("steps", steps), ("draws", draws)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
             raise ConfigError(f"{name} must be a positive integer, got {value!r}.")

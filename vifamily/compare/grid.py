@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import PicklingError
+from typing import Any
 
 import joblib
 import torch
@@ -54,7 +55,7 @@ def attempt(cell: Cell, runner: Runner, folder: Path | None, key: str) -> Outcom
     return outcome
 
 
-def num_jobs(jobs: int | None, pending: int) -> int:
+def num_jobs(jobs: Any, pending: int) -> int:
     """Return how many cells run at once: as many as asked for or as there are cores, never more than cells.
 
     Raises:
@@ -63,7 +64,7 @@ def num_jobs(jobs: int | None, pending: int) -> int:
     if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or not (jobs >= 1 or jobs == -1)):
         raise ConfigError(f"jobs must be a positive integer, or -1 for all cores, got {jobs!r}.")
     cores = int(joblib.cpu_count(only_physical_cores=False))
-    return max(1, min(cores if jobs in (None, -1) else int(jobs or 1), pending))
+    return max(1, min(cores if jobs in (None, -1) else jobs, pending))
 
 
 def run_grid(

@@ -38,13 +38,13 @@ class Measure:
         name: Its name in files.
         head: Its head in tables.
         note: What it is, with its unit.
-        digits: Least number of digits after the point, None for significant digits.
+        digits: Digits after the point.
     """
 
     name: str
     head: str
     note: str
-    digits: int | None = None
+    digits: int
 
 
 MEASURES: tuple[Measure, ...] = (
@@ -52,19 +52,24 @@ MEASURES: tuple[Measure, ...] = (
         "mean_error",
         "mean error, worst",
         "Largest |posterior mean - reference mean| over the quantities, in reference sd.",
+        3,
     ),
-    Measure("mean_error_rms", "mean error, rms", "Root mean square of the same errors, in reference sd."),
-    Measure("log_sd_ratio", "log sd ratio, worst", "log(sd / reference sd) furthest from 0; negative is too narrow."),
+    Measure("mean_error_rms", "mean error, rms", "Root mean square of the same errors, in reference sd.", 3),
+    Measure(
+        "log_sd_ratio", "log sd ratio, worst", "log(sd / reference sd) furthest from 0; negative is too narrow.", 3
+    ),
     Measure(
         "sliced_wasserstein",
         "sliced Wasserstein",
         "Sliced Wasserstein distance (order 2) to the reference draws, quantities in reference sd.",
+        3,
     ),
     Measure(
         "mmd",
         "MMD\u00b2",
         "Squared maximum mean discrepancy to the reference draws (Gaussian kernel, median bandwidth), unbiased: "
         "near 0, or a little below, where the samples agree.",
+        4,
     ),
     Measure("elbo", "ELBO", "Evidence lower bound in nats, whatever was optimised; higher is better.", 2),
     Measure("k_hat", "k-hat", "Pareto shape of the importance weights; above its threshold they are not reliable.", 2),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from vifamily import plots, report
@@ -21,6 +21,9 @@ from vifamily.compare.pictures import draws_grid
 from vifamily.compare.tables import csv_text, html_table, rich_table, summarise
 
 __all__ = ["Comparison"]
+
+WIDE = 170
+"""Columns of a terminal from which the table shows standard errors."""
 
 _GRID_ALT = (
     "Grid of pictures, one row per problem and one column per family and objective: posterior draws over the target "
@@ -61,13 +64,13 @@ class Comparison:
         """Return one dictionary per problem, family and objective: figures averaged over seeds, with their errors."""
         return summarise(self.cells)
 
-    def table(self) -> Table:
-        """Return the table for a terminal."""
-        return rich_table(self.rows())
+    def table(self, *, compact: bool = False) -> Table:
+        """Return the table for a terminal; ``compact`` leaves out the standard errors."""
+        return rich_table(self.rows(), compact=compact)
 
-    def __rich__(self) -> Table:
-        """Show as the table."""
-        return self.table()
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Show as the table, compact where the terminal is narrow."""
+        yield self.table(compact=options.max_width < WIDE)
 
     def __str__(self) -> str:
         """Return the table as text."""
@@ -170,7 +173,7 @@ class Comparison:
         )
 
     def _problem_blocks(self) -> list[report.Text | report.Table | report.Picture]:
-        rows = []
+        rows: list[Sequence[report.Cell | str]] = []
         for label, target in self.targets.items():
             count = "-" if target.draws is None else str(len(target.draws))
             evidence = "-" if target.log_evidence is None else f"{target.log_evidence:.4g}"

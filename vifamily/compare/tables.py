@@ -67,25 +67,20 @@ def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (size - 1) / size)
 
 
-def figure_text(value: float | None, error: float | None, *, digits: int | None = None) -> str:
-    """Write a figure with its error, to the digits that the error leaves standing.
+def figure_text(value: float | None, error: float | None, digits: int) -> str:
+    """Write a figure with its error to so many digits after the point; very large ones with three significant digits.
 
     Example:
-        >>> figure_text(0.20312, 0.0123), figure_text(1834.2, None, digits=0), figure_text(None, None)
+        >>> figure_text(0.20312, 0.0123, 3), figure_text(1834.2, None, 0), figure_text(None, None, 2)
         ('0.203 ± 0.012', '1834', '-')
     """
     if value is None:
         return "-"
-    if error is None or not error > 0:
-        return f"{value:.{digits}f}" if digits is not None else f"{value:.3g}"
-    if error < 1e-12 * abs(value):
-        return f"{value:.4g}"
-    places = max(0, 1 - math.floor(math.log10(error)))
-    if places > 6 or abs(value) >= 1e7:
-        return f"{value:.3g} ± {error:.1g}"
-    if digits is not None:
-        places = min(places, max(digits, 0)) if error >= 10.0 ** -(digits + 1) else digits
-    return f"{value:.{places}f} ± {error:.{places}f}"
+
+    def write(number: float) -> str:
+        return f"{number:.3g}" if abs(number) >= 1e6 else f"{number:.{digits}f}"
+
+    return write(value) if error is None else f"{write(value)} ± {write(error)}"
 
 
 def _tone(row: Mapping[str, Any], measure: Measure) -> str:
@@ -95,7 +90,7 @@ def _tone(row: Mapping[str, Any], measure: Measure) -> str:
 
 
 def _text(row: Mapping[str, Any], measure: Measure) -> str:
-    text = figure_text(row[measure.name], row[f"{measure.name}_error"], digits=measure.digits)
+    text = figure_text(row[measure.name], row[f"{measure.name}_error"], measure.digits)
     # colour alone must not carry the meaning
     return text + " !" if _tone(row, measure) == "bad" else text
 
@@ -108,26 +103,35 @@ def _outcome_text(row: Mapping[str, Any]) -> str:
     return f"{row['status']}: {row['reason']}"
 
 
-def rich_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table for a terminal; k-hat above its threshold carries an exclamation mark."""
-    table = Table(title=None, header_style="bold", pad_edge=False, box=None, collapse_padding=True)
-    for axis in AXES:
-        table.add_column(axis, no_wrap=axis != "problem", overflow="fold")
+def rich_table(rows: Sequence[Mapping[str, Any]], *, compact: bool = False) -> Table:
+    """Return the table for a terminal: one block per problem, one line per family and objective.
+
+    k-hat above its threshold carries an exclamation mark.
+
+    Args:
+        rows: From :func:`summarise`.
+        compact: Leave out the standard errors, for terminals narrower than 170 columns.
+    """
+    table = Table(header_style="bold", pad_edge=False, box=None)
+    table.add_column("problem\n  family, objective", no_wrap=True)
     for measure in MEASURES:
-        table.add_column(measure.head.replace(", ", "\n"), justify="right", no_wrap=True)
+        head = measure.head.replace(", ", "\n").replace(" W", "\nW")
+        table.add_column(head, justify="right", no_wrap=True)
     table.add_column("stop", overflow="fold", min_width=9)
     before = None
     for row in rows:
-        if before is not None and row["problem"] != before:
-            table.add_section()
-        head = "" if row["problem"] == before else _bare(row["problem"])
-        before = row["problem"]
+        if row["problem"] != before:
+            if before is not None:
+                table.add_row()
+            table.add_row(f"[bold]{_bare(row['problem'])}[/]")
+            before = row["problem"]
         figures = []
         for measure in MEASURES:
             tone = {"bad": "red", "good": "green"}.get(_tone(row, measure))
-            text = _text(row, measure) if row["fitted"] else "-"
+            shown = {**row, f"{measure.name}_error": None} if compact else row
+            text = _text(shown, measure) if row["fitted"] else "-"
             figures.append(f"[{tone}]{text}[/]" if tone else text)
-        table.add_row(head, _bare(row["family"]), _bare(row["objective"]), *figures, _bare(_outcome_text(row)))
+        table.add_row(f"  {_bare(row['family'])}, {_bare(row['objective'])}", *figures, _bare(_outcome_text(row)))
     return table
 
 
