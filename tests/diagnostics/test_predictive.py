@@ -36,9 +36,16 @@ def test_a_missed_feature_is_named(generator):
 
 
 def test_bad_input():
-    with pytest.raises(ShapeError, match="lack x"):
+    with pytest.raises(ShapeError, match="share no name"):
         predictive_check(mean, {"y": torch.zeros(3, 2)}, {"x": torch.zeros(2)})
     with pytest.raises(ShapeError, match="same, positive number"):
         predictive_check(mean, {"y": torch.zeros(3, 2), "x": torch.zeros(4)}, {"y": torch.zeros(2)})
     with pytest.raises(ShapeError, match="one number"):
         predictive_check(lambda d: d["y"], {"y": torch.zeros(3, 2)}, {"y": torch.zeros(2)})
+
+
+def test_inputs_that_are_not_replicated_stay_as_they_are():
+    x = torch.tensor([1.0, 2.0])
+    found = predictive_check(lambda d: (d["x"] * d["y"]).sum(), {"y": torch.ones(4, 2)}, {"x": x, "y": torch.zeros(2)})
+    assert found.observed == 0
+    assert found.replicated.tolist() == [3.0] * 4

@@ -85,9 +85,12 @@ def test_mixture_density_and_draws(entry, generator):
     mean, covariance = mixture.moments()
     torch.testing.assert_close(z.mean(0), mean, atol=5 * 2.5 / 200, rtol=0)
     torch.testing.assert_close(z.T.cov(), covariance, atol=0.25, rtol=0)
-    draw = mixture(draw_noise(mixture.noise_spec, (5,), generator))
+    draw = mixture(draw_noise(mixture.noise_spec, (500,), generator))
+    assert draw.z.shape == (1000, 2)
+    assert float(draw.log_weight.exp().sum()) == pytest.approx(1, abs=1e-10)
     torch.testing.assert_close(draw.log_q, mixture.log_prob(draw.z), atol=1e-10, rtol=0)
-    assert mixture.capabilities == {Capability.DRAWS, Capability.LOG_Q}
+    torch.testing.assert_close(draw.log_weight.exp() @ draw.z, mean, atol=0.4, rtol=0)
+    assert mixture.capabilities == {Capability.DRAWS, Capability.LOG_Q, Capability.WEIGHTED}
 
 
 def test_zero_weight_is_allowed(generator):

@@ -14,7 +14,7 @@ from vifamily.errors import CheckpointError, ConfigError, VifamilyError
 from vifamily.families._base import Family
 from vifamily.registry import build
 from vifamily.rng import generator
-from vifamily.types import LatentSpec, Space
+from vifamily.types import Capability, LatentSpec, Space
 
 __all__ = ["describe_family", "describe_latent", "rebuild_family", "rebuild_latent", "restore_family"]
 
@@ -72,7 +72,8 @@ def describe_family(family: Family) -> dict[str, Any]:
     """Return what :func:`rebuild_family` needs, as plain data: the family's spec and latent space."""
     if isinstance(family, RestartMixture):
         return {"kind": "restart_mixture", "components": [describe_family(part) for part in family.members()]}
-    spec = getattr(family, "spec", None)
+    # A table or an encoder beside the global family is not in its spec.
+    spec = None if Capability.LOCAL in family.capabilities else getattr(family, "spec", None)
     return {
         "kind": "registered",
         "spec": None if spec is None else str(spec),
@@ -128,6 +129,7 @@ def _build(data: Mapping[str, Any], device: torch.device | str | None, largest: 
         raise CheckpointError(
             f"the saved family {spec[:80]!r} cannot be rebuilt, so pass it as load(path, family=...): {error}"
         ) from error
+    family.spec = spec
     return family
 
 

@@ -68,7 +68,7 @@ def predictive_check(
     Args:
         statistic: From a data set (name to tensor, without a draw axis) to a number.
         replicated: Replicated data, name to ``(draw, ...)``.
-        observed: Observed data under the same names.
+        observed: Observed data under the same names; what is not replicated (inputs) is the same in every data set.
         kind: What the replications are draws of, ``"posterior"`` or ``"prior"``.
 
     Returns:
@@ -77,24 +77,25 @@ def predictive_check(
         and values near one half say little.
 
     Raises:
-        ShapeError: If names are missing, there are no draws, or the statistic does not give one number.
+        ShapeError: If no name is shared, there are no draws, or the statistic does not give one number.
 
     Example:
         >>> rep = {"y": torch.randn(200, 50, generator=torch.Generator().manual_seed(0))}
         >>> predictive_check(lambda data: data["y"].max(), rep, {"y": torch.full((50,), 9.0)}).p_value
         0.0
     """
-    missing = sorted(set(observed) - set(replicated))
-    if missing or not replicated:
+    if not set(observed) & set(replicated):
         raise ShapeError(
-            f"replicated data lack {', '.join(missing) or 'everything'}; they have {', '.join(replicated) or 'none'}."
+            f"replicated data ({', '.join(replicated) or 'none'}) and observed data ({', '.join(observed) or 'none'}) "
+            "share no name: nothing to compare."
         )
     sizes = {value.shape[0] if value.dim() else 0 for value in replicated.values()}
     if len(sizes) != 1 or not (size := sizes.pop()):
         raise ShapeError("every replicated tensor must have the same, positive number of draws along its first axis.")
     target = _number(statistic, observed)
     values = torch.tensor(
-        [_number(statistic, {k: v[s] for k, v in replicated.items()}) for s in range(size)], dtype=torch.float64
+        [_number(statistic, {**observed, **{k: v[s] for k, v in replicated.items()}}) for s in range(size)],
+        dtype=torch.float64,
     )
     p = float((values > target).double().mean() + 0.5 * (values == target).double().mean())
     return PredictiveCheck(target, values, p, math.sqrt(p * (1 - p) / size), kind)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, DataError, NotAvailableError, ShapeError
-from vifamily.families._base import Family, uniform_log_weight
-from vifamily.types import Capability, Draw, NoiseSpec, Space
+from vifamily.families._base import Family
+from vifamily.types import Capability, Draw, Space
 
 __all__ = ["RestartMixture", "importance_mixture_weights", "maximise_mixture", "stacking_weights"]
 
@@ -106,7 +106,8 @@ def importance_mixture_weights(log_joint: Tensor, log_q: Tensor) -> Tensor:
 class RestartMixture(Family):
     r"""The mixture :math:`\sum_r \pi_r q_r(z)` of fitted families, fixed.
 
-    One coordinate of the noise picks the component by inversion, the others drive it.
+    As a map of noise its draws are stratified: every component takes all the noise, and its draws carry its weight.
+    :meth:`sample` gives equally weighted draws.
 
     Args:
         components: Families with one noise specification.
@@ -132,26 +133,24 @@ class RestartMixture(Family):
         self.components = nn.ModuleList([c.copy() for c in components])
         self.mixture_weights: Tensor
         self.register_buffer("mixture_weights", weights.detach().to(first.latent.device, first.latent.dtype).clone())
-        self.noise_spec = NoiseSpec((math.prod(first.noise_spec.shape) + 1,), first.noise_spec.law)
-        self.capabilities = frozenset({Capability.DRAWS}) | frozenset.intersection(
-            *(frozenset({Capability.LOG_Q}) & frozenset(c.capabilities) for c in components)
-        )
-        self.requires_grad_(requires_grad=False)
+        self.noise_spec = first.noise_spec
+        common = frozenset.intersection(*(frozenset(c.capabilities) for c in components))
+        self.capabilities = frozenset({Capability.DRAWS, Capability.WEIGHTED}) | (common & {Capability.LOG_Q})
+        for parameter in self.parameters():
+            parameter.requires_grad = False
 
     def members(self) -> list[Family]:
         """Return the component families."""
         return [part for part in self.components if isinstance(part, Family)]
 
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
-        """Map noise to draws of the mixture."""
-        inner = noise[:, :-1].reshape(-1, *self.members()[0].noise_spec.shape)
-        uniform = torch.special.ndtr(noise[:, -1]) if self.noise_spec.law == "normal" else noise[:, -1]
-        edges = self.mixture_weights.cumsum(0)[:-1].contiguous()
-        chosen = torch.searchsorted(edges, uniform.contiguous(), right=True)
-        every = torch.stack([component(inner).z for component in self.members()])
-        z = every[chosen, torch.arange(noise.shape[0], device=noise.device)]
+        """Map noise ``(draw, ...)`` to weighted draws, those of all components one after the other."""
+        parts = [component(noise) for component in self.members()]
+        z = torch.cat([part.z for part in parts])
+        log_pi = self.mixture_weights.log()
+        log_weight = torch.cat([part.log_weight + log_pi[r] for r, part in enumerate(parts)])
         log_q = self.log_density(z, None) if Capability.LOG_Q in self.capabilities else None
-        return Draw(z, log_q, uniform_log_weight(z, noise.shape[0]))
+        return Draw(z, log_q, log_weight)
 
     def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
         """Log density of the mixture, ``(..., dim) -> (...)``."""
@@ -159,6 +158,18 @@ class RestartMixture(Family):
             raise NotAvailableError("the mixed families have no density: they are samplers only.")
         parts = torch.stack([component.log_prob(u) for component in self.members()], -1)
         return torch.logsumexp(parts + self.mixture_weights.log(), -1)
+
+    @torch.no_grad()
+    def sample(self, num_draws: int, *, generator: torch.Generator, context: Tensor | None = None) -> Tensor:
+        """Draw ``num_draws`` equally weighted points, ``(num_draws, dim)``, in random order."""
+        weights = self.mixture_weights.double().to(generator.device)
+        chosen = torch.multinomial(weights, num_draws, replacement=True, generator=generator)
+        out = self.shift.new_empty(num_draws, self.dim)
+        for r, component in enumerate(self.members()):
+            where = (chosen == r).nonzero().squeeze(-1).to(out.device)
+            if where.numel():
+                out[where] = component.sample(where.numel(), generator=generator)
+        return out
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance, from those of the components."""

@@ -68,6 +68,12 @@ class PosteriorCore:
         """Number of unconstrained coordinates."""
         return self.layout.dim
 
+    @property
+    def has_log_joint(self) -> bool:
+        """Whether the model is there and gives a log joint of these parameters alone."""
+        model = self.model
+        return model is not None and Capability.LOG_JOINT in model.capabilities and model.local_layout is None
+
     # -- draws and densities -------------------------------------------------------------------------------------------
     def _generator(self, seed: int | None, *index: int) -> torch.Generator:
         return generator(self.record.seed if seed is None else seed, "posterior", *index)
@@ -146,6 +152,11 @@ class PosteriorCore:
         """
         if self.model is None:
             raise NotAvailableError(f"{what} needs the model of this posterior, and {self._no_model}.")
+        if Capability.LOG_JOINT in needs and self.model.local_layout is not None:
+            raise NotAvailableError(
+                f"{what} needs a log joint of the global parameters alone, and {type(self.model).__name__} has latents "
+                "of each datum beside them."
+            )
         lacking = [str(need) for need in needs if need not in self.model.capabilities]
         if lacking:
             raise NotAvailableError(

@@ -68,8 +68,8 @@ def _why_no_k_hat(posterior: Posterior) -> str | None:
         return "particles have no density" if Capability.PARTICLES in family else "implicit family (no density)"
     if posterior.model is None:
         return "the model is not there; pass it as load(path, model=...)"
-    if Capability.LOG_JOINT not in posterior.model.capabilities:
-        return "the model has no log joint"
+    if not posterior.has_log_joint:
+        return "the model has no log joint of the global parameters alone"
     return None
 
 
@@ -95,9 +95,9 @@ def _weights(posterior: Posterior, num_draws: int, seed: int | None) -> dict[str
 def _stein(posterior: Posterior, seed: int | None) -> SteinTest | None:
     """A Stein test, where the model has a score on real space; ensembles of few points are beyond it."""
     model = posterior.model
-    if model is None or Capability.SCORE not in model.capabilities or model.space is not Space.REAL:
+    if model is None or not posterior.has_log_joint or model.space is not Space.REAL:
         return None
-    if Capability.FINITE in posterior.family.capabilities or Capability.LOG_JOINT not in model.capabilities:
+    if Capability.FINITE in posterior.family.capabilities or Capability.SCORE not in model.capabilities:
         return None
     z = posterior.draws(_STEIN_DRAWS, seed=seed).detach().clone()
     z.requires_grad = True

@@ -282,7 +282,7 @@ class Posterior(PosteriorCore):
         z = self.draws(num_draws, seed=seed)
         has = frozenset() if self.model is None else frozenset(self.model.capabilities)
         stats: dict[str, Tensor] = {}
-        if Capability.LOG_JOINT in has:
+        if self.has_log_joint:
             stats["log_p"] = self.log_joint_in_chunks(z)
         if Capability.LOG_Q in self.family.capabilities:
             with torch.no_grad():
