@@ -229,9 +229,10 @@ def test_stored_chains_converged(name: str) -> None:
     assert stored["command"].item().startswith(f"python -m vifamily.problems._references.make {name} ")
 
 
+@pytest.mark.slow
 def test_a_short_chain_finds_the_stored_moments(tmp_path: Any) -> None:
     code = main(
-        ["poisson_glm", "--chains", "2", "--draws", "150", "--warmup", "150", "--seed", "3", "--folder", str(tmp_path)]
+        ["poisson_glm", "--chains", "2", "--draws", "100", "--warmup", "100", "--seed", "3", "--folder", str(tmp_path)]
     )
     assert code in (0, 1)  # so short a run may miss the bound on R-hat
     with np.load(tmp_path / "poisson_glm.npz", allow_pickle=False) as made:

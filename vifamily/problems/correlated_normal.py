@@ -48,13 +48,14 @@ def correlated_normal(*, dim: int = 2, correlation: float = 0.9, mean: float = 1
     if not lowest < correlation < 1:
         raise ConfigError(f"correlation must lie strictly between {lowest:.4g} and 1 for dim={dim}, got {correlation}.")
     covariance = torch.full((dim, dim), float(correlation), dtype=torch.float64).fill_diagonal_(1.0)
-    factor = torch.linalg.cholesky(covariance)
+    factor: Tensor = torch.linalg.cholesky(covariance)
     precision = torch.cholesky_inverse(factor)
     log_normaliser = 0.5 * dim * math.log(2 * math.pi) + float(factor.diagonal().log().sum())
 
     def log_prob(z: Tensor) -> Tensor:
         centred = z - mean
-        return -0.5 * (centred * (centred @ precision)).sum(-1) - log_normaliser
+        squares = (centred * (centred @ precision)).sum(-1)
+        return -0.5 * squares - log_normaliser
 
     def draw(source: torch.Generator) -> Tensor:
         return mean + torch.randn(NUM_DRAWS, dim, generator=source, dtype=torch.float64) @ factor.T

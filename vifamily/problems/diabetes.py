@@ -53,7 +53,7 @@ def diabetes(*, noise: str = "known") -> Problem:
     Example:
         >>> problem = diabetes()
         >>> problem.model.dim, problem.reference.kind, round(problem.reference.log_evidence, 3)
-        (11, 'analytic', -503.123)
+        (11, 'analytic', -499.987)
     """
     if noise not in ("known", "unknown"):
         raise ConfigError(f"noise must be 'known' or 'unknown', got {noise!r}.")

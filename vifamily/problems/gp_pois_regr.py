@@ -49,7 +49,8 @@ def gp_pois_regr() -> Problem:
         rho, alpha = theta["rho"][..., None, None], theta["alpha"][..., None, None]
         jitter = (JITTER / alpha.square()).clamp(min=LEAST_JITTER)
         factor = torch.linalg.cholesky((-half_squares / rho.square()).exp() + jitter * identity)
-        return theta["alpha"].unsqueeze(-1) * (factor @ theta["z"].unsqueeze(-1)).squeeze(-1)
+        shape: Tensor = (factor @ theta["z"].unsqueeze(-1)).squeeze(-1)
+        return theta["alpha"].unsqueeze(-1) * shape
 
     def log_prior(theta: dict[str, Tensor]) -> Tensor:
         rho = theta["rho"]

@@ -49,10 +49,10 @@ def _mode(model: Model, start: Tensor) -> Tensor:
     def closure() -> Tensor:
         solver.zero_grad()
         loss = -model.log_joint(z).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[arg-type]
+    solver.step(closure)
     return z.detach()
 
 
