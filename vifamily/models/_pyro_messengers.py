@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from pyro import poutine
 from pyro.distributions import Delta, Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import config_enumerate
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
@@ -157,6 +159,19 @@ class Collector(Messenger):  # type: ignore[misc]
         self.records.append(record)
 
 
+class _Enumerate(EnumMessenger):  # type: ignore[misc]
+    """Pyro's enumeration, made to work under ``vmap``, where a tensor's ``data`` may not be read."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor):
+            msg["value"] = types.SimpleNamespace(data=value, dim=value.dim)  # all that is asked of it is its shape
+        try:
+            super()._pyro_post_sample(msg)
+        finally:
+            msg["value"] = value
+
+
 def is_factor(msg: Any) -> bool:
     """Return whether a site only adds a number to the log density (``pyro.factor``, ``pyro.deterministic``)."""
     fn = msg["fn"]
@@ -187,11 +202,10 @@ def run_program(
     Returns:
         The sites, in order.
     """
-    called = program
-    if enumerate_from is not None:
-        called = poutine.enum(config_enumerate(program), first_available_dim=enumerate_from)
+    called = program if enumerate_from is None else config_enumerate(program)
     outer = contextlib.nullcontext() if draws is None else pyro.plate("_draws", draws[0], dim=draws[1])
-    with poutine.block(), collector, outer:
+    inner = contextlib.nullcontext() if enumerate_from is None else _Enumerate(first_available_dim=enumerate_from)
+    with poutine.block(), collector, outer, inner:
         called(*args, **kwargs)
     collector.plates.pop("_draws", None)
     return collector.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -77,24 +78,43 @@ class Program(nn.Module):
             nesting = self.structure.nesting
             return self._run({n: self.sites[n].aligned(v, nesting) for n, v in theta.items()}, index, _size(theta))
         if mode == "vmap":
-            # randomness="same" lets programs draw what they then do not use
-            mapped: Any = torch.vmap(lambda one: tuple(self._single(one, index)), randomness="same")(dict(theta))
-            return Terms(*mapped)
+            return self._gather(self._mapped(theta, index), index, _size(theta), next(iter(theta.values())))
         singles = [self._single({n: v[i] for n, v in theta.items()}, index) for i in range(_size(theta))]
         return Terms(*(torch.stack(part) for part in zip(*singles, strict=True)))
 
     def _single(self, theta: Mapping[str, Tensor], index: Tensor | None) -> Terms:
         return Terms(*(part.squeeze(0) for part in self._run(theta, index, 1)))
 
+    def _mapped(self, theta: Mapping[str, Tensor], index: Tensor | None) -> list[Record]:
+        """Sites of all draws by ``vmap``; only the program itself runs under it, not the sums over its sites."""
+        met: list[Record] = []
+
+        def single(one: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            met[:] = self._records(one, index)
+            return tuple(torch.as_tensor(record.log_prob) for record in met)
+
+        # randomness="same" lets programs draw numbers that they then do not use
+        mapped = torch.vmap(single, randomness="same")(dict(theta))
+        place = self.structure.nesting
+        return [
+            dataclasses.replace(record, log_prob=_draws_before(value, place))
+            for record, value in zip(met, mapped, strict=True)
+        ]
+
     def _run(self, values: Mapping[str, Tensor], index: Tensor | None, draws: int) -> Terms:
+        return self._gather(self._records(values, index), index, draws, next(iter(values.values())))
+
+    def _records(self, values: Mapping[str, Tensor], index: Tensor | None) -> list[Record]:
         found = self.structure
         collector = Collector(values, self.point_parameters, plate=found.plate, index=index)
-        records = run_program(self.function, collector, self.args, self.kwargs, enumerate_from=found.enumerate_from)
+        return run_program(self.function, collector, self.args, self.kwargs, enumerate_from=found.enumerate_from)
+
+    def _gather(self, records: list[Record], index: Tensor | None, draws: int, like: Tensor) -> Terms:
+        found = self.structure
         size, scale = 0, 1.0
         if found.plate is not None and found.num_data is not None:
             size = len(index) if index is not None else found.subsample or found.num_data
             scale = found.num_data / size
-        like = next(iter(values.values()))
         return gather_terms(
             records, draws=draws, nesting=found.nesting, plate=found.plate, size=size, scale=scale, like=like
         )
@@ -305,6 +325,14 @@ class Program(nn.Module):
             raise ConfigError(f"the program takes no argument called {', '.join(unknown)}; it takes {known}.")
         bound.arguments.update(inputs)
         return bound.args, bound.kwargs
+
+
+def _draws_before(value: Tensor, nesting: int) -> Tensor:
+    """Move the first axis, of draws, to its place left of the plates."""
+    own = value.dim() - 1
+    if own <= nesting:
+        return value.reshape(value.shape[0], *(1,) * (nesting - own), *value.shape[1:])
+    return value.squeeze(-(nesting + 1)).movedim(0, -(nesting + 1))
 
 
 def _whole(record: Record) -> Tensor:

@@ -200,7 +200,7 @@ class PyroModel(Model):
     def _log_likelihood(self, z: Tensor, batch: Batch | None) -> Tensor:
         if Capability.PER_DATUM not in self.capabilities:
             raise NotAvailableError(
-                "this program gives no likelihood per datum: that needs one plate around all observed sites (named with "
+                "this program gives no likelihood per datum: that needs one plate around all observed sites (named by "
                 "data_plate=), and discrete latents, if any, inside it without local latents beside them."
             )
         return self._terms(self.layout.constrain(z), batch).likelihood
@@ -213,7 +213,7 @@ class PyroModel(Model):
         return terms.local + terms.likelihood + log_jacobian
 
     def _with_local(self, theta: Mapping[str, Tensor], local: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Add local latents ``(draw, datum, local_dim)`` to the global ones; their log Jacobian is ``(draw, datum)``."""
+        """Add local latents ``(draw, datum, local_dim)`` to the global ones, with their log Jacobian."""
         assert self.local_layout is not None  # noqa: S101 - callers have checked
         named, log_jacobian = self.local_layout.constrain_with_jacobian(local)
         out = dict(theta)
