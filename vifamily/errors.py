@@ -6,6 +6,7 @@ wrong, what was got, and what to do.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 __all__ = [
@@ -110,6 +111,10 @@ class NonFiniteLossError(VifamilyError, RuntimeError):
         self.term = term
         self.parameter = parameter
         self.posterior = posterior
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Cross process boundaries without the posterior, whose model may hold functions that cannot be pickled."""
+        return functools.partial(type(self), step=self.step, term=self.term, parameter=self.parameter), self.args
 
 
 class NotAvailableError(VifamilyError, RuntimeError):

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
+import keyword
 import math
 import pkgutil
 import warnings
@@ -55,12 +56,13 @@ class Spec:
 
 def _write(value: Any) -> str:
     if isinstance(value, Spec):
-        return str(value)
+        # a bare word would be read back as a string
+        return str(value) if value.kwargs else f"{value.name}()"
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     if isinstance(value, float) and math.isnan(value):
         return "nan"
-    if isinstance(value, str) and value.isidentifier() and value not in ("inf", "nan", "None", "True", "False"):
+    if isinstance(value, str) and _is_bare_word(value):
         return value
     if isinstance(value, (list, tuple)):
         inner = ", ".join(_write(v) for v in value)
@@ -68,6 +70,11 @@ def _write(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_write(k)}: {_write(v)}" for k, v in value.items()) + "}"
     return repr(value)
+
+
+def _is_bare_word(text: str) -> bool:
+    """Whether a string may stand without quotes: Python's parser changes identifiers outside ASCII, and keywords are none."""
+    return text.isidentifier() and text.isascii() and not keyword.iskeyword(text) and text not in ("inf", "nan")
 
 
 def kinds() -> tuple[str, ...]:
@@ -136,10 +143,14 @@ def _folder_entries(kind: str) -> dict[str, Any]:
 def _add(found: dict[str, Any], kind: str, name: str, value: Any) -> None:
     if name in found and found[name] is not value:
         raise RegistryError(
-            f"two modules claim the name {name!r} among {kind}: {found[name].__module__} and {value.__module__}. "
+            f"two modules claim the name {name!r} among {kind}: {_module(found[name])} and {_module(value)}. "
             "Rename one of them."
         )
     found[name] = value
+
+
+def _module(value: Any) -> str:
+    return str(getattr(value, "__module__", type(value).__module__))
 
 
 @functools.cache
@@ -217,7 +228,7 @@ def parse(text: str) -> Spec:
     try:
         node = ast.parse(text.strip(), mode="eval").body
         return _spec(node, text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"cannot read the spec {text[:80]!r}: write it like 'renyi(alpha=0.5)'.") from error
@@ -229,6 +240,9 @@ def _spec(node: ast.expr, text: str) -> Spec:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.args or any(k.arg is None for k in node.keywords):
             raise SpecError(f"in {text[:80]!r}: arguments must be given by name, as in 'low_rank(rank=3)'.")
+        given = [str(k.arg) for k in node.keywords]
+        if twice := next((key for key in given if given.count(key) > 1), None):
+            raise SpecError(f"in {text[:80]!r}: the argument {twice!r} is given twice.")
         return Spec(node.func.id, {str(k.arg): _value(k.value, text) for k in node.keywords})
     raise SpecError(f"cannot read the spec {text[:80]!r}: write a name, or a name with arguments like 'renyi(alpha=0.5)'.")
 
@@ -267,7 +281,7 @@ def build(kind: str, spec: str | Spec) -> Any:
         UnknownNameError: If the name is not registered.
         SpecError: If the arguments do not fit; the message lists those that exist.
     """
-    parsed = parse(spec) if isinstance(spec, str) else spec
+    parsed = spec if isinstance(spec, Spec) else parse(spec)
     entry = lookup(kind, parsed.name)
     signature = inspect.signature(entry)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import operator
 import random
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +25,8 @@ __all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "sp
 
 BLOCK = 64
 """Steps of noise drawn at once. Part of the stream's definition: the noise of a step never depends on how steps are grouped."""
+
+_NUMBER = re.compile(r"(^|/)-?\d+(/|$)")
 
 LARGEST_SOBOL = 1000
 """Noise of more numbers per draw is drawn independently: a Sobol sequence gains little there."""
@@ -48,17 +52,22 @@ def split(seed: int, name: str, *index: int) -> int:
 
     Args:
         seed: Root seed.
-        name: Name of the stream (``"noise"``, ``"batches"`` …).
+        name: Name of the stream (``"noise"``, ``"start/prior"`` …).
         index: Further integers of the address (restart, block …).
 
     Returns:
         A seed in ``[0, 2**63)``, the head of a SHA-256 hash of the address.
 
+    Raises:
+        ConfigError: If the seed is not valid, or a part of the name is a number, which the index could be taken for.
+
     Example:
         >>> split(0, "noise", 1) == split(0, "noise", 1), split(0, "noise", 1) == split(0, "noise", 2)
         (True, False)
     """
-    address = "/".join([str(check_seed(seed)), name, *(str(int(i)) for i in index)])
+    if _NUMBER.search(name):
+        raise ConfigError(f"the name of a stream must have no part that is a number, got {name!r}: use the index for it.")
+    address = "/".join([str(check_seed(seed)), name, *(str(operator.index(i)) for i in index)])
     return int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "big") >> 1
 
 
