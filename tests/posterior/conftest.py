@@ -54,7 +54,7 @@ def named() -> Density:
         normal = torch.distributions.Normal
         return (
             normal(1.0, 2.0).log_prob(theta["mu"])
-            + torch.distributions.LogNormal(0.5, 0.3).log_prob(tau)
+            + torch.distributions.LogNormal(*torch.tensor([0.5, 0.3], dtype=torch.float64)).log_prob(tau)
             + normal(0.0, 1.0).log_prob(theta["v"]).sum(-1)
         )
 
