@@ -68,7 +68,7 @@ def _is_guide(obj: Any) -> bool:
 
 
 def _pyro_model(guide: Any, model: Any) -> Any:
-    if model is None or not hasattr(model, "layout") or not hasattr(model, "args"):
+    if not hasattr(model, "layout") or not hasattr(getattr(model, "program", model), "args"):
         name = getattr(guide, "__name__", type(guide).__name__)
         got = "no model" if model is None else type(model).__name__
         raise ConfigError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from vifamily.errors import ConfigError
 from vifamily.families._base import Family, FamilyEntry
 from vifamily.families._foreign import load
-from vifamily.families._pyro_guide import private_store
+from vifamily.families._pyro_guide import arguments_of, private_store
 from vifamily.families.ensemble import Ensemble
 from vifamily.families.full_rank import FullRank
 from vifamily.families.low_rank import LowRank
@@ -52,7 +52,8 @@ class ConvertedGuide(FamilyEntry):
         family: Any = self.inner.build(latent, generator=generator)
         with private_store(keep=True), scoped(generator), torch.no_grad():
             if self.guide.prototype_trace is None:
-                self.guide(*getattr(self.model, "args", ()), **getattr(self.model, "kwargs", {}))
+                args, kwargs = arguments_of(self.model)
+                self.guide(*args, **kwargs)
             _start(family, self.guide, self.model)
         built: Family = family
         return built

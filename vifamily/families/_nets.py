@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, ShapeError
 
-__all__ = ["SamplerNet", "Table", "check_positive", "check_widths", "linear", "mlp", "normal"]
+__all__ = ["SamplerNet", "Table", "check_number", "check_positive", "check_widths", "linear", "mlp", "normal"]
 
 
 def normal(
@@ -34,7 +35,7 @@ def linear(
     """Return a linear layer with weights of standard deviation ``gain / sqrt(inputs)``."""
     # torch's own initialisation draws from the global stream, so it is skipped
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=dtype, device=device)
-    options = {"dtype": dtype, "device": device}
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
     with torch.no_grad():
         layer.weight.copy_(normal((outputs, inputs), generator, std=gain / math.sqrt(max(inputs, 1)), **options))
         layer.bias.copy_(normal((outputs,), generator, std=bias_std, **options))
@@ -112,6 +113,16 @@ def check_positive(name: str, value: object, *, least: int = 1) -> None:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Refuse a hyper-parameter that is not a positive finite number.
+
+    Raises:
+        ConfigError: Naming the argument and what was got.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a positive number, got {value!r}.")
+
+
 def check_widths(name: str, value: object) -> tuple[int, ...]:
     """Return hidden widths as a tuple.
 
@@ -152,7 +163,7 @@ class SamplerNet(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        options = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.net = mlp(noise_dim + context_dim, hidden, dim, generator, dtype=dtype, device=device, last_gain=0.1)
         self.loc = nn.Parameter(torch.zeros(dim, **options))
         direction = torch.eye(dim, noise_dim, **options)
@@ -168,7 +179,8 @@ class SamplerNet(nn.Module):
         inputs = noise
         if context is not None:
             inputs = torch.cat([noise, context.expand(*noise.shape[:-1], context.shape[-1])], dim=-1)
-        return self.loc + noise @ self.skip.mT + self.unit * self.net(inputs)
+        out: Tensor = self.loc + noise @ self.skip.mT + self.unit * self.net(inputs)
+        return out
 
     @torch.no_grad()
     def start(self, mean: Tensor, scale: Tensor) -> None:

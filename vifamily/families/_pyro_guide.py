@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from vifamily.families._foreign import load
 from vifamily.rng import scoped
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
-__all__ = ["GuideFamily", "PyroGuide", "private_store"]
+__all__ = ["GuideFamily", "PyroGuide", "arguments_of", "private_store"]
 
 _CAPABILITIES = frozenset({Capability.DRAWS, Capability.REPARAMETERISED, Capability.LOG_Q})
 
@@ -38,6 +39,12 @@ def private_store(*, keep: bool) -> Iterator[Any]:
         yield inner and store
 
 
+def arguments_of(model: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a Pyro model's program, which its guide takes too."""
+    program = getattr(model, "program", model)
+    return tuple(program.args), dict(program.kwargs)
+
+
 class _Reference:
     """Holds what must be shared, not copied, when a family is copied (a model with its data, a function)."""
 
@@ -55,8 +62,8 @@ class _Reference:
 class PyroGuide(FamilyEntry):
     """A guide written by hand, with continuous latents, for a Pyro model.
 
-    Its ``pyro.param`` statements (or, for a ``PyroModule``, its own parameters) become parameters of the family,
-    starting from the user's parameter store where it holds them; the store itself is never changed. Each draw is one
+    Its ``pyro.param`` statements become parameters of the family, starting from the user's parameter store where it
+    holds them; a ``PyroModule`` is copied with its own parameters. The store itself is never changed. Each draw is one
     run of the guide, so a step costs as many runs as draws. Noise enters as a seed: two uniform numbers per draw seed
     torch for that run, so draws are a function of (parameters, noise), reparameterised, but not a smooth function of
     the noise.
@@ -99,14 +106,15 @@ class GuideFamily(Family):
     def __init__(self, latent: LatentSpec, guide: Any, model: Any, generator: torch.Generator) -> None:
         super().__init__(latent)
         self.noise_spec = NoiseSpec((2,), "uniform")
-        module = guide if isinstance(guide, nn.Module) else None
+        module = copy.deepcopy(guide) if isinstance(guide, nn.Module) else None
         self.guide = None if module is None else module
-        arguments = (getattr(model, "args", ()), getattr(model, "kwargs", {}))
-        self._fixed = _Reference(layout=model.layout, function=guide if module is None else None, arguments=arguments)
+        self._fixed = _Reference(
+            layout=model.layout, function=guide if module is None else None, arguments=arguments_of(model)
+        )
         self.free = nn.ParameterList()
         self._names: list[str] = []
         self._constraints = _Reference(of={})
-        with private_store(keep=True) as store, scoped(generator), self._module_parameters():
+        with private_store(keep=module is None) as store, scoped(generator):
             trace = self._trace(self._callable())
             found = {} if module is not None else dict(store.named_parameters())
             for name, value in found.items():
@@ -119,13 +127,6 @@ class GuideFamily(Family):
 
     def _callable(self) -> Any:
         return self._fixed.function if self.guide is None else self.guide
-
-    @contextlib.contextmanager
-    def _module_parameters(self) -> Iterator[None]:
-        """Let a PyroModule use its own parameters, not those of the store."""
-        settings = load("pyro").settings
-        with settings.context(module_local_params=self.guide is not None):
-            yield
 
     def _trace(self, guide: Any) -> Any:
         args, kwargs = self._fixed.arguments
@@ -166,7 +167,7 @@ class GuideFamily(Family):
                 if message["name"] in values:
                     message["value"], message["done"] = values[message["name"]], True
 
-        with private_store(keep=False), self._module_parameters(), Supply():
+        with private_store(keep=False), Supply():
             yield
 
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:

@@ -92,4 +92,6 @@ class ZukoFamily(Family):
         base, log_jacobian = self.flow.transform(None).call_and_ladj(u)
         scale = self.flow.base.scale
         square = ((base - self.flow.base.loc) / scale).square().sum(-1)
-        return log_jacobian - 0.5 * square - scale.log().sum() - 0.5 * self.dim * math.log(2 * math.pi)
+        constant = scale.log().sum() + 0.5 * self.dim * math.log(2 * math.pi)
+        out: Tensor = log_jacobian - 0.5 * square - constant
+        return out

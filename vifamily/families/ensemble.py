@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import ConfigError
 from vifamily.families._base import Family, FamilyEntry
-from vifamily.families._nets import check_positive, normal
+from vifamily.families._nets import check_number, check_positive, normal
 from vifamily.registry import register
 from vifamily.rng import draw_noise
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
@@ -57,12 +56,7 @@ class Ensemble(FamilyEntry):
         """Check the options; only an ensemble with jitter has a density."""
         check_positive("size", self.size)
         if self.jitter is not None:
-            if (
-                isinstance(self.jitter, bool)
-                or not isinstance(self.jitter, (int, float))
-                or not 0 < self.jitter < math.inf
-            ):
-                raise ConfigError(f"jitter must be a positive number, or None for points, got {self.jitter!r}.")
+            check_number("jitter", self.jitter)
             object.__setattr__(self, "capabilities", _CLOUDS)
 
     def build(self, latent: LatentSpec, *, generator: torch.Generator) -> EnsembleFamily:
@@ -140,6 +134,7 @@ class EnsembleFamily(Family):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Spread the members as draws of the Gaussian, with equal weights."""
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         spread = self.directions * scale if scale.dim() == 1 else self.directions @ scale.mT.to(self.directions)
         self.points.copy_(mean + spread)
         self.logits.zero_()

@@ -202,6 +202,7 @@ class FlowFamily(Family):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Set the affine map; the flow before it stays as it is, near the identity when it was just built."""
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         diagonal = scale if scale.dim() == 1 else scale.diagonal()
         if scale.dim() == 2 and not self.full:
             diagonal = scale.square().sum(-1).sqrt()

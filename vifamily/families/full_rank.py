@@ -134,6 +134,7 @@ class FullRankFamily(EllipticalFamily):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Take over the mean and the covariance."""
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         diagonal = scale if scale.dim() == 1 else scale.diagonal()
         self.loc.copy_(mean)
         self.log_diagonal.copy_(diagonal.abs().log() - 0.5 * math.log(self.radial.variance))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError
 from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
-from vifamily.families._nets import SamplerNet, check_positive, check_widths
+from vifamily.families._nets import SamplerNet, check_number, check_positive, check_widths
 from vifamily.registry import register
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
@@ -56,8 +54,7 @@ class Implicit(FamilyEntry):
         object.__setattr__(self, "hidden", check_widths("hidden", self.hidden))
         if self.noise_dim is not None:
             check_positive("noise_dim", self.noise_dim)
-        if isinstance(self.spread, bool) or not isinstance(self.spread, (int, float)) or not 0 < self.spread < math.inf:
-            raise ConfigError(f"spread must be a positive number, got {self.spread!r}.")
+        check_number("spread", self.spread)
 
     def build(self, latent: LatentSpec, *, generator: torch.Generator) -> ImplicitFamily:
         """Build the sampler, near a linear map of its noise."""
@@ -101,4 +98,5 @@ class ImplicitFamily(Family):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Take over mean and covariance, widened by ``spread``, up to the small non-linear part."""
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         self.net.start(mean, self.spread * scale)

@@ -152,6 +152,7 @@ class LowRankFamily(EllipticalFamily):
         Correlations are fitted by iterated principal factors; columns that are not needed keep a small random part, so
         that their gradient is not zero.
         """
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         sd = self.marginal_sd(scale)
         self.loc.copy_(mean)
         factor = self.factor * (_FACTOR_NORM / self.factor.square().sum(0).sqrt().clamp_min(1e-12))

@@ -99,5 +99,6 @@ class MeanFieldFamily(EllipticalFamily):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Take over the mean and the marginal standard deviations."""
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         self.loc.copy_(mean)
         self.log_scale.copy_(self.marginal_sd(scale).log() - 0.5 * math.log(self.radial.variance))

@@ -138,7 +138,7 @@ class MixtureFamily(Family):
         noise = draw_noise(self.noise_spec, leading, generator, dtype=self.latent.dtype, device=self.latent.device)
         weight = self.log_component_weight().exp().to(generator.device)
         chosen = torch.multinomial(weight, num_draws, replacement=True, generator=generator).to(noise.device)
-        z = self(noise, context).z.unflatten(0, (num_draws, len(self.parts)))
+        z: Tensor = self(noise, context).z.unflatten(0, (num_draws, len(self.parts)))
         return z[torch.arange(num_draws, device=z.device), chosen]
 
     @torch.no_grad()
@@ -148,6 +148,7 @@ class MixtureFamily(Family):
         Components start at offsets of about one standard deviation in directions that were drawn when the family was
         built.
         """
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         self.logits.zero_()
         between = math.sqrt(0.5) if len(self.parts) > 1 else 0.0
         offsets = self.directions * between

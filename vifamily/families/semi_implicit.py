@@ -136,6 +136,7 @@ class SemiImplicitFamily(Family):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Take over the mean and the marginal variances, half from the network, half from the Gaussian."""
+        mean, scale = mean.to(self.shift), scale.to(self.shift)
         self.net.start(mean, _HALF * scale)
         sd = scale if scale.dim() == 1 else scale.square().sum(-1).sqrt()
         self.log_scale.copy_((_HALF * sd).log())
