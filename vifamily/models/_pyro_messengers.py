@@ -152,6 +152,9 @@ class Collector(Messenger):  # type: ignore[misc]
         fn, value = msg["fn"], msg["value"]
         if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
             return
+        if isinstance(value, Tensor) and value.is_floating_point() and not msg["is_observed"]:
+            # a prior made outside the program, in another dtype, must not decide the dtype of its draws
+            value = msg["value"] = value.to(torch.get_default_dtype())
         log_prob = None
         if self.densities:
             log_prob = scale_and_mask(fn.log_prob(value, *msg["args"], **msg["kwargs"]), msg["scale"], msg["mask"])

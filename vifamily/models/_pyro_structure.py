@@ -177,8 +177,10 @@ def _check_static(first: list[Record], second: list[Record]) -> None:
 def _same_support(one: Record, two: Record) -> bool:
     if one.fn.support.is_discrete:
         return True
-    a, b = plain_of(one.fn.support), plain_of(two.fn.support)
-    return a == b
+    try:
+        return plain_of(one.fn.support) == plain_of(two.fn.support)
+    except SupportError as error:
+        raise SupportError(f"the latent site {one.name!r}: {error}") from error
 
 
 def _check_observed(record: Record) -> None:
@@ -244,8 +246,4 @@ def _latent_site(record: Record, plate: str | None, axis: int, size: int | None)
     data_axis = batch_rank + axis if inside else None
     if data_axis is not None and size is not None:
         shape[data_axis] = size
-    try:
-        support = support_from(record.fn.support)
-    except SupportError as error:
-        raise SupportError(f"the latent site {record.name!r}: {error}") from error
-    return LatentSite(record.name, tuple(shape), batch_rank, support, data_axis)
+    return LatentSite(record.name, tuple(shape), batch_rank, support_from(record.fn.support), data_axis)
