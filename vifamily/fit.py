@@ -64,8 +64,8 @@ def fit(
 
     Args:
         model: A model, a problem, or a problem's name such as ``"eight_schools"``.
-        family: A family's name such as ``"low_rank(rank=3)"``, an entry, a Pyro guide, a zuko flow, or a module with a family's methods; ``"auto"`` takes full rank up to 100 coordinates
-            and mean field above.
+        family: A family's name such as ``"low_rank(rank=3)"``, an entry, a Pyro guide, a zuko flow, or a module
+            with a family's methods; ``"auto"`` takes full rank up to 100 coordinates and mean field above.
         objective: An objective's name such as ``"renyi(alpha=0.5)"``, or an objective.
         solver: A solver's name or a solver.
         seed: Root seed; the same seed gives the same fit.
@@ -73,16 +73,19 @@ def fit(
         restarts: Fits from different start points, run as one; the best is returned, the others are kept and compared.
         draws: Draws per step; None takes the objective's default.
         batch_size: Data per step; None means all.
-        init: ``"auto"`` (the best of a few cheap Gaussian approximations), ``"laplace"``, ``"prior"``, named values, an unconstrained point, or another posterior to continue from.
+        init: ``"auto"`` (the best of a few cheap Gaussian approximations), ``"laplace"``, ``"prior"``, named
+            values, an unconstrained point, or another posterior to continue from.
         callbacks: Called with each :class:`~vifamily.solvers.StepReport`; a true result ends the fit.
         tracker: Where per-step numbers go (see :mod:`vifamily.trackers`).
         progress: Whether to show a progress line; None shows it on a terminal only.
         device: Device to run on; None leaves the model where it is.
         dtype: Floating dtype; None leaves the model's.
-        checkpoint: Folder for a checkpoint, written every ``checkpoint_every`` steps; when it holds one of this same fit, the fit goes on from there, bit for bit on CPU.
+        checkpoint: Folder for a checkpoint, written every ``checkpoint_every`` steps; when it holds one of this
+            same fit, the fit goes on from there, bit for bit on CPU.
         checkpoint_every: Steps between checkpoints.
         time_limit: Most seconds; the averaged posterior so far is returned.
-        encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its own parameters.
+        encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its
+            own parameters.
         local_family: For models with local latents: the family of one datum's latents; None takes mean field.
 
     Returns:
@@ -102,7 +105,9 @@ def fit(
         'converged'
     """
     _check_numbers(seed, steps, restarts, checkpoint_every, time_limit)
-    planned = make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype)
+    planned = make_plan(
+        model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype
+    )
     folder = None if checkpoint is None else checkpoints.prepare(checkpoint)
     loop = _Loop(planned, seed=seed, most_steps=steps or _MOST_STEPS, restarts=restarts, init=init, folder=folder,
                  every=checkpoint_every, encoder=encoder, local_family=local_family)  # fmt: skip
@@ -159,7 +164,8 @@ class _Loop:
             context = encoder(None if first is None else first.data)
             context_dim = context.shape[-1]
         return LocalFamily.from_entries(family, entry, self.plan.model.local_dim, generator=source,
-                                        num_data=self.plan.model.num_data, encoder=encoder, context_dim=context_dim)  # fmt: skip
+                                        num_data=self.plan.model.num_data, encoder=encoder,
+                                        context_dim=context_dim)  # fmt: skip
 
     def _groups(self) -> list[list[int]]:
         """Restarts that run as one: all of them, or one by one where the model has parameters of its own."""
@@ -176,7 +182,13 @@ class _Loop:
         model = self.plan.model if len(group) == self.restarts else copy.deepcopy(self.plan.model)
         stream = NoiseStream(self.seed, spec, draws=self.plan.draws, restarts=len(group), first_restart=group[0],
                              dtype=latent.dtype, device=latent.device, balanced=objective.linear_in_draws)  # fmt: skip
-        half = draw_noise(family.noise_spec, (_MONITOR_DRAWS // 2,), generator(self.seed, "monitor"), dtype=latent.dtype, device=latent.device)
+        half = draw_noise(
+            family.noise_spec,
+            (_MONITOR_DRAWS // 2,),
+            generator(self.seed, "monitor"),
+            dtype=latent.dtype,
+            device=latent.device,
+        )
         fixed = torch.cat([half, -half if family.noise_spec.law == "normal" else 1 - half])
         if len(group) > 1:
             fixed = fixed.expand(len(group), *fixed.shape)
@@ -224,7 +236,7 @@ class _Loop:
         time_limit: float | None,
         began: float,
     ) -> str:
-        finished = getattr(run, "finished", None)
+        finished: str | None = getattr(run, "finished", None)
         while finished is None:
             if run.step_count >= self.most_steps:
                 return "max_steps"
@@ -271,7 +283,13 @@ class _Loop:
             values.append(plain)
         for r, family in enumerate(self.families):
             tensors[f"shift/{r}"], tensors[f"scale/{r}"] = family.shift, family.scale
-        meta = {"kind": "fit", "config": self._config(), "runs": values, "seconds": seconds + self.seconds_before, "versions": versions()}
+        meta = {
+            "kind": "fit",
+            "config": self._config(),
+            "runs": values,
+            "seconds": seconds + self.seconds_before,
+            "versions": versions(),
+        }
         checkpoints.write(self.folder, tensors, meta)
 
     def _resume(self) -> None:
@@ -287,9 +305,11 @@ class _Loop:
             )
         try:
             for r, family in enumerate(self.families):
-                if not torch.equal(tensors[f"shift/{r}"], family.shift) or not torch.equal(tensors[f"scale/{r}"], family.scale):
+                same = torch.equal(tensors[f"shift/{r}"], family.shift)
+                if not same or not torch.equal(tensors[f"scale/{r}"], family.scale):
                     raise CheckpointError(
-                        f"the checkpoint in {self.folder} started from another point: the model or the data have changed. Use another folder."
+                        f"the checkpoint in {self.folder} started from another point: the model or the data have "
+                        "changed. Use another folder."
                     )
             for i, (run, plain) in enumerate(zip(self.runs, meta["runs"], strict=True)):
                 prefix = f"run/{i}/"
@@ -338,7 +358,7 @@ class _Loop:
             versions=versions(),
         )
         for family in families:
-            family.requires_grad_(False)
+            family.requires_grad_(requires_grad=False)
         config = {**self._config(), "problem": getattr(self.plan.problem, "name", None)}
         model = self.runs[best if len(self.runs) > 1 else 0].task.model  # type: ignore[attr-defined]
         return Posterior(
@@ -377,8 +397,15 @@ def _trace(run: Run, restart: int) -> Mapping[str, np.ndarray]:
     # error of a short running mean: what a reader of the curve takes for its noise
     smooth = max(1, min(50, losses.size // 4))
     deviation = np.sqrt(np.maximum(_running(losses**2, smooth) - _running(losses, smooth) ** 2, 0) / smooth)
-    out = {"step": edges + counts, "loss": loss, "loss_error": mean(deviation), "step_size": mean(run.step_sizes.numpy())}
-    out.update({f"term:{name}": mean(column.numpy()) for name, column in run.terms.items() if column.numel() == losses.size})
+    out = {
+        "step": edges + counts,
+        "loss": loss,
+        "loss_error": mean(deviation),
+        "step_size": mean(run.step_sizes.numpy()),
+    }
+    out.update(
+        {f"term:{name}": mean(column.numpy()) for name, column in run.terms.items() if column.numel() == losses.size}
+    )
     return out
 
 
@@ -387,6 +414,5 @@ def _running(column: np.ndarray, width: int) -> np.ndarray:
     total = np.concatenate([[0.0], np.cumsum(column)])
     at = np.arange(column.size)
     low, high = np.maximum(at - width // 2, 0), np.minimum(at + (width + 1) // 2, column.size)
-    return (total[high] - total[low]) / (high - low)
-
-
+    out: np.ndarray = (total[high] - total[low]) / (high - low)
+    return out

@@ -1,4 +1,4 @@
-"""What a fit would do, or why it cannot: names resolved, capabilities checked, the estimator chosen, before step one."""
+"""What a fit would do, or why it cannot: names resolved, needs checked, the estimator chosen, before step one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vifamily import registry
-from vifamily.errors import ConfigError, IncompatibleError, ModelError
+from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError
 from vifamily.families import Family, FamilyEntry
 from vifamily.families._adapters import as_entry
 from vifamily.models import Model
@@ -82,7 +82,7 @@ def describe(entry: Any) -> str:
 
 
 def resolve_model(model: Any, device: Any = None, dtype: torch.dtype | None = None) -> tuple[Model, Any]:
-    """Turn a problem's name, a problem or a model into (model, problem or None), on the device and in the dtype asked for."""
+    """Turn a name, a problem or a model into (model, problem or None), on the device and in the dtype asked for."""
     problem = None
     if isinstance(model, (str, registry.Spec)):
         problem = registry.build("problems", model)
@@ -90,11 +90,30 @@ def resolve_model(model: Any, device: Any = None, dtype: torch.dtype | None = No
         problem = model
     found = model if problem is None else problem.model
     if not isinstance(found, Model):
-        hint = "wrap a log density as vf.models.Density(log_prob, dim=...), a Pyro program as vf.models.PyroModel(program, ...)"
+        hint = (
+            "wrap a log density as vf.models.Density(log_prob, dim=...), "
+            "a Pyro program as vf.models.PyroModel(program, ...)"
+        )
         raise ModelError(f"a model is needed, got {type(model).__name__}: {hint}, or give a problem's name.")
-    if (device is not None and torch.device(device) != found.device) or (dtype is not None and dtype != found.dtype):
-        found = found.moved(device=device, dtype=dtype)
+    where = found.device if device is None else _checked_device(device)
+    kind = found.dtype if dtype is None else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"dtype must be a floating torch dtype such as torch.float64, got {dtype!r}.")
+    if where != found.device or kind != found.dtype:
+        found = found.moved(device=where, dtype=kind)
+    if found.device.type == "meta":
+        raise DeviceError("the model is on the meta device, which holds no numbers: move it with device='cpu'.")
     return found, problem
+
+
+def _checked_device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise DeviceError(f"the device {device!r} cannot be used here: {said} Use for example device='cpu'.") from error
+    return found
 
 
 def latent_of(model: Model) -> LatentSpec:
@@ -129,7 +148,8 @@ def alternatives(objective: Objective, model: Model, family: frozenset[Capabilit
     families = [
         name
         for name in registry.names("families")
-        if (found := default_capabilities(name, latent)) is not None and not objective.missing(of_model, found, latent.space)
+        if (found := default_capabilities(name, latent)) is not None
+        and not objective.missing(of_model, found, latent.space)
     ]
     objectives = []
     for name in registry.names("objectives"):
@@ -175,17 +195,21 @@ def check_batches(objective: Objective, model: Model, batch_size: int | None) ->
         raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if Capability.SUBSAMPLE not in model.capabilities or model.num_data is None:
         raise IncompatibleError(
-            "minibatches need a model in likelihood form that states num_data, so that the batch can be scaled to the whole data set; "
-            f"this {registry.entry_name(model)} model does not. Use LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out.",
+            "minibatches need a model in likelihood form that states num_data, so that the batch can be scaled to "
+            f"the whole data set; this {registry.entry_name(model)} model does not. Use "
+            "LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out.",
             missing=(str(Capability.SUBSAMPLE),),
         )
     if batch_size > model.num_data:
         raise ConfigError(f"batch_size={batch_size} is larger than the data set of {model.num_data}.")
-    allowed = objective.subsampling in ("unbiased", "biased") or (objective.subsampling == "per_datum" and model.dim == 0)
+    allowed = objective.subsampling in ("unbiased", "biased") or (
+        objective.subsampling == "per_datum" and model.dim == 0
+    )
     if not allowed:
         raise IncompatibleError(
-            f"the objective {describe(objective)!r} is not a sum over data, so a minibatch would change what it converges to. "
-            "Use all data (no batch_size), an objective such as elbo, or a model whose latents are all local.",
+            f"the objective {describe(objective)!r} is not a sum over data, so a minibatch would change what it "
+            "converges to. Use all data (no batch_size), an objective such as elbo, or a model whose latents are all "
+            "local.",
             missing=("objective: unbiased minibatches",),
         )
 

@@ -1,8 +1,8 @@
 """One registry for objectives, families, models, weights, solvers and problems.
 
-An entry is a class (or function) in a file of its own inside the folder of its kind, marked with :func:`register`; nothing else is edited. Third parties
-add entries through the entry-point groups ``vifamily.objectives``, ``vifamily.families`` and so on. Specs are strings such as ``"renyi(alpha=0.5)"``; they
-are parsed, never evaluated.
+An entry is a class (or function) in a file of its own inside the folder of its kind, marked with :func:`register`;
+nothing else is edited. Third parties add entries through the entry-point groups ``vifamily.objectives``,
+``vifamily.families`` and so on. Specs are strings such as ``"renyi(alpha=0.5)"``; they are parsed, never evaluated.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _write(value: Any) -> str:
 
 
 def _is_bare_word(text: str) -> bool:
-    """Whether a string may stand without quotes: Python's parser changes identifiers outside ASCII, and keywords are none."""
+    """Whether a string may stand without quotes: the parser changes non-ASCII identifiers, and keywords are none."""
     return text.isidentifier() and text.isascii() and not keyword.iskeyword(text) and text not in ("inf", "nan")
 
 
@@ -162,8 +162,12 @@ def _entries(kind: str) -> dict[str, Any]:
         try:
             value = point.load()
         except Exception as error:  # a broken plug-in must not take the package down with it
-            warnings.warn(f"the {kind} entry point {point.name!r} ({point.value}) could not be loaded: {error!r}. "
-                          "Reinstall or remove the package that declares it.", VifamilyWarning, stacklevel=2)
+            warnings.warn(
+                f"the {kind} entry point {point.name!r} ({point.value}) could not be loaded: {error!r}. "
+                "Reinstall or remove the package that declares it.",
+                VifamilyWarning,
+                stacklevel=2,
+            )
             continue
         _add(found, kind, point.name, value)
     return dict(sorted(found.items()))
@@ -206,7 +210,8 @@ def describe(kind: str, name: str) -> str:
 def parse(text: str) -> Spec:
     """Parse ``"name"`` or ``"name(key=value, ...)"`` without evaluating anything.
 
-    Values are numbers (also ``inf``, ``nan``), strings, bare words (read as strings), ``True``, ``False``, ``None``, lists, tuples, dictionaries, and nested specs.
+    Values are numbers (also ``inf``, ``nan``), strings, bare words (read as strings), ``True``, ``False``,
+    ``None``, lists, tuples, dictionaries, and nested specs.
 
     Args:
         text: The spec.
@@ -244,7 +249,9 @@ def _spec(node: ast.expr, text: str) -> Spec:
         if twice := next((key for key in given if given.count(key) > 1), None):
             raise SpecError(f"in {text[:80]!r}: the argument {twice!r} is given twice.")
         return Spec(node.func.id, {str(k.arg): _value(k.value, text) for k in node.keywords})
-    raise SpecError(f"cannot read the spec {text[:80]!r}: write a name, or a name with arguments like 'renyi(alpha=0.5)'.")
+    raise SpecError(
+        f"cannot read the spec {text[:80]!r}: write a name, or a name with arguments like 'renyi(alpha=0.5)'."
+    )
 
 
 def _value(node: ast.expr, text: str) -> Any:
@@ -264,7 +271,9 @@ def _value(node: ast.expr, text: str) -> Any:
         return {_value(k, text): _value(v, text) for k, v in zip(node.keys, node.values, strict=True) if k is not None}
     if isinstance(node, ast.Call):
         return _spec(node, text)
-    raise SpecError(f"in {text[:80]!r}: {ast.unparse(node)[:40]!r} is not a plain value (number, string, list, or a nested spec).")
+    raise SpecError(
+        f"in {text[:80]!r}: {ast.unparse(node)[:40]!r} is not a plain value (number, string, list, or a nested spec)."
+    )
 
 
 def build(kind: str, spec: str | Spec) -> Any:
@@ -290,7 +299,9 @@ def build(kind: str, spec: str | Spec) -> Any:
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SpecError(f"{parsed.name!r} has no argument {unknown[0]!r}.{hint} It takes: {', '.join(known) or 'none'}.")
+        raise SpecError(
+            f"{parsed.name!r} has no argument {unknown[0]!r}.{hint} It takes: {', '.join(known) or 'none'}."
+        )
     try:
         signature.bind(**parsed.kwargs)
     except TypeError as error:

@@ -1,7 +1,8 @@
 """Explicit randomness: named streams split from one root seed.
 
-A stream is addressed by a root seed, a name and integers (a restart, a block); its generator is seeded by a hash of that address. Two streams never share
-a state, adding one does not disturb another, and resuming at step ``t`` needs only ``t``.
+A stream is addressed by a root seed, a name and integers (a restart, a block); its generator is seeded by a hash of
+that address. Two streams never share a state, adding one does not disturb another, and resuming at step ``t`` needs
+only ``t``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vifamily.types import NoiseSpec
 __all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "split"]
 
 BLOCK = 64
-"""Steps of noise drawn at once. Part of the stream's definition: the noise of a step never depends on how steps are grouped."""
+"""Steps of noise drawn at once; part of the stream's definition, so never a matter of how steps are grouped."""
 
 _NUMBER = re.compile(r"(^|/)-?\d+(/|$)")
 
@@ -66,7 +67,9 @@ def split(seed: int, name: str, *index: int) -> int:
         (True, False)
     """
     if _NUMBER.search(name):
-        raise ConfigError(f"the name of a stream must have no part that is a number, got {name!r}: use the index for it.")
+        raise ConfigError(
+            f"the name of a stream must have no part that is a number, got {name!r}: use the index for it."
+        )
     address = "/".join([str(check_seed(seed)), name, *(str(operator.index(i)) for i in index)])
     return int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "big") >> 1
 
@@ -114,8 +117,9 @@ def draw_noise(
 class NoiseStream:
     """Noise of every step of a fit, addressed by step.
 
-    Noise is made in blocks of :data:`BLOCK` steps, each block from its own generator, so the noise of step ``t`` depends on the seed, the restart and ``t``
-    alone: not on where a fit was resumed, nor on how many steps run in one compiled call, nor on how many restarts run beside it.
+    Noise is made in blocks of :data:`BLOCK` steps, each block from its own generator, so the noise of step ``t``
+    depends on the seed, the restart and ``t`` alone: not on where a fit was resumed, nor on how many steps run in
+    one compiled call, nor on how many restarts run beside it.
 
     Args:
         seed: Root seed.
@@ -127,9 +131,10 @@ class NoiseStream:
         dtype: Floating dtype.
         device: Device of the noise.
         name: Name of the stream.
-        balanced: Make each block of steps a scrambled Sobol sequence (Owen 1995; Buchholz, Wenzel and Mandt 2018) rather
-            than independent draws. Every draw keeps its law, so whatever is linear in the draws stays unbiased, and
-            averages over draws and over steps are far less noisy. Not for objectives that combine draws non-linearly.
+        balanced: Make each block of steps a scrambled Sobol sequence (Owen 1995; Buchholz, Wenzel and Mandt 2018)
+            rather than independent draws. Every draw keeps its law, so whatever is linear in the draws stays
+            unbiased, and averages over draws and over steps are far less noisy. Not for objectives that combine
+            draws non-linearly.
 
     Example:
         >>> from vifamily.types import NoiseSpec
@@ -191,8 +196,9 @@ class NoiseStream:
 def scoped(source: torch.Generator | int) -> Iterator[None]:
     """Run foreign code that takes no generator under a seed, then restore every global stream.
 
-    Seeds torch (CPU, and CUDA where it is in use), numpy and Python's ``random`` from the source, and restores all of them afterwards. A generator is advanced by
-    one number, so consecutive scopes differ. The one place where global random state is touched.
+    Seeds torch (CPU, and CUDA where it is in use), numpy and Python's ``random`` from the source, and restores all
+    of them afterwards. A generator is advanced by one number, so consecutive scopes differ. The one place where
+    global random state is touched.
 
     Args:
         source: A generator, or a seed.

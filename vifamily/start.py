@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError, NotAvailableError, ShapeError
+from vifamily.errors import ConfigError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.families import Family, FamilyEntry
 from vifamily.models import Model
 from vifamily.numerics.gaussian_start import GaussianStart, best_start, laplace, negative_curvature
@@ -29,31 +30,39 @@ def initialise(
         family: The family, changed in place.
         entry: Its entry.
         model: The model.
-        init: ``"auto"``, ``"laplace"``, ``"prior"``, a mapping of named constrained values, an unconstrained point ``(dim,)``, or a posterior.
+        init: ``"auto"``, ``"laplace"``, ``"prior"``, a mapping of named constrained values, an unconstrained point
+            ``(dim,)``, or a posterior.
         seed: Root seed.
         restart: Index of the restart; each has its own start point.
-        minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the data are few).
+        minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the
+            data are few).
 
     Raises:
         ConfigError: If ``init`` is none of these.
-        NotAvailableError: If the Laplace approximation was asked for and the mode is degenerate, or the prior and it cannot be drawn from.
+        NotAvailableError: If the Laplace approximation was asked for and the mode is degenerate, or the prior and
+            it cannot be drawn from.
     """
+    from_posterior = hasattr(init, "draws") and hasattr(init, "family")
+    known = isinstance(init, str) and init in ("auto", "laplace", "prior")
+    if not (from_posterior or known or isinstance(init, (Mapping, Tensor, np.ndarray))):
+        raise ConfigError(
+            "init must be 'auto', 'laplace', 'prior', named values, an unconstrained point or a posterior, "
+            f"got {init!r:.80}."
+        )
+    if entry.given and known and init == "auto":
+        return "from the given family as it stands"
     if family.latent.space is not Space.REAL or family.latent.dim == 0:
         return "uniform"
     restrict = entry.restrict_scale
-    if hasattr(init, "draws") and hasattr(init, "family"):
+    if from_posterior:
         return _from_posterior(family, init, restrict=restrict)
-    if isinstance(init, (Mapping, Tensor)):
+    if not known:
         mean = _given_point(model, init)
         scale = _curvature_scale(model, mean)
         family.precondition(mean, scale)
         return "at the given point"
     if init == "prior":
         return _from_prior(family, model, seed=seed, restart=restart)
-    if init not in ("auto", "laplace"):
-        raise ConfigError(
-            f"init must be 'auto', 'laplace', 'prior', named values, an unconstrained point or a posterior, got {init!r}."
-        )
     if Capability.LOCAL in model.capabilities:
         point = model.start(1, generator=generator(seed, "start", restart))[0]
         family.precondition(point, torch.ones_like(point))
@@ -72,7 +81,9 @@ def _gaussian(
     if init == "laplace":
         at_mode = laplace(model.log_joint, point)
         if at_mode is None:
-            raise NotAvailableError("the Laplace approximation does not exist here: the mode found is degenerate. Use init='auto'.")
+            raise NotAvailableError(
+                "the Laplace approximation does not exist here: the mode found is degenerate. Use init='auto'."
+            )
         mode, factor = at_mode
         scale = torch.cholesky_inverse(factor).diagonal().rsqrt() if restrict else factor
         found = GaussianStart(mode, scale, float("nan"), "laplace")
@@ -88,7 +99,9 @@ def _gaussian(
 def _from_posterior(family: Family, posterior: Any, *, restrict: bool) -> str:
     other = posterior.family
     if other.latent.dim != family.latent.dim:
-        raise ShapeError(f"init= is a posterior over {other.latent.dim} coordinates, the model has {family.latent.dim}.")
+        raise ShapeError(
+            f"init= is a posterior over {other.latent.dim} coordinates, the model has {family.latent.dim}."
+        )
     same = other.spec == family.spec and {n: p.shape for n, p in other.named_parameters()} == {
         n: p.shape for n, p in family.named_parameters()
     }
@@ -108,15 +121,22 @@ def _from_posterior(family: Family, posterior: Any, *, restrict: bool) -> str:
     return "at the moments of the given posterior"
 
 
-def _given_point(model: Model, init: Mapping[str, Any] | Tensor) -> Tensor:
-    if isinstance(init, Tensor):
-        if init.shape != (model.dim,):
-            raise ShapeError(f"init must be an unconstrained point of shape ({model.dim},), got {tuple(init.shape)}.")
-        point = init
-    else:
-        theta = {k: torch.as_tensor(v, dtype=model.dtype, device=model.device) for k, v in init.items()}
-        point = model.unconstrain(theta)
-    point = point.detach().to(device=model.device, dtype=model.dtype)
+def _given_point(model: Model, init: Mapping[str, Any] | Tensor | np.ndarray) -> Tensor:
+    options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    try:
+        if isinstance(init, Mapping):
+            theta = {k: torch.as_tensor(v, **options).detach() for k, v in init.items()}
+            model.layout.check(theta)
+            point = model.unconstrain(theta)
+        else:
+            point = torch.as_tensor(init, **options).detach()
+    except VifamilyError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"init cannot be read as numbers: {error}.") from error
+    if point.shape != (model.dim,):
+        what = "named values must be those of one draw" if isinstance(init, Mapping) else "init must be one point"
+        raise ShapeError(f"{what}, {model.dim} unconstrained numbers in all; got the shape {tuple(point.shape)}.")
     if not bool(torch.isfinite(model.log_joint(point.unsqueeze(0))).all()):
         raise ConfigError("the log joint is not finite at the given init point; start inside the support.")
     return point

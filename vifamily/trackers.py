@@ -1,4 +1,4 @@
-"""Where the numbers of a fit go besides its posterior: a four-method protocol, a CSV file, TensorBoard, Weights & Biases."""
+"""Where the numbers of a fit go: a protocol of three methods, a CSV file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class Tracker(Protocol):
 class CsvTracker:
     """Writes one row per logged step to a CSV file.
 
+    A fit that goes on from a checkpoint goes on in its file: rows up to the step where it resumes are kept.
+
     Args:
-        path: File to write; an existing one is overwritten.
+        path: File to write; an existing one is overwritten by a new fit.
         every: Log every this many steps.
 
     Raises:
-        ConfigError: If the file cannot be written or ``every`` is not positive.
+        ConfigError: If the file cannot be written or ``every`` is not a positive integer.
 
     Example:
         >>> import tempfile, pathlib
@@ -46,19 +48,33 @@ class CsvTracker:
     """
 
     def __init__(self, path: str | Path, *, every: int = 1) -> None:
-        if every < 1:
-            raise ConfigError(f"every must be a positive number of steps, got {every}.")
-        self.path, self.every = Path(path), every
+        self.path, self.every = Path(path), _checked_every(every)
         self._file: TextIO | None = None
         self._columns: list[str] = []
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Open the file."""
+        """Open the file; ``config["resumed_at"]`` is the step that a resumed fit goes on from."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = self._rows_up_to(int(config.get("resumed_at") or 0))
             self._file = self.path.open("w", newline="")
+            csv.writer(self._file).writerows(kept)
         except OSError as error:
-            raise ConfigError(f"the tracker cannot write {self.path}: {error.strerror}. Choose a writable path.") from error
+            raise ConfigError(
+                f"the tracker cannot write {self.path}: {error.strerror}. Choose a writable path."
+            ) from error
+        self._columns = kept[0][1:] if kept else []
+
+    def _rows_up_to(self, step: int) -> list[list[str]]:
+        if step < 1 or not self.path.exists():
+            return []
+        with self.path.open(newline="", errors="replace") as file:
+            rows = list(csv.reader(file))
+        if not rows or rows[0][:1] != ["step"]:
+            return []
+        # the last row of a killed process may be cut short
+        whole = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdigit()]
+        return [rows[0], *(row for row in whole if int(row[0]) <= step)]
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a row; the columns are those of the first row."""
@@ -77,6 +93,12 @@ class CsvTracker:
             self._file = None
 
 
+def _checked_every(every: int) -> int:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ConfigError(f"every must be a positive number of steps, got {every!r}.")
+    return every
+
+
 class TensorBoardTracker:
     """Writes scalars for TensorBoard.
 
@@ -93,7 +115,7 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("TensorBoard is not installed: pip install tensorboard.") from error
-        self.every = every
+        self.every = _checked_every(every)
         self._writer = SummaryWriter(str(folder))
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -127,7 +149,7 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise MissingExtraError("Weights & Biases is not installed: pip install wandb.") from error
-        self.every, self._options, self._wandb = every, options, wandb
+        self.every, self._options, self._wandb = _checked_every(every), options, wandb
         self._run: Any = None
 
     def start(self, config: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The nouns as types: capabilities, noise, draws, batches, losses.
 
-Axes are always ``(restart, draw, datum, ...event)``, in that order; the restart axis is there only when several fits run at once. ``z`` is
-unconstrained, ``theta`` constrained.
+Axes are always ``(restart, draw, datum, ...event)``, in that order; the restart axis is there only when several
+fits run at once. ``z`` is unconstrained, ``theta`` constrained.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ class Draw:
     Attributes:
         z: Unconstrained draws, ``(..., draw, dim)``; a conditional family gives ``(..., draw, datum, dim)``.
         log_q: Log density of the draws, ``(..., draw)``, or None for a family without density.
-        log_weight: Log weights over the draw axis, normalised: ``logsumexp(log_weight, -1) = 0``. Uniform for ordinary draws; member weights for
-            ensembles, component weights for stratified mixtures, probabilities for enumerated families.
+        log_weight: Log weights over the draw axis, normalised: ``logsumexp(log_weight, -1) = 0``. Uniform for
+            ordinary draws; member weights for ensembles, component weights for stratified mixtures, probabilities
+            for enumerated families.
         local: Draws of the local latents of the data in the batch, ``(..., draw, datum, local_dim)``, or None.
         local_log_q: Their log density given the global draw, ``(..., draw, datum)``, or None.
     """
@@ -95,7 +96,8 @@ class Batch:
     """Some of the data of a model.
 
     Attributes:
-        data: What the model's likelihood receives: a tensor, or a tuple or mapping of tensors with the datum axis first.
+        data: What the model's likelihood receives: a tensor, or a tuple or mapping of tensors with the datum axis
+            first.
         size: Number of data in the batch.
         index: Positions of the data in the whole data set, ``(size,)``, or None where positions are unknown (streams).
     """

@@ -100,15 +100,18 @@ class StackedFamily(nn.Module):
 
     def log_prob(self, z: Tensor, context: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """Log density, ``(restart, ..., dim) -> (restart, ...)``."""
-        return self._each("log_prob", z, frozen=frozen)
+        out: Tensor = self._each("log_prob", z, frozen=frozen)
+        return out
 
     def entropy(self, context: Tensor | None = None) -> Tensor:
         """Closed-form entropies, ``(restart,)``."""
-        return self._each("entropy")
+        out: Tensor = self._each("entropy")
+        return out
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Closed-form means ``(restart, dim)`` and covariances ``(restart, dim, dim)``."""
-        return self._each("moments")
+        mean, covariance = self._each("moments")
+        return mean, covariance
 
     @torch.no_grad()
     def members(self) -> list[Family]:

@@ -1,6 +1,7 @@
 """Gaussian approximations to start a fit from: at the mode, or by mean field on a few fixed draws.
 
-Everything here sees a log density as a function ``(n, dim) -> (n,)`` of a whole batch of points, so user code that cannot be vmapped serves as well.
+Everything here sees a log density as a function ``(n, dim) -> (n,)`` of a whole batch of points, so user code that
+cannot be vmapped serves as well.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class GaussianStart:
 
 def _value_and_gradient(log_density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        point = x.detach().requires_grad_(True)
+        point = x.detach().requires_grad_()
         value = log_density(point)
         (gradient,) = torch.autograd.grad(value.sum(), point)
     return value.detach(), gradient.detach()
@@ -45,19 +46,21 @@ def _value_and_gradient(log_density: LogDensity, x: Tensor) -> tuple[Tensor, Ten
 
 def _minimise(fun: Callable[[np.ndarray], tuple[float, np.ndarray]], x0: np.ndarray, iterations: int) -> np.ndarray:
     """L-BFGS that treats a non-finite value as a wall and always returns the best finite point seen."""
-    best = [np.inf, x0]
+    lowest, at = np.inf, x0
 
     def guarded(x: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal lowest, at
         value, gradient = fun(x)
         if not (np.isfinite(value) and np.isfinite(gradient).all()):
             # a finite wall: the line search backs off from it, and an infinite one would end the run
-            return (abs(best[0]) + 1.0) * 1e3 if np.isfinite(best[0]) else 1e12, np.zeros_like(x)
-        if value < best[0]:
-            best[0], best[1] = value, x.copy()
+            return (abs(lowest) + 1.0) * 1e3 if np.isfinite(lowest) else 1e12, np.zeros_like(x)
+        if value < lowest:
+            lowest, at = value, x.copy()
         return value, gradient
 
-    scipy.optimize.minimize(guarded, x0, jac=True, method="L-BFGS-B", options={"maxiter": iterations, "maxcor": 20, "maxls": 30})
-    return best[1]
+    options = {"maxiter": iterations, "maxcor": 20, "maxls": 30}
+    scipy.optimize.minimize(guarded, x0, jac=True, method="L-BFGS-B", options=options)
+    return at
 
 
 def negative_curvature(log_density: LogDensity, x: Tensor, step: Tensor | float = 1e-4) -> Tensor:
@@ -101,7 +104,8 @@ def _factor(precision: Tensor) -> Tensor | None:
 def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) -> tuple[Tensor, Tensor] | None:
     """Mode and covariance factor of the Laplace approximation.
 
-    L-BFGS from the start point, then Newton steps until the Newton decrement is below 1e-5 (half its square is the log density still to be gained).
+    L-BFGS from the start point, then Newton steps until the Newton decrement is below 1e-5 (half its square is the
+    log density still to be gained).
 
     Args:
         log_density: ``(n, dim) -> (n,)``.
@@ -109,11 +113,14 @@ def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) ->
         iterations: Bound on L-BFGS iterations.
 
     Returns:
-        Mode ``(dim,)`` and lower-triangular factor ``(dim, dim)``, or None where the mode is degenerate (no positive definite curvature, or no convergence).
+        Mode ``(dim,)`` and lower-triangular factor ``(dim, dim)``, or None where the mode is degenerate (no
+        positive definite curvature, or no convergence).
     """
 
     def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = _value_and_gradient(log_density, torch.as_tensor(x, dtype=start.dtype, device=start.device).unsqueeze(0))
+        value, gradient = _value_and_gradient(
+            log_density, torch.as_tensor(x, dtype=start.dtype, device=start.device).unsqueeze(0)
+        )
         return -float(value), -gradient[0].cpu().double().numpy()
 
     best = _minimise(fun, start.detach().cpu().double().numpy(), iterations)
@@ -195,8 +202,10 @@ def best_start(
 ) -> GaussianStart | None:
     """Return the Gaussian with the best evidence lower bound among a few cheap ones.
 
-    Candidates: the Laplace approximation; mean field on 16, then 64 fixed antithetic draws; and the Gaussian around the mean-field one whose precision is the curvature averaged over it
-    (what the best full-rank Gaussian's precision equals at its own optimum). The Laplace one is exact for Gaussians and useless at a degenerate mode, such as a funnel's; the others survive that.
+    Candidates: the Laplace approximation; mean field on 16, then 64 fixed antithetic draws; and the Gaussian around
+        the mean-field one whose precision is the curvature averaged over it
+    (what the best full-rank Gaussian's precision equals at its own optimum). The Laplace one is exact for Gaussians
+    and useless at a degenerate mode, such as a funnel's; the others survive that.
 
     Args:
         log_density: ``(n, dim) -> (n,)``.

@@ -1,7 +1,7 @@
 """What every objective is: a loss of (family, model, noise, batch), and what it needs of both.
 
-An objective is a frozen dataclass marked with ``@register("objectives", name)``. Draw axes are reduced with ``dim=-1`` (``dim=-2`` under a datum axis), so that
-the same code serves one fit and many restarts at once.
+An objective is a frozen dataclass marked with ``@register("objectives", name)``. Draw axes are reduced with
+``dim=-1`` (``dim=-2`` under a datum axis), so that the same code serves one fit and many restarts at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Estimator:
         family: What it needs of the family.
         never_model: What the model must not have.
         never_family: What the family must not have.
-        unless_asked: Reasons for which ``"auto"`` passes it over though it is allowed: capabilities that the family should have.
+        unless_asked: Reasons for which ``"auto"`` passes it over though it is allowed: capabilities that the family
+            should have.
     """
 
     model: Caps = frozenset()
@@ -56,8 +57,9 @@ class Estimator:
 class Objective(abc.ABC):
     """A loss to be minimised.
 
-    Class attributes say what it needs and what it is; they are read before the first step, by ``vifamily list``, the docs and the contract kit. An objective with
-    several gradient estimators has a field ``estimator`` that is ``"auto"`` or the name of one.
+    Class attributes say what it needs and what it is; they are read before the first step, by ``vifamily list``,
+    the docs and the contract kit. An objective with several gradient estimators has a field ``estimator`` that is
+    ``"auto"`` or the name of one.
     """
 
     needs_model: ClassVar[Caps] = frozenset({Capability.LOG_JOINT})
@@ -77,6 +79,15 @@ class Objective(abc.ABC):
         """Whether the loss is a plain mean over draws, so that balanced noise leaves it unbiased."""
         return False
 
+    @property
+    def renyi_order(self) -> float | tuple[float, float] | None:
+        """Order alpha of the Rényi divergence ``D_alpha(q || p)`` that the loss stands for with many draws, or None.
+
+        Reverse KL is of order 1. A pair is a range of orders between which its answers lie; None says that it is of
+        another kind. The contract kit checks what is stated on a target that q does not contain.
+        """
+        return None
+
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 16
 
@@ -84,7 +95,7 @@ class Objective(abc.ABC):
         asked = getattr(self, "estimator", "auto")
         if asked != "auto" and asked not in self.estimators:
             raise SpecError(
-                f"{entry_name(self)!r} has no estimator {asked!r}; it has: auto, {', '.join(self.estimators) or 'none other'}."
+                f"{entry_name(self)!r} has no estimator {asked!r}; it has: {', '.join(['auto', *self.estimators])}."
             )
 
     def missing(self, model: Caps, family: Caps, space: Space = Space.REAL) -> tuple[str, ...]:
@@ -96,7 +107,8 @@ class Objective(abc.ABC):
         if not out and self.estimators and self._estimator(model, family) is None:
             asked = getattr(self, "estimator", "auto")
             options = self.estimators if asked == "auto" else {asked: self.estimators[asked]}
-            out += min((e.lacks(model, family) for e in options.values()), key=len)
+            reasons = [list(e.lacks(model, family)) for e in options.values()]
+            out += min(reasons, key=lambda words: len(words))
         return tuple(out)
 
     def resolve(self, model: ModelLike, family: FamilyLike) -> Self:
@@ -117,7 +129,7 @@ class Objective(abc.ABC):
         asked = getattr(self, "estimator", "auto")
         fitting = [n for n, e in self.estimators.items() if asked in ("auto", n) and not e.lacks(model, family)]
         cheap = [n for n in fitting if self.estimators[n].unless_asked <= family]
-        return (cheap or fitting or [None])[0]
+        return next(iter(cheap or fitting), None)
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:
         """Return what :meth:`loss` receives as ``state`` at the first step."""
@@ -146,7 +158,9 @@ def weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:
     return (log_weight.exp() * value).sum(-1)
 
 
-def log_ratio_parts(model: ModelLike, draw: Draw, batch: Batch | None) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+def log_ratio_parts(
+    model: ModelLike, draw: Draw, batch: Batch | None
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
     """Log joint of draws, log density of their local part, and the named parts.
 
     Args:
@@ -155,8 +169,8 @@ def log_ratio_parts(model: ModelLike, draw: Draw, batch: Batch | None) -> tuple[
         batch: The data to use, or None for all.
 
     Returns:
-        The log joint ``(..., draw)`` with the likelihood scaled to the whole data set; the log density of the local draws, scaled likewise, or None; the parts of the
-        log joint by name.
+        The log joint ``(..., draw)`` with the likelihood scaled to the whole data set; the log density of the local
+        draws, scaled likewise, or None; the parts of the log joint by name.
     """
     if draw.local is not None and draw.local_log_q is not None and batch is not None:
         scale = model.scale(batch)

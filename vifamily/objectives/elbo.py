@@ -25,20 +25,23 @@ _DENSITY = frozenset({Capability.LOG_Q})
 class Elbo(Objective):
     r"""Evidence lower bound: minimises :math:`\mathrm{KL}(q \| p)`.
 
-    .. math:: \mathcal{L}(q) = \mathbb{E}_q[\log p(x, z) - \log q(z)] = \log p(x) - \mathrm{KL}(q \,\|\, p(\cdot \mid x)),
-              \qquad \text{loss} = -\mathcal{L}.
+    .. math:: \mathcal{L}(q) = \mathbb{E}_q[\log p(x, z) - \log q(z)]
+              = \log p(x) - \mathrm{KL}(q \,\|\, p(\cdot \mid x)), \qquad \text{loss} = -\mathcal{L}.
 
     Every estimator is unbiased for the gradient, also on minibatches. They differ in variance and in what they need:
 
     - ``enumerated``: all states of a finite family, weighted; no noise at all.
-    - ``stl``: sticking the landing (Roeder et al. 2017); the density's parameters are held fixed, so the gradient noise vanishes when q reaches p.
+    - ``stl``: sticking the landing (Roeder et al. 2017); the density's parameters are held fixed, so the gradient
+      noise vanishes when q reaches p.
     - ``entropy``: the entropy in closed form; less noise far from the optimum, does not vanish there.
     - ``analytic_kl``: the KL to a Gaussian prior in closed form, the likelihood by Monte Carlo.
     - ``reparameterised``: plain path gradient of the bound (Kingma and Welling 2014).
-    - ``score``: score function with leave-one-out baseline (Ranganath et al. 2014; Kool et al. 2019), for families or models without path gradients; needs two draws.
+    - ``score``: score function with leave-one-out baseline (Ranganath et al. 2014; Kool et al. 2019), for families
+      or models without path gradients; needs two draws.
 
-    Reverse KL is mode-seeking: a family that does not contain the posterior gives too small spread (mean field on a correlated normal lands on the conditional, not the
-    marginal, standard deviation) and may sit on one of several modes.
+    Reverse KL is mode-seeking: a family that does not contain the posterior gives too small spread (mean field on a
+    correlated normal lands on the conditional, not the marginal, standard deviation) and may sit on one of several
+    modes.
 
     Args:
         estimator: ``"auto"`` (the first of the above that fits) or a name.
@@ -71,18 +74,26 @@ class Elbo(Objective):
         ),
         "analytic_kl": Estimator(
             model=frozenset({Capability.SCORE, Capability.PER_DATUM, Capability.GAUSSIAN_PRIOR}),
-            family=_PATH | {Capability.GAUSSIAN},
+            family=_PATH | {Capability.GAUSSIAN, Capability.ENTROPY},
             never_model=frozenset({Capability.LOCAL}),
         ),
         "reparameterised": Estimator(model=frozenset({Capability.SCORE}), family=_PATH),
-        "score": Estimator(family=frozenset({Capability.DRAWS}), never_family=frozenset({Capability.WEIGHTED}),
-                           never_model=frozenset({Capability.LOCAL})),
+        "score": Estimator(
+            family=frozenset({Capability.DRAWS}),
+            never_family=frozenset({Capability.WEIGHTED}),
+            never_model=frozenset({Capability.LOCAL}),
+        ),
     }
 
     @property
     def linear_in_draws(self) -> bool:
         """The bound is a mean over draws; the leave-one-out baseline is not, and needs independent ones."""
         return self.estimator != "score"
+
+    @property
+    def renyi_order(self) -> float:
+        """Reverse KL is the Rényi divergence of order 1."""
+        return 1.0
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
@@ -102,7 +113,12 @@ class Elbo(Objective):
         if log_q is None:
             raise NotAvailableError("the ELBO needs the log density of the draws, and the family gave none.")
         total_q = log_q if local_log_q is None else log_q + local_log_q
-        return _loss(-weighted_sum(draw.log_weight, log_p - total_q), terms, draw, {"log_q": weighted_sum(draw.log_weight, total_q)})
+        return _loss(
+            -weighted_sum(draw.log_weight, log_p - total_q),
+            terms,
+            draw,
+            {"log_q": weighted_sum(draw.log_weight, total_q)},
+        )
 
     def _score(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
         num_draws = draw.z.shape[-2]
@@ -113,7 +129,8 @@ class Elbo(Objective):
         log_q = family.log_prob(z)
         ratio = (log_p - log_q).detach()
         baseline = (ratio.sum(-1, keepdim=True) - ratio) / (num_draws - 1)
-        # the log joint itself is kept in the surrogate for the sake of point-estimated model parameters; through z it carries no gradient
+        # the log joint itself is kept in the surrogate for the sake of point-estimated model parameters; through z
+        # it carries no gradient
         surrogate = -((ratio - baseline) * log_q + log_p).mean(-1)
         out = _loss(-ratio.mean(-1), terms, draw, {"log_q": log_q.mean(-1)})
         return dataclasses.replace(out, surrogate=surrogate)

@@ -21,16 +21,19 @@ __all__ = ["Iwae"]
 class Iwae(Objective):
     r"""Importance-weighted bound over K draws (Burda, Grosse and Salakhutdinov 2016).
 
-    .. math:: \mathcal{L}_K = \mathbb{E}\Big[\log \frac1K \sum_{k=1}^K w_k\Big], \quad w_k = \frac{p(x, z_k)}{q(z_k)}, \qquad
-              \mathcal{L}_1 = \mathrm{ELBO} \le \mathcal{L}_K \le \log p(x).
+    .. math:: \mathcal{L}_K = \mathbb{E}\Big[\log \frac1K \sum_{k=1}^K w_k\Big], \quad w_k = \frac{p(x, z_k)}{q(z_k)},
+              \qquad \mathcal{L}_1 = \mathrm{ELBO} \le \mathcal{L}_K \le \log p(x).
 
-    The bound tightens with K; the q that is best for it is wider than the ELBO's and is meant to be used with importance weights. The signal-to-noise ratio of the plain
-    gradient falls as K grows (Rainforth et al. 2018), so the doubly reparameterised one (``dreg``, Tucker et al. 2019) is the default where the family allows it.
+    The bound tightens with K; the q that is best for it is wider than the ELBO's and is meant to be used with
+    importance weights. The signal-to-noise ratio of the plain gradient falls as K grows (Rainforth et al. 2018), so
+    the doubly reparameterised one (``dreg``, Tucker et al. 2019) is the default where the family allows it.
 
-    Over a minibatch the bound of the whole data set is not a sum over data, hence biased: refused unless every latent is local, where it is taken per datum.
+    Over a minibatch the bound of the whole data set is not a sum over data, hence biased: refused unless every
+    latent is local, where it is taken per datum.
 
     Args:
-        estimator: ``"auto"``, ``"enumerated"``, ``"dreg"``, ``"reparameterised"`` or ``"score"`` (with the leave-one-out baseline of VIMCO).
+        estimator: ``"auto"``, ``"enumerated"``, ``"dreg"``, ``"reparameterised"`` or ``"score"`` (with the
+            leave-one-out baseline of VIMCO).
 
     Example:
         >>> from vifamily import registry
@@ -46,6 +49,11 @@ class Iwae(Objective):
     estimators: ClassVar[Mapping[str, Estimator]] = ESTIMATORS
     min_draws: ClassVar[int] = 2
     default_draws: ClassVar[int] = 16
+
+    @property
+    def renyi_order(self) -> float:
+        """The bound tends to the log evidence whatever q is, as that of order 0 does."""
+        return 0.0
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None

@@ -23,22 +23,25 @@ __all__ = ["Renyi"]
 class Renyi(Objective):
     r"""Variational Rényi bound of order alpha (Li and Turner 2016).
 
-    .. math:: \mathcal{L}_\alpha = \frac{1}{1 - \alpha} \log \mathbb{E}_q\Big[\Big(\frac{p(x, z)}{q(z)}\Big)^{1 - \alpha}\Big]
+    .. math:: \mathcal{L}_\alpha = \frac{1}{1 - \alpha}
+              \log \mathbb{E}_q\Big[\Big(\frac{p(x, z)}{q(z)}\Big)^{1 - \alpha}\Big]
               = \log p(x) - D_\alpha(q \,\|\, p(\cdot \mid x)).
 
-    One global ratio per draw. ``alpha`` in (0, 1) lies between inclusive and exclusive KL; the limits are the ELBO at 1, the importance-weighted bound at 0, the largest weight
-    (VR-max) at minus infinity and the smallest at infinity; negative alpha is an upper bound on the log evidence. These are statements about the exact expectation: the
-    Monte-Carlo value over K draws is biased down for alpha < 1 and up for alpha > 1, and what is optimised is its expectation over K draws.
+    One global ratio per draw. ``alpha`` in (0, 1) lies between inclusive and exclusive KL; the limits are the ELBO
+    at 1, the importance-weighted bound at 0, the largest weight (VR-max) at minus infinity and the smallest at
+    infinity; negative alpha is an upper bound on the log evidence. These are statements about the exact
+    expectation: the Monte-Carlo value over K draws is biased down for alpha < 1 and up for alpha > 1, and what is
+    optimised is its expectation over K draws.
 
-    The gradient's signal falls fast with dimension for alpha away from 1 (Geffner and Domke 2021): above some ten dimensions look at the effective sample size before trusting a
-    wider posterior.
+    The gradient's signal falls fast with dimension for alpha away from 1 (Geffner and Domke 2021): above some ten
+    dimensions look at the effective sample size before trusting a wider posterior.
 
     Args:
         alpha: Any real number, or ``inf`` or ``-inf``.
-        estimator: ``"auto"``, ``"enumerated"``, ``"dreg"``, ``"reparameterised"`` or ``"score"``.
+        estimator: ``"auto"``, ``"enumerated"``, ``"dreg"`` (for finite alpha), ``"reparameterised"`` or ``"score"``.
 
     Raises:
-        SpecError: If ``alpha`` is not a number.
+        SpecError: If ``alpha`` is not a number, or there is no such estimator at this alpha.
 
     Example:
         >>> from vifamily import registry
@@ -57,9 +60,18 @@ class Renyi(Objective):
     default_draws: ClassVar[int] = 16
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or math.isnan(self.alpha):
             raise SpecError(f"alpha must be a real number or plus or minus infinity, got {self.alpha!r}.")
+        if math.isinf(self.alpha):
+            object.__setattr__(self, "estimators", {n: e for n, e in ESTIMATORS.items() if n != "dreg"})
+        super().__post_init__()
+        if self.alpha < 0:
+            object.__setattr__(self, "value_kind", "upper_bound")
+
+    @property
+    def renyi_order(self) -> float:
+        """The order, alpha itself."""
+        return float(self.alpha)
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None

@@ -1,6 +1,7 @@
 """What every solver is: it starts a run, and a run steps, gives its output, and can be written down and taken up again.
 
-The loop in :mod:`vifamily.fit` knows nothing more than that, so closed-form updates, particle flows and two-player games fit in as well as gradient descent.
+The loop in :mod:`vifamily.fit` knows nothing more than that, so closed-form updates, particle flows and two-player
+games fit in as well as gradient descent.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vifamily.types import Batch, FamilyLike, Loss, ModelLike
 
@@ -35,7 +36,7 @@ class Task:
 
     objective_loss: Callable[[FamilyLike, ModelLike, Tensor, Batch | None, Any], Loss]
     model: Any
-    family: nn.Module
+    family: Any
     noise_at: Callable[[int], Tensor]
     batch_at: Callable[[int], Batch | None]
     monitor_noise: Tensor
@@ -80,7 +81,7 @@ class Run(abc.ABC):
 
     @abc.abstractmethod
     def output(self) -> Mapping[str, Any]:
-        """Write the best current answer (averaged where the solver averages) into the task's family and model, and say how it stands.
+        """Write the best current answer into the task's family and model, and say how it stands.
 
         Returns:
             ``losses`` (per restart), ``rhat``, ``mcse``, ``gradient_snr``, ``notes``, ``non_finite``.

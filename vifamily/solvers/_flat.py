@@ -13,7 +13,8 @@ __all__ = ["FlatParameters"]
 class FlatParameters:
     """Lays parameters side by side in one tensor ``(restart, size)`` of which they become views.
 
-    One tensor makes the optimiser, the average, the finiteness check and the checkpoint one operation each, which is most of the cost of a small fit's step.
+    One tensor makes the optimiser, the average, the finiteness check and the checkpoint one operation each, which
+    is most of the cost of a small fit's step.
 
     Args:
         parameters: Parameters to lay out; with ``restarts > 1`` each has a leading restart axis.
@@ -33,7 +34,9 @@ class FlatParameters:
         for parameter, size in zip(self.parameters, self.sizes, strict=True):
             view = self.value[:, start : start + size]
             shape = parameter.shape if self.rows == 1 else parameter.shape[1:]
-            parameter.data = view.view(parameter.shape) if self.rows == 1 else view.unflatten(1, shape) if shape else view[:, 0]
+            parameter.data = (
+                view.view(parameter.shape) if self.rows == 1 else view.unflatten(1, shape) if shape else view[:, 0]
+            )
             start += size
 
     def gather(self, gradients: Sequence[Tensor | None]) -> Tensor:

@@ -1,8 +1,10 @@
-"""When to stop: stationarity by R-hat, then Monte-Carlo error of the average, then smaller steps until they change nothing.
+"""When to stop: stationary by R-hat, averaged to a known error, then smaller steps until they change nothing.
 
-The scheme follows Dhaka et al. (2020) and Welandawe et al. (RABVI, arXiv 2203.15945). At a fixed step size the iterates of a stochastic optimiser settle into a stationary law around a point whose bias is
-proportional to the step size. A stage ends when the iterates are stationary and their average is known to a given error; the step size is then halved. If halving moves the average by
-delta, the error left is about delta too (a geometric series of ratio one half), so the fit stops when delta is below the tolerance.
+The scheme follows Dhaka et al. (2020) and Welandawe et al. (RABVI, arXiv 2203.15945). At a fixed step size the
+iterates of a stochastic optimiser settle into a stationary law around a point whose bias is proportional to the
+step size. A stage ends when the iterates are stationary and their average is known to a given error; the step size
+is then halved. If halving moves the average by delta, the error left is about delta too (a geometric series of
+ratio one half), so the fit stops when delta is below the tolerance.
 """
 
 from __future__ import annotations

@@ -26,14 +26,16 @@ _MOST_WATCHED = 400
 @register("solvers", "adam")
 @dataclasses.dataclass(frozen=True)
 class Adam(Solver):
-    """Stochastic gradient descent by Adam on fresh draws, run to convergence without a step count or a step size to choose.
+    """Adam on fresh draws, run to convergence without a step count or a step size to choose.
 
-    At each step size the iterates are watched until they are stationary (split R-hat) and then averaged until the average's Monte-Carlo error is small; the step size is halved until halving
-    it changes no posterior mean by more than ``tolerance`` posterior sds and no log sd by more than ``tolerance``. Averaging removes the noise that a constant step size leaves, so one
-    draw per step is enough.
+    At each step size the iterates are watched until they are stationary (split R-hat) and then averaged until the
+    average's Monte-Carlo error is small; the step size is halved until halving it changes no posterior mean by more
+    than ``tolerance`` posterior sds and no log sd by more than ``tolerance``. Averaging removes the noise that a
+    constant step size leaves, so one draw per step is enough.
 
     Args:
-        step_size: First step size; None takes the one that suits the family (its coordinates are standardised, so it need not suit the problem).
+        step_size: First step size; None takes the one that suits the family (its coordinates are standardised, so
+            it need not suit the problem).
         tolerance: Largest change on halving the step size, in posterior sds and log sds.
         mcse: Largest Monte-Carlo error of the averaged iterates, in the same units.
         model_step_size: Step size of point-estimated model parameters relative to the family's.
@@ -143,8 +145,10 @@ class AdamRun(Run):
         parameter = self._bad_parameter(packed)
         where = f", first seen in the parameter {parameter!r}" if parameter else ""
         raise NonFiniteLossError(
-            f"step {self.step_count}: {term} is not finite{where}; loss {values}. The fit stopped at its last finite state. "
-            "Usual causes: a density that overflows far from its mode, a start point outside the support, or too large a step size.",
+            f"step {self.step_count}: {term} is not finite{where}; loss {values}. "
+            "The fit stopped at its last finite state. "
+            "Usual causes: a density that overflows far from its mode, a start point outside the support, "
+            "or too large a step size.",
             step=self.step_count,
             term=term,
             parameter=parameter,
@@ -215,7 +219,7 @@ class AdamRun(Run):
             self.snapshots = [self.snapshots[0], *self.snapshots[1:-1:2], self.snapshots[-1]]
 
     def average(self) -> list[Tensor]:
-        """Average of the parameters over the stationary window, or over the last half of the stage where there is none yet."""
+        """Average of the parameters over the stationary window, or the last half of the stage before there is one."""
         now = self.step_count
         start = self.monitor.stationary_from
         if start is None:
@@ -229,7 +233,9 @@ class AdamRun(Run):
         for group, value in zip(self.groups, self._better(), strict=True):
             group.set(value)
         if verdict == "slow":
-            what = "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
+            what = (
+                "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
+            )
             self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
         row = self.watch()
         if self.previous is not None:
@@ -238,7 +244,12 @@ class AdamRun(Run):
         noise = 2 * math.hypot(self.monitor.error, self.previous_error)
         small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
         # two halvings at least: one small change may be chance
-        if small and self.stage >= 2 and verdict == "done" and max(self.monitor.error, 0.5 * self.previous_error) < self.rule.mcse:
+        if (
+            small
+            and self.stage >= 2
+            and verdict == "done"
+            and max(self.monitor.error, 0.5 * self.previous_error) < self.rule.mcse
+        ):
             self.finished = "converged"
             return
         self.previous_error = self.monitor.error
@@ -275,7 +286,8 @@ class AdamRun(Run):
     def _better(self) -> list[Tensor]:
         """The average, unless the last iterate is clearly better.
 
-        Averages of weights of networks (flows) need not be good even where each iterate is; for Gaussians the average always wins.
+        Averages of weights of networks (flows) need not be good even where each iterate is; for Gaussians the
+        average always wins.
         """
         average, last = self.average(), [g.value.clone() for g in self.groups]
         difference = self._probe(average) - self._probe(last)
@@ -284,7 +296,10 @@ class AdamRun(Run):
         if not bool(worse.any()):
             return average
         rows = worse.unsqueeze(-1)
-        return [torch.where(rows if a.shape[0] == rows.shape[0] else rows.any(), b, a) for a, b in zip(average, last, strict=True)]
+        return [
+            torch.where(rows if a.shape[0] == rows.shape[0] else rows.any(), b, a)
+            for a, b in zip(average, last, strict=True)
+        ]
 
     def output(self) -> Mapping[str, Any]:
         """Write the averaged state into the family (see :class:`~vifamily.solvers._base.Run`)."""
@@ -323,9 +338,13 @@ class AdamRun(Run):
             out["previous"] = self.previous.clone()
         out.update({f"term/{name}": column for name, column in self.terms.items()})
         values = {
-            "step": self.step_count, "stage": self.stage, "step_size": self.step_size, "change": _plain(self.change), "previous_error": _plain(self.previous_error), "notes": list(self.notes),
-            "finished": self.finished, "gradient_count": self.gradient_count, "snapshots": [at for at, _ in self.snapshots],
-            "first_step": self.monitor.first_step, "goal": self.monitor.goal, "stationary_from": self.monitor.stationary_from, "rhat": _plain(self.monitor.rhat), "error": _plain(self.monitor.error),
+            "step": self.step_count, "stage": self.stage, "step_size": self.step_size,
+            "change": _plain(self.change), "previous_error": _plain(self.previous_error), "notes": list(self.notes),
+            "finished": self.finished, "gradient_count": self.gradient_count,
+            "snapshots": [at for at, _ in self.snapshots],
+            "first_step": self.monitor.first_step, "goal": self.monitor.goal,
+            "stationary_from": self.monitor.stationary_from, "rhat": _plain(self.monitor.rhat),
+            "error": _plain(self.monitor.error),
         }  # fmt: skip
         if isinstance(self.objective_state, Tensor):
             out["objective_state"] = self.objective_state.clone()
@@ -333,7 +352,11 @@ class AdamRun(Run):
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
-        self.step_count, self.stage, self.step_size = int(values["step"]), int(values["stage"]), float(values["step_size"])
+        self.step_count, self.stage, self.step_size = (
+            int(values["step"]),
+            int(values["stage"]),
+            float(values["step_size"]),
+        )
         self.change, self.notes, self.finished = _number(values["change"]), list(values["notes"]), values["finished"]
         self.gradient_count = int(values["gradient_count"])
         self.previous_error = _number(values["previous_error"])
