@@ -109,3 +109,14 @@ def test_bad_mixtures():
         RestartMixture([part, part], torch.tensor([0.5, 0.6]))
     with pytest.raises(ConfigError, match="at least one"):
         RestartMixture([], torch.tensor([]))
+
+
+def test_restarts_that_draws_cannot_tell_apart_stay_equal(generator):
+    # four copies a hair apart: the best weights for these very draws are not equal, the ones that they can tell are
+    z = torch.randn(4000, generator=generator, dtype=torch.float64)
+    log_q = torch.stack([Normal(1e-3 * r, 1.0).log_prob(z) for r in range(4)], -1)
+    log_p = Normal(0.0015, 1.0).log_prob(z)
+    pi = importance_mixture_weights(log_p, log_q)
+    torch.testing.assert_close(pi, torch.full((4,), 0.25, dtype=torch.float64), atol=1e-12, rtol=0)
+    sharp = maximise_mixture(log_q, log_p - torch.logsumexp(log_q, 1))
+    assert float((sharp - 0.25).abs().max()) > 1e-4

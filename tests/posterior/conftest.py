@@ -49,14 +49,16 @@ def family() -> Callable[..., Any]:
 def named() -> Density:
     """mu ~ N(1, 2^2), tau ~ LogNormal(0.5, 0.3^2), v ~ N(0, I_2): on unconstrained space normal with known moments."""
 
+    def normal(mean, sd):
+        return torch.distributions.Normal(*torch.tensor([mean, sd], dtype=torch.float64))
+
     def log_prob(theta):
-        tau = theta["tau"]
-        normal = torch.distributions.Normal
+        log_tau = theta["tau"].log()
         return (
             normal(1.0, 2.0).log_prob(theta["mu"])
-            + torch.distributions.LogNormal(*torch.tensor([0.5, 0.3], dtype=torch.float64)).log_prob(tau)
+            + normal(0.5, 0.3).log_prob(log_tau) - log_tau
             + normal(0.0, 1.0).log_prob(theta["v"]).sum(-1)
-        )
+        )  # fmt: skip
 
     return Density(log_prob, parameters={"mu": "real", "tau": "positive", "v": ((2,), "real")})
 

@@ -80,6 +80,18 @@ def test_affine_maps_of_both_shapes(named, family, record, tmp_path):
         same(posterior, load(tmp_path))
 
 
+def test_draws_are_the_same_bits_whatever_the_memory_layout(family, record, generator, tmp_path):
+    fitted = family("full_rank", [0.0] * 31, [1.0] * 31)
+    factor = torch.randn(31, 31, generator=generator, dtype=torch.float64).tril(-1) + 5 * torch.eye(
+        31, dtype=torch.float64
+    )
+    fitted.precondition(torch.zeros(31), factor.T.contiguous().T)
+    model = Density(lambda z: -0.5 * (z**2).sum(-1), dim=31)
+    posterior = Posterior(model, fitted, record(), layout=model.layout)
+    posterior.save(tmp_path)
+    assert torch.equal(posterior.draws(4000), load(tmp_path, model=model).draws(4000))
+
+
 def test_non_finite_figures_survive(exact, tmp_path):
     record = FitRecord(**{
         **{f: getattr(exact.record, f) for f in exact.record.__dataclass_fields__},

@@ -16,7 +16,12 @@ __all__ = ["RestartMixture", "importance_mixture_weights", "maximise_mixture", "
 
 
 def maximise_mixture(
-    log_density: Tensor, log_weight: Tensor | None = None, *, max_steps: int = 10_000, tolerance: float = 1e-10
+    log_density: Tensor,
+    log_weight: Tensor | None = None,
+    *,
+    max_steps: int = 10_000,
+    tolerance: float = 1e-10,
+    within_noise: bool = False,
 ) -> Tensor:
     r"""Mixture weights that maximise :math:`\sum_s w_s \log \sum_r \pi_r p_{sr}`, by expectation maximisation.
 
@@ -26,7 +31,9 @@ def maximise_mixture(
         log_density: ``log p_sr``, ``(point, component)``.
         log_weight: ``log w_s``, ``(point,)``; equal by default.
         max_steps: Steps at most.
-        tolerance: Stop when no weight's log gradient exceeds one by more than this (the duality gap in nats).
+        tolerance: Stop when no component's log gradient is above this (it bounds what is left to gain, in nats).
+        within_noise: Stop also when no gradient is above its Monte-Carlo error: components that the points cannot tell
+            apart keep equal weights.
 
     Returns:
         ``(component,)``, non-negative, summing to one.
@@ -51,13 +58,19 @@ def maximise_mixture(
         raise DataError("no point has a finite density under a component: nothing to weigh the components by.")
     density, weight = density[kept], weight[kept]
     log_pi = torch.full((count,), -math.log(count), dtype=torch.float64)
+    total = torch.logsumexp(weight, 0)
     for _ in range(max_steps):
         mixed = torch.logsumexp(density + log_pi, 1, keepdim=True)
         # log of the criterion's gradient, which multiplies the weights in the next step
-        gradient = torch.logsumexp(weight[:, None] + density - mixed, 0) - torch.logsumexp(weight, 0)
-        log_pi = (log_pi + gradient).log_softmax(0)
+        gradient = torch.logsumexp(weight[:, None] + density - mixed, 0) - total
         if float(gradient.max()) < tolerance:
             break
+        if within_noise:
+            share = (weight - total).exp()[:, None]
+            error = (share**2 * ((density - mixed).exp() - gradient.exp()) ** 2).sum(0).sqrt()
+            if bool((gradient.exp() - 1 <= error).all()):
+                break
+        log_pi = (log_pi + gradient).log_softmax(0)
     return log_pi.exp()
 
 
@@ -85,7 +98,8 @@ def importance_mixture_weights(log_joint: Tensor, log_q: Tensor) -> Tensor:
     Draws from every restart alike are draws of the equal mixture; with multiple-importance weights
     :math:`w_s \propto p(z_s, y) / \tfrac1R \sum_r q_r(z_s)` (balance heuristic, Veach and Guibas 1995) the mixture that
     maximises :math:`\sum_s w_s \log \sum_r \pi_r q_r(z_s)` minimises :math:`KL(p \| q_\pi)` (Cappé et al. 2008).
-    Restarts that cover separate modes get the masses of the modes.
+    Restarts that cover separate modes get the masses of the modes; restarts that the draws cannot tell apart keep equal
+    weights.
 
     Args:
         log_joint: ``log p(z_s, y)``, ``(draw,)``, as many draws from each restart.
@@ -100,7 +114,7 @@ def importance_mixture_weights(log_joint: Tensor, log_q: Tensor) -> Tensor:
         )
     ratio = log_joint - torch.logsumexp(log_q, 1)
     ratio = torch.where(ratio.isnan() | (ratio == math.inf), torch.full_like(ratio, -math.inf), ratio)
-    return maximise_mixture(log_q, ratio)
+    return maximise_mixture(log_q, ratio, within_noise=True)
 
 
 class RestartMixture(Family):

@@ -259,7 +259,8 @@ class Family(nn.Module, abc.ABC):
             scale: ``(dim,)`` or lower-triangular ``(dim, dim)``.
         """
         self.shift = shift.detach().to(self.shift).clone()
-        self.scale = scale.detach().to(self.shift).clone()
+        # Products round by memory layout: contiguous, as a loaded map is, so that both give the same draws.
+        self.scale = scale.detach().to(self.shift).clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # the affine map may be per coordinate here and full in what is loaded, or the other way round
