@@ -1,7 +1,7 @@
 """Exceptions of the package.
 
-Every exception is a :class:`VifamilyError` and also one of Python's own classes, so that ``except ValueError`` keeps working. Messages say what was
-wrong, what was got, and what to do.
+Every exception is a :class:`VifamilyError` and also one of Python's own classes, so that ``except ValueError``
+keeps working. Messages say what was wrong, what was got, and what to do.
 """
 
 from __future__ import annotations

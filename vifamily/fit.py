@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ import torch
 from torch import Tensor
 
 from vifamily import checkpoint as checkpoints
-from vifamily.errors import CheckpointError, ConfigError, NonFiniteLossError
+from vifamily.errors import CheckpointError, ConfigError, ConvergenceWarning, NonFiniteLossError, VifamilyError
 from vifamily.families import Family
 from vifamily.families._adapters import as_entry
 from vifamily.families._local_view import LocalView, joint_noise_spec
 from vifamily.families._stack import StackedFamily
 from vifamily.families.local import LocalFamily
+from vifamily.interrupts import Interrupts
 from vifamily.plan import Plan, describe, make_plan
 from vifamily.plan import plan as plan
 from vifamily.posterior import FitRecord, Posterior, versions
@@ -33,6 +36,7 @@ from vifamily.types import Batch, Capability, Loss
 __all__ = ["fit", "plan"]
 
 _MOST_STEPS = 50_000
+_BY_REQUEST = ("interrupted", "time_limit", "callback")
 _MONITOR_DRAWS = 64
 _TRACE_POINTS = 2000
 
@@ -75,7 +79,8 @@ def fit(
         batch_size: Data per step; None means all.
         init: ``"auto"`` (the best of a few cheap Gaussian approximations), ``"laplace"``, ``"prior"``, named
             values, an unconstrained point, or another posterior to continue from.
-        callbacks: Called with each :class:`~vifamily.solvers.StepReport`; a true result ends the fit.
+        callbacks: One or several functions, called with each :class:`~vifamily.solvers.StepReport`; a true result ends
+            the fit.
         tracker: Where per-step numbers go (see :mod:`vifamily.trackers`).
         progress: Whether to show a progress line; None shows it on a terminal only.
         device: Device to run on; None leaves the model where it is.
@@ -83,7 +88,7 @@ def fit(
         checkpoint: Folder for a checkpoint, written every ``checkpoint_every`` steps; when it holds one of this
             same fit, the fit goes on from there, bit for bit on CPU.
         checkpoint_every: Steps between checkpoints.
-        time_limit: Most seconds; the averaged posterior so far is returned.
+        time_limit: Most seconds that this call may take steps; the averaged posterior so far is returned.
         encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its
             own parameters.
         local_family: For models with local latents: the family of one datum's latents; None takes mean field.
@@ -98,6 +103,11 @@ def fit(
         CheckpointError: If the checkpoint is corrupt or belongs to another fit.
         NonFiniteLossError: If the loss stops being finite; its ``posterior`` is the last finite state.
 
+    Warns:
+        ConvergenceWarning: If the fit ended before its stopping rule was met and no one asked it to.
+
+    Ctrl-C ends the fit after the step in progress and returns the averaged posterior so far.
+
     Example:
         >>> import vifamily as vf
         >>> posterior = vf.fit("correlated_normal", family="full_rank", seed=0)
@@ -105,13 +115,26 @@ def fit(
         'converged'
     """
     _check_numbers(seed, steps, restarts, checkpoint_every, time_limit)
+    calls = _checked_callbacks(callbacks)
+    if tracker is not None and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
+        what = f"the class {tracker.__name__}" if isinstance(tracker, type) else type(tracker).__name__
+        raise ConfigError(f"a tracker is an object with start, log and finish, such as CsvTracker('a.csv'), got {what}.")
     planned = make_plan(
         model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype
     )
     folder = None if checkpoint is None else checkpoints.prepare(checkpoint)
     loop = _Loop(planned, seed=seed, most_steps=steps or _MOST_STEPS, restarts=restarts, init=init, folder=folder,
                  every=checkpoint_every, encoder=encoder, local_family=local_family)  # fmt: skip
-    return loop.run(callbacks, tracker, FitProgress(show=progress, most_steps=steps or _MOST_STEPS), time_limit)
+    posterior = loop.run(calls, tracker, FitProgress(show=progress, most_steps=steps or _MOST_STEPS), time_limit)
+    record = posterior.record
+    if steps is None and record.stop_reason in ("max_steps", "smallest_step"):
+        warnings.warn(
+            f"the fit stopped after {record.steps} steps ({record.stop_reason}) before its averages settled: look at "
+            "posterior.diagnose(), and try more draws=, another family, or init= this posterior to go on.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return posterior
 
 
 def _check_numbers(seed: int, steps: int | None, restarts: int, every: int, time_limit: float | None) -> None:
@@ -119,8 +142,16 @@ def _check_numbers(seed: int, steps: int | None, restarts: int, every: int, time
     for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", every)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
-    if time_limit is not None and not time_limit > 0:
+    number = isinstance(time_limit, (int, float)) and not isinstance(time_limit, bool)
+    if time_limit is not None and not (number and time_limit > 0):
         raise ConfigError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+
+
+def _checked_callbacks(callbacks: Any) -> tuple[Callable[[StepReport], Any], ...]:
+    found = (callbacks,) if callable(callbacks) else callbacks
+    if not isinstance(found, Sequence) or isinstance(found, str) or not all(callable(call) for call in found):
+        raise ConfigError(f"callbacks must be functions that take a StepReport, got {callbacks!r:.80}.")
+    return tuple(found)
 
 
 class _Loop:
@@ -135,7 +166,8 @@ class _Loop:
         self.encoder, self.local_family = encoder, local_family
         self.notes = list(planned.notes)
         self.saved = None if folder is None else checkpoints.read_if_any(folder)
-        self.seconds_before = 0.0
+        self.began, self.seconds_before = time.monotonic(), 0.0
+        self.torn = False
         self.local = Capability.LOCAL in planned.model.capabilities
         if not self.local and (encoder is not None or local_family is not None):
             raise ConfigError("encoder= and local_family= are for models with local latents; this model has none.")
@@ -205,27 +237,25 @@ class _Loop:
         display: FitProgress,
         time_limit: float | None,
     ) -> Posterior:
-        began = time.monotonic()
         self._resume()
         if tracker is not None:
-            tracker.start(self._config())
-        reason = "max_steps"
+            tracker.start({**self._config(), "resumed_at": max(run.step_count for run in self.runs)})
+        reasons: list[str] = []
+        deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         try:
-            with display:
+            with display, Interrupts() as interrupts:
                 for run in self.runs:
-                    reason = self._drive(run, callbacks, tracker, display, time_limit, began)
-                    if reason in ("interrupted", "time_limit", "callback"):
+                    reasons.append(self._drive(run, callbacks, tracker, display, deadline, interrupts))
+                    if reasons[-1] in _BY_REQUEST:
                         break
-        except NonFiniteLossError as error:
-            error.posterior = self._posterior("non_finite", time.monotonic() - began, non_finite=1)
+        except Exception as error:
+            self._rescue(error)
             raise
         finally:
             if tracker is not None:
                 tracker.finish()
-        seconds = time.monotonic() - began
-        if self.folder is not None:
-            self._save(seconds)
-        return self._posterior(reason, seconds)
+        self._save()
+        return self._posterior(reasons)
 
     def _drive(
         self,
@@ -233,28 +263,51 @@ class _Loop:
         callbacks: Sequence[Callable[[StepReport], Any]],
         tracker: Tracker | None,
         display: FitProgress,
-        time_limit: float | None,
-        began: float,
+        deadline: float,
+        interrupts: Interrupts,
     ) -> str:
         finished: str | None = getattr(run, "finished", None)
         while finished is None:
             if run.step_count >= self.most_steps:
                 return "max_steps"
             try:
+                # a step that is cut in two leaves a state that no uninterrupted fit passes through
+                self.torn = True
                 report = run.step()
+                self.torn = False
                 finished = report.finished
                 display.update(report.step, sum(report.loss) / len(report.loss), report.step_size, report.phase)
                 if tracker is not None:
                     tracker.log(report.step, {"loss": min(report.loss), "step_size": report.step_size, **report.terms})
-                if any([call(report) for call in callbacks]):
-                    return "callback"
+                asked_to_stop = any([call(report) for call in callbacks])
             except KeyboardInterrupt:
                 return "interrupted"
+            if finished is not None:
+                break
             if self.folder is not None and run.step_count % self.every == 0:
-                self._save(time.monotonic() - began)
-            if time_limit is not None and time.monotonic() - began + self.seconds_before > time_limit:
+                self._save()
+            if asked_to_stop:
+                return "callback"
+            if interrupts.asked:
+                return "interrupted"
+            if time.monotonic() > deadline:
                 return "time_limit"
         return finished
+
+    def _rescue(self, error: Exception) -> None:
+        """Keep what was computed when the model, a callback or the loss ends the fit."""
+        if isinstance(error, VifamilyError):
+            self.torn = False  # raised by the loss, before the step changed anything
+        if self.folder is not None and not self.torn:
+            with contextlib.suppress(ConfigError):
+                self._save()
+                error.add_note(f"The state before the failure is in the checkpoint {self.folder}.")
+        if isinstance(error, NonFiniteLossError):
+            with contextlib.suppress(VifamilyError):
+                error.posterior = self._posterior(["non_finite"], non_finite=1)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self.began + self.seconds_before
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
     def _config(self) -> dict[str, Any]:
@@ -272,8 +325,8 @@ class _Loop:
             "batch_size": self.plan.batch_size,
         }
 
-    def _save(self, seconds: float) -> None:
-        if self.folder is None:
+    def _save(self) -> None:
+        if self.folder is None or self.torn:
             return
         tensors: dict[str, Tensor] = {}
         values = []
@@ -287,7 +340,7 @@ class _Loop:
             "kind": "fit",
             "config": self._config(),
             "runs": values,
-            "seconds": seconds + self.seconds_before,
+            "seconds": self._seconds(),
             "versions": versions(),
         }
         checkpoints.write(self.folder, tensors, meta)
@@ -322,7 +375,7 @@ class _Loop:
             raise CheckpointError(f"the checkpoint in {self.folder} lacks what this fit needs: {error!r}.") from error
 
     # -- packing -------------------------------------------------------------------------------------------------------
-    def _posterior(self, reason: str, seconds: float, non_finite: int = 0) -> Posterior:
+    def _posterior(self, reasons: Sequence[str], non_finite: int = 0) -> Posterior:
         outputs = [run.output() for run in self.runs]
         families: list[Family] = []
         for run in self.runs:
@@ -332,6 +385,8 @@ class _Loop:
         finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
         best = int(np.argmin(finite))
         out = outputs[best if len(outputs) > 1 else 0]
+        # runs that followed each other may have ended differently: what counts is the one that is returned
+        reason = reasons[best] if len(reasons) == len(self.runs) > 1 and reasons[-1] not in _BY_REQUEST else reasons[-1]
         for note in (n for o in outputs for n in o["notes"]):
             self.notes.append(note)
         record = FitRecord(
@@ -343,7 +398,7 @@ class _Loop:
             steps=max(run.step_count for run in self.runs),
             stop_reason=reason,
             converged=reason in ("converged", "closed_form"),
-            seconds=seconds + self.seconds_before,
+            seconds=self._seconds(),
             draws_per_step=self.plan.draws,
             num_restarts=self.restarts,
             trace=_trace(self.runs[best if len(self.runs) > 1 else 0], best if len(self.runs) == 1 else 0),

@@ -32,6 +32,7 @@ class FitProgress:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._shown = 0.0
+        self._last: tuple[int, float, str] | None = None
 
     def __enter__(self) -> Self:
         """Start showing."""
@@ -58,10 +59,16 @@ class FitProgress:
         if self._progress is None or self._task is None:
             return
         self.recent.append(loss)
+        self._last = (step, step_size, phase)
         now = time.monotonic()
-        if now - self._shown < 0.1:
+        if now - self._shown >= 0.1:
+            self._shown = now
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._progress is None or self._task is None or self._last is None:
             return
-        self._shown = now
+        step, step_size, phase = self._last
         count = len(self.recent)
         mean = math.fsum(self.recent) / count
         error = math.sqrt(math.fsum((v - mean) ** 2 for v in self.recent) / max(1, count - 1) / count)
@@ -69,7 +76,10 @@ class FitProgress:
             self._task, completed=step, loss=f"{mean:.4g} +- {error:.2g}", step_size=f"{step_size:.3g}", phase=phase
         )
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop showing."""
         if self._progress is not None:
+            self._draw()  # the last step is usually too soon after the one before to have been drawn
             self._progress.stop()

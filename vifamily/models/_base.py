@@ -7,6 +7,7 @@ Subclasses implement the underscored hooks on a flat draw axis.
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -266,6 +267,16 @@ class Model(nn.Module, abc.ABC):
             f"minibatches need a model in likelihood form with num_data; {type(self).__name__} is not. "
             "Write it as LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out."
         )
+
+    def moved(self, *, device: torch.device, dtype: torch.dtype) -> Model:
+        """Return a copy whose data and parameters have another device or floating dtype.
+
+        What a user's function holds in its closure stays as it is; a result of another dtype or device is refused when
+        it arrives.
+        """
+        other = copy.deepcopy(self).to(device=device, dtype=dtype)
+        other.device, other.dtype = device, dtype
+        return other
 
     def point_parameters(self) -> Iterable[nn.Parameter]:
         """Return the point-estimated parameters of the model (the group ``model``)."""

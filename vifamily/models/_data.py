@@ -120,6 +120,10 @@ class DataSource(abc.ABC):
     def rows(self, index: Tensor) -> Any:
         """Return the data at some positions."""
 
+    @abc.abstractmethod
+    def moved(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Give data from now on in another dtype, on another device."""
+
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
         """Return the source of minibatches; None means all data at every step."""
         if batch_size is None:
@@ -132,6 +136,12 @@ class DataSource(abc.ABC):
 class _Tensors(DataSource):
     def __init__(self, data: Any, dtype: torch.dtype, device: torch.device) -> None:
         self._data, self.num_data = as_data(data, dtype, device)
+
+    def moved(self, dtype: torch.dtype, device: torch.device) -> None:
+        def move(part: Tensor) -> Tensor:
+            return part.to(device, dtype) if part.is_floating_point() else part.to(device)
+
+        self._data = map_data(move, self._data)
 
     def whole(self) -> Any:
         return self._data
@@ -157,6 +167,10 @@ class _Items(DataSource):
         self._dataset: Any = dataset
         self._dtype, self._device = dtype, device
         self._whole: Any = None
+
+    def moved(self, dtype: torch.dtype, device: torch.device) -> None:
+        # what arrives in another precision is refused there, as for a model made in this one
+        self._dtype, self._device, self._whole = dtype, device, None
 
     def rows(self, index: Tensor) -> Any:
         positions = [int(i) for i in index]
@@ -186,6 +200,10 @@ class _Loader(DataSource):
             raise DataError("the DataLoader's dataset is empty.")
         self.loader, self._dtype, self._device = loader, dtype, device
         self._whole: Any = None
+
+    def moved(self, dtype: torch.dtype, device: torch.device) -> None:
+        # what arrives in another precision is refused there, as for a model made in this one
+        self._dtype, self._device, self._whole = dtype, device, None
 
     def epoch(self, seed: int, number: int) -> Iterator[tuple[Any, int]]:
         """Yield the batches of an epoch; the same for the same seed and number."""

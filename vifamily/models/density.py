@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError, SupportError
+from vifamily import rng
+from vifamily.errors import ConfigError, SupportError, VifamilyError
 from vifamily.models._base import Model, check_result
 from vifamily.models._calls import check_callable, check_count, check_device, check_dtype, prior_draws
 from vifamily.registry import register
@@ -92,6 +93,7 @@ class Density(Model):
             check_count(num_data, "num_data")
         super().__init__(layout, num_data=num_data, dtype=check_dtype(dtype), device=check_device(device))
         self.function, self.name = log_prob, name
+        self._computes_in: tuple[torch.device, torch.dtype] | None = None
         self._named = parameters is not None
         self.num_categories = layout.num_categories
         self.space = Space.DISCRETE if self.num_categories else _checked_space(space, named=self._named)
@@ -104,7 +106,28 @@ class Density(Model):
         self._sample_prior = sample_prior
         self.capabilities = frozenset(capabilities)
 
+    def moved(self, *, device: torch.device, dtype: torch.dtype) -> Model:
+        """Return a copy whose points and log density have another device or floating dtype.
+
+        A function that holds tensors of its own may not follow; it is then evaluated where it was, and its points and
+        results are converted.
+        """
+        other = super().moved(device=device, dtype=dtype)
+        try:
+            with torch.no_grad(), rng.scoped(0):
+                other.log_joint(torch.zeros(2, self.dim, dtype=dtype, device=device))
+        except VifamilyError:
+            other = super().moved(device=self.device, dtype=self.dtype)
+            other.device, other.dtype = device, dtype
+            other._computes_in = (self.device, self.dtype)  # type: ignore[assignment]
+        return other
+
     def _log_joint(self, z: Tensor, batch: Batch | None) -> Tensor:
+        if self._computes_in is not None:
+            return self._evaluate(z.to(*self._computes_in)).to(z)
+        return self._evaluate(z)
+
+    def _evaluate(self, z: Tensor) -> Tensor:
         if not self._named:
             return self.function(z)
         theta, log_jacobian = self.layout.constrain_with_jacobian(z)

@@ -190,6 +190,15 @@ class LikelihoodModel(Model):
             raise NotAvailableError("the prior is not known to be normal: give log_prior=(mean, sd).")
         return self._normal
 
+    def moved(self, *, device: torch.device, dtype: torch.dtype) -> Model:
+        """Return a copy whose data and parameters have another device or floating dtype."""
+        other = super().moved(device=device, dtype=dtype)
+        other.source.moved(dtype, device)
+        if self._normal is not None:
+            mean, sd = self._normal
+            other._normal = mean.to(device, dtype), sd.to(device, dtype)  # type: ignore[assignment]
+        return other
+
     # -- randomness and data -------------------------------------------------------------------------------------------
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
         """Return the source of minibatches: shuffled, or those of the DataLoader; None means all data otherwise."""

@@ -367,6 +367,8 @@ class AdamRun(Run):
         self.previous = tensors.get("previous")
         self.gradient_sum, self.gradient_square = tensors["gradient/sum"].clone(), tensors["gradient/square"].clone()
         for i, (group, held) in enumerate(zip(self.groups, self.optimiser.param_groups, strict=True)):
+            if tensors[f"value/{i}"].shape != group.value.shape:
+                raise ValueError(f"the parameters have the shape {tuple(group.value.shape)}, the saved ones have not")
             group.set(tensors[f"value/{i}"])
             self.sums[i] = tensors[f"sum/{i}"].clone()
             held["lr"] = self._rate(group)
