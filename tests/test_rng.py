@@ -17,7 +17,9 @@ from vifamily.types import NoiseSpec
 
 
 @given(
-    st.integers(0, 2**63 - 1), st.sampled_from(["noise", "start", "start/prior"]), st.lists(st.integers(0, 10**6), max_size=3)
+    st.integers(0, 2**63 - 1),
+    st.sampled_from(["noise", "start", "start/prior"]),
+    st.lists(st.integers(0, 10**6), max_size=3),
 )
 def test_a_seed_is_a_function_of_its_address(seed, name, index):
     first = split(seed, name, *index)
@@ -134,7 +136,9 @@ def test_each_number_of_the_balanced_stream_has_its_law(law):
 )  # fmt: skip
 def test_averages_over_the_balanced_stream_are_unbiased_and_less_noisy(function, exact):
     def averages(balanced):
-        return np.array([float(function(stream(seed=s, draws=4, balanced=balanced).block(0)).mean()) for s in range(150)])
+        return np.array(
+            [float(function(stream(seed=s, draws=4, balanced=balanced).block(0)).mean()) for s in range(150)]
+        )
 
     balanced, plain = averages(True), averages(False)
     assert abs(balanced.mean() - exact) < 5 * balanced.std(ddof=1) / np.sqrt(len(balanced))

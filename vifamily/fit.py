@@ -118,7 +118,9 @@ def fit(
     calls = _checked_callbacks(callbacks)
     if tracker is not None and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
         what = f"the class {tracker.__name__}" if isinstance(tracker, type) else type(tracker).__name__
-        raise ConfigError(f"a tracker is an object with start, log and finish, such as CsvTracker('a.csv'), got {what}.")
+        raise ConfigError(
+            f"a tracker is an object with start, log and finish, such as CsvTracker('a.csv'), got {what}."
+        )
     planned = make_plan(
         model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype
     )
