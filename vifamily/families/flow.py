@@ -153,6 +153,8 @@ class FlowFamily(Family):
         layers: zuko's lazy transform.
     """
 
+    # networks overshoot at the step size that suits locations and scales
+    step_size = 0.005
     position: Tensor
 
     def __init__(self, latent: LatentSpec, entry: Flow, layers: nn.Module) -> None:

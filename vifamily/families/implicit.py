@@ -72,6 +72,7 @@ class ImplicitFamily(Family):
     """
 
     capabilities = _CAPABILITIES
+    step_size = 0.01
 
     def __init__(self, latent: LatentSpec, entry: Implicit, generator: torch.Generator) -> None:
         super().__init__(latent)

@@ -87,6 +87,7 @@ class SemiImplicitFamily(Family):
 
     capabilities = _CAPABILITIES
     log_q_is_bound = True
+    step_size = 0.02
     fixed: Tensor
 
     def __init__(self, latent: LatentSpec, entry: SemiImplicit, generator: torch.Generator) -> None:
