@@ -338,6 +338,18 @@ def test_data_in_single_precision_are_converted_and_told():
     )
 
 
+@pytest.mark.parametrize(("program", "args"), [(regression, (X, Y)), (mixture, (Y,)), (with_local, (Y, 4))])
+def test_a_model_moves_to_another_precision(program, args):
+    model = PyroModel(program, *args)
+    moved = model.moved(device=torch.device("cpu"), dtype=torch.float32)
+    z = points(model)
+    out = moved.log_joint(z.float())
+    assert out.dtype == torch.float32 and model.log_joint(z).dtype == DOUBLE
+    torch.testing.assert_close(out.double(), model.log_joint(z), rtol=1e-4, atol=1e-4)
+    assert moved.sample_prior(3, generator=stream(0, "p")).dtype == torch.float32
+    assert moved.observed()["y"].dtype == torch.float32
+
+
 def test_validation_is_left_as_it_was():
     flag = torch.distributions.Distribution._validate_args
     try:

@@ -8,20 +8,23 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.distributions import Delta, Unit
-from pyro.distributions.util import scale_and_mask
-from pyro.infer import config_enumerate
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from vifamily import rng
 from vifamily.errors import IncompatibleError
+from vifamily.models._pyro import (
+    Delta,
+    EnumMessenger,
+    Messenger,
+    Subsample,
+    Unit,
+    config_enumerate,
+    poutine,
+    pyro,
+    scale_and_mask,
+)
 
 __all__ = ["Collector", "PointParameters", "Record", "foreign", "is_factor", "run_program"]
 
@@ -136,7 +139,7 @@ class Collector(Messenger):  # type: ignore[misc]
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if isinstance(fn, _Subsample):
+        if isinstance(fn, Subsample):
             by_hand = msg["value"] is not None
             taken = len(msg["value"]) if by_hand else min(fn.subsample_size or fn.size, fn.size)
             self.plates[name] = (int(fn.size), int(taken), by_hand)
@@ -150,7 +153,7 @@ class Collector(Messenger):  # type: ignore[misc]
 
     def _pyro_post_sample(self, msg: Any) -> None:
         fn, value = msg["fn"], msg["value"]
-        if isinstance(fn, _Subsample) or msg["infer"].get("_deterministic"):
+        if isinstance(fn, Subsample) or msg["infer"].get("_deterministic"):
             return
         if isinstance(value, Tensor) and value.is_floating_point() and not msg["is_observed"]:
             # a prior made outside the program, in another dtype, must not decide the dtype of its draws

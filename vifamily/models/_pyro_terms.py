@@ -6,11 +6,10 @@ from collections import OrderedDict
 from typing import Any, NamedTuple
 
 from opt_einsum import get_symbol, shared_intermediates  # type: ignore[import-untyped]
-from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from vifamily.errors import IncompatibleError
+from vifamily.models._pyro import LogRing, contract_to_tensor
 from vifamily.models._pyro_messengers import Record
 
 __all__ = ["NotBatchedError", "Terms", "gather_terms"]

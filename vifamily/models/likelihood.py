@@ -192,12 +192,13 @@ class LikelihoodModel(Model):
 
     def moved(self, *, device: torch.device, dtype: torch.dtype) -> Model:
         """Return a copy whose data and parameters have another device or floating dtype."""
-        other = super().moved(device=device, dtype=dtype)
+        other: Any = super().moved(device=device, dtype=dtype)
         other.source.moved(dtype, device)
         if self._normal is not None:
             mean, sd = self._normal
-            other._normal = mean.to(device, dtype), sd.to(device, dtype)  # type: ignore[assignment]
-        return other
+            other._normal = mean.to(device, dtype), sd.to(device, dtype)
+        moved: Model = other
+        return moved
 
     # -- randomness and data -------------------------------------------------------------------------------------------
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:

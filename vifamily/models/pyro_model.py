@@ -101,7 +101,6 @@ class PyroModel(Model):
         kwargs = {k: _converted(v, dtype, torch.device(device), notes) for k, v in kwargs.items()}
         program = Program(fn, args, kwargs, dtype=dtype, device=torch.device(device), data_plate=data_plate)
         super().__init__(layout_of_sites(program.structure.latent), dtype=dtype, device=device)
-        self._data_plate = data_plate
         self.program, self.notes = program, list(dict.fromkeys(notes))
         self._num_data = program.structure.num_data
         self._data: dict[str, Tensor] | None = None
@@ -262,6 +261,16 @@ class PyroModel(Model):
     def _rows_of_data(self, index: Tensor) -> dict[str, Tensor]:
         return {name: value[index] for name, value in self.program.data_first(self._observed()).items()}
 
+    def moved(self, *, device: torch.device, dtype: torch.dtype) -> PyroModel:
+        """Return a copy whose latents, arguments and parameters have another device or floating dtype."""
+        other = copy.deepcopy(self).to(device=device, dtype=dtype)
+        other.device, other.dtype, other._data = device, dtype, None
+        program = other.program
+        program.device, program.dtype = device, dtype
+        program.args = tuple(_moved(value, dtype, device) for value in program.args)
+        program.kwargs = {key: _moved(value, dtype, device) for key, value in program.kwargs.items()}
+        return other
+
     # -- randomness ----------------------------------------------------------------------------------------------------
     def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
         """Draw from the program's prior, on unconstrained space, ``(num_draws, dim)``."""
@@ -295,16 +304,6 @@ class PyroModel(Model):
         inputs = {k: _converted(v, self.dtype, self.device, []) for k, v in new_inputs.items()}
         return self.program.predict(self.layout.constrain(z.detach()), len(z), generator, inputs)
 
-    def moved(self, *, device: torch.device, dtype: torch.dtype) -> Model:
-        """Return the same program as a model in another floating dtype, its tensors moved."""
-        program = self.program
-        function = copy.deepcopy(program.function)
-        if isinstance(function, nn.Module):
-            function.to(device=device, dtype=dtype)
-        args = [_moved(a, dtype, device) for a in program.args]
-        kwargs = {k: _moved(v, dtype, device) for k, v in program.kwargs.items()}
-        return PyroModel(function, *args, dtype=dtype, device=device, data_plate=self._data_plate, **kwargs)
-
     def observed(self) -> dict[str, Tensor]:
         """Return the observed sites' values, all data."""
         return dict(self._observed())
@@ -321,6 +320,17 @@ def _index_of(batch: Batch) -> Tensor:
     return batch.index
 
 
+def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Tensors on another device and, where floating, in another dtype; inside tuples, lists and dicts too."""
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(_moved(v, dtype, device) for v in value)
+    if type(value) is dict:
+        return {k: _moved(v, dtype, device) for k, v in value.items()}
+    return value
+
+
 def _converted(value: Any, dtype: torch.dtype, device: torch.device, notes: list[str]) -> Any:
     """Floating tensors in the model's dtype, inside tuples, lists and dicts too."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
@@ -334,15 +344,4 @@ def _converted(value: Any, dtype: torch.dtype, device: torch.device, notes: list
         return type(value)(_converted(v, dtype, device, notes) for v in value)
     if type(value) is dict:
         return {k: _converted(v, dtype, device, notes) for k, v in value.items()}
-    return value
-
-
-def _moved(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Tensors on another device and, where floating, in another dtype; inside tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_moved(v, dtype, device) for v in value)
-    if type(value) is dict:
-        return {k: _moved(v, dtype, device) for k, v in value.items()}
     return value
