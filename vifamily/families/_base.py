@@ -278,7 +278,7 @@ class Family(nn.Module, abc.ABC):
         leading = (num_draws,) if context is None else (num_draws, context.shape[0])
         noise = draw_noise(self.noise_spec, leading, generator, dtype=self.latent.dtype, device=self.latent.device)
         draw: Draw = self(noise, context)
-        if draw.z.shape[0] == num_draws and bool((draw.log_weight == draw.log_weight[0]).all()):
+        if Capability.WEIGHTED not in self.capabilities:
             return draw.z
         weight = draw.log_weight.exp().to(device=generator.device)
         chosen = torch.multinomial(weight, num_draws, replacement=True, generator=generator)

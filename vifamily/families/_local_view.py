@@ -39,7 +39,7 @@ class LocalView:
         """Map joint noise ``(draw, joint)`` to global and local draws."""
         shape = self.family.noise_spec.shape
         size = math.prod(shape)
-        shared = self.family(noise[:, :size].reshape(-1, *shape))
+        shared = self.family(noise[:, :size].reshape(noise.shape[0], *shape))
         local = noise[:, size:].reshape(noise.shape[0], self.batch.size, *self.family.local_noise_spec.shape)
         return self.family.draw_local(shared, local, self.batch)
 

@@ -119,9 +119,11 @@ class AdamRun(Run):
     def step(self) -> StepReport:
         """Take one step (see :class:`~vifamily.solvers._base.Run`)."""
         step = self.step_count
-        loss = self._loss(self.task.noise_at(step), step)
         flat_parameters = [p for g in self.groups for p in g.parameters]
-        gradients = torch.autograd.grad(loss.surrogate.sum(), flat_parameters, allow_unused=True)
+        # the caller may have switched gradients off around the whole fit
+        with torch.enable_grad():
+            loss = self._loss(self.task.noise_at(step), step)
+            gradients = torch.autograd.grad(loss.surrogate.sum(), flat_parameters, allow_unused=True)
         values = loss.value.reshape(-1).tolist()
         taken = 0
         packed = []
