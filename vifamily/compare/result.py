@@ -78,6 +78,10 @@ class Comparison:
         Console(file=buffer, width=200, no_color=True, highlight=False).print(self.table())
         return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
+    def __repr__(self) -> str:
+        """Return the table, which is what an interactive session should show."""
+        return str(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the draws as strict JSON data: what is not finite is None."""
         content = {

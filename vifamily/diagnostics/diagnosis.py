@@ -150,6 +150,10 @@ class Diagnosis:
         """Return the table as plain text."""
         return render("Diagnosis", ("figure", "value"), self.rows())
 
+    def __repr__(self) -> str:
+        """Return the table, which is what an interactive session should show."""
+        return str(self)
+
 
 def _text(value: Estimate | float | None) -> str:
     if value is None:

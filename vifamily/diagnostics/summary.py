@@ -64,6 +64,10 @@ class Summary:
         """Return the table as plain text."""
         return render("Posterior", self.header(), self.rows(), f"{self.num_draws} draws")
 
+    def __repr__(self) -> str:
+        """Return the table, which is what an interactive session should show."""
+        return str(self)
+
 
 def _figure(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else str(value)

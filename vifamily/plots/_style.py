@@ -5,6 +5,7 @@ Everything is set on the artists themselves: matplotlib's global parameters and 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +38,18 @@ TICK_SIZE, LABEL_SIZE, TITLE_SIZE = 8.5, 10.0, 11.5
 DPI = 150
 
 
+class NotebookFigure(Figure):
+    """A figure that shows itself in a notebook, which knows only figures made through pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=90)
+        return buffer.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of a size in inches, with a canvas of its own and constrained layout."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = NotebookFigure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
