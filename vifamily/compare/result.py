@@ -160,8 +160,10 @@ class Comparison:
 
     def _subtitle(self) -> str:
         config = self.config
-        parts = [f"{len(config.get(axis, ()))} {axis}" for axis in ("problems", "families", "objectives")]
-        return f"{', '.join(parts)}, {len(config.get('seeds', ()))} seeds: {len(self.cells)} cells"
+        words = {"problems": "problem", "families": "family", "objectives": "objective", "seeds": "seed"}
+        counts = {axis: len(config.get(axis, ())) for axis in words}
+        parts = [f"{count} {words[axis] if count == 1 else axis}" for axis, count in counts.items()]
+        return f"{', '.join(parts)}; {len(self.cells)} cells"
 
     def _summary(self) -> str:
         impossible = len(self.cells) - len(self.fitted) - len(self.failed)
