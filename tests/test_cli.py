@@ -170,12 +170,13 @@ def test_debug_shows_the_traceback(call):
 
 
 def test_interrupt_exits_with_130(call, monkeypatch):
-    import vifamily.compare
+    import importlib
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vifamily.compare, "compare", interrupted)
+    # `vifamily.compare` as an attribute is the function; this is the module that the command imports from
+    monkeypatch.setattr(importlib.import_module("vifamily.compare"), "compare", interrupted)
     done = call("compare", "banana")
     assert done.exit_code == 130
     assert "interrupted" in done.stderr
