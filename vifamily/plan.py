@@ -228,6 +228,10 @@ def make_plan(
     """Resolve and check everything; the common part of ``plan`` and ``fit``."""
     notes: list[str] = []
     found, problem = resolve_model(model, device, dtype)
+    if batch_size is None and found.own_batch_size is not None:
+        batch_size = found.own_batch_size
+        notes.append(f"batches of {batch_size}, as the DataLoader makes them")
+    found = found.for_batches(batch_size)
     loss = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
     if not isinstance(loss, Objective):
         raise ConfigError(f"an objective is a name such as 'elbo' or an Objective, got {type(loss).__name__}.")

@@ -257,6 +257,11 @@ class Model(nn.Module, abc.ABC):
         unit = torch.rand(num_draws, self.dim, generator=generator, dtype=torch.float64)
         return (4 * unit - 2).to(self.device, self.dtype)
 
+    @property
+    def own_batch_size(self) -> int | None:
+        """Size of the batches in which the data arrive whatever is asked for; None where all data can be had at once."""
+        return None
+
     def for_batches(self, batch_size: int | None) -> Model:
         """Return the model to use with minibatches of this size: itself, or a form with its local latents apart."""
         return self

@@ -108,6 +108,9 @@ class DataSource(abc.ABC):
 
     num_data: int
 
+    own_batch_size: int | None = None
+    """Size of the batches in which the data come, where they cannot be had at once."""
+
     @abc.abstractmethod
     def whole(self) -> Any:
         """Return all data."""
@@ -167,6 +170,7 @@ class _Items(DataSource):
         self._dataset: Any = dataset
         self._dtype, self._device = dtype, device
         self._whole: Any = None
+        self.own_batch_size = loader.batch_size
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> None:
         # what arrives in another precision is refused there, as for a model made in this one
@@ -200,6 +204,7 @@ class _Loader(DataSource):
             raise DataError("the DataLoader's dataset is empty.")
         self.loader, self._dtype, self._device = loader, dtype, device
         self._whole: Any = None
+        self.own_batch_size = loader.batch_size
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> None:
         # what arrives in another precision is refused there, as for a model made in this one

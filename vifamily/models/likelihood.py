@@ -201,6 +201,11 @@ class LikelihoodModel(Model):
         return moved
 
     # -- randomness and data -------------------------------------------------------------------------------------------
+    @property
+    def own_batch_size(self) -> int | None:
+        """Batch size of the DataLoader, where the data are one."""
+        return self.source.own_batch_size
+
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
         """Return the source of minibatches: shuffled, or those of the DataLoader; None means all data otherwise."""
         return self.source.batches(batch_size, seed=seed)
