@@ -197,7 +197,8 @@ def check_batches(objective: Objective, model: Model, batch_size: int | None) ->
         raise IncompatibleError(
             "minibatches need a model in likelihood form that states num_data, so that the batch can be scaled to "
             f"the whole data set; this {registry.entry_name(model)} model does not. Use "
-            "LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out.",
+            "LikelihoodModel(log_prior, log_likelihood, data=...), in a Pyro program index the data by the plate "
+            "(with pyro.plate('data', n) as index: ... obs=y[index]), or leave batch_size out.",
             missing=(str(Capability.SUBSAMPLE),),
         )
     if batch_size > model.num_data:
