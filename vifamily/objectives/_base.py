@@ -68,7 +68,9 @@ class Objective(abc.ABC):
     """Gradient estimators, best first; ``"auto"`` takes the first that fits."""
     spaces: ClassVar[frozenset[Space]] = frozenset(Space)
     value_kind: ClassVar[ValueKind] = "surrogate"
-    """What minus the value is (a bound on the log evidence), or what the value is."""
+    """What the value is. Of a lower bound on the log evidence it is the negative, an upper bound is minimised as it
+    stands; a divergence is zero at the posterior; a surrogate orders answers without being any of these; none means
+    that the number says nothing."""
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     """Whether a minibatch gives an unbiased loss; ``per_datum``: only where every latent is local."""
     blind_to_mode_weights: ClassVar[bool] = False

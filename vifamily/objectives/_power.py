@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def power_bound(log_ratio: Tensor, log_weight: Tensor, alpha: float) -> Tensor:
 def power_loss(
     family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None, *, alpha: float, estimator: str
 ) -> Loss:
-    """Minus the Rényi bound of order ``alpha`` with the chosen gradient estimator.
+    """Minus the Rényi bound of order ``alpha`` (plus it where it is an upper bound), with the chosen estimator.
 
     The doubly reparameterised surrogate weights the path derivative of ``log w_k`` by ``alpha v_k + (1 - alpha)
     v_k^2`` with ``v = softmax((1 - alpha) log w)``; alpha = 0 gives the squares of importance-weighted
@@ -94,14 +95,28 @@ def power_loss(
     if log_q is None:
         raise ConfigError("importance-weighted bounds need the log density of the draws, and the family gave none.")
     ratio = log_p - (log_q if local_log_q is None else log_q + local_log_q)
-    value = -power_bound(ratio, draw.log_weight, alpha)
-    terms = {name: -weighted_sum(draw.log_weight, part).detach() for name, part in parts.items()}
-    terms["log_q"] = weighted_sum(draw.log_weight, log_q).detach()
+    value = _sign(alpha) * power_bound(ratio, draw.log_weight, alpha)
+    terms = _terms(parts, log_p - ratio, draw.log_weight, alpha)
     if not frozen:
         return Loss(value, value.detach(), terms)
     v = torch.softmax(draw.log_weight + (1 - alpha) * ratio.detach(), -1)
     coefficient = alpha * v + (1 - alpha) * v**2
-    return Loss(-(coefficient * ratio).sum(-1), value.detach(), terms)
+    return Loss(_sign(alpha) * (coefficient * ratio).sum(-1), value.detach(), terms)
+
+
+def _sign(alpha: float) -> float:
+    """Lower bounds are maximised, upper bounds minimised.
+
+    Maximising an upper bound would drive q away from a posterior that it contains.
+    """
+    return 1.0 if alpha < 0 else -1.0
+
+
+def _terms(parts: Mapping[str, Tensor], log_q: Tensor, log_weight: Tensor, alpha: float) -> dict[str, Tensor]:
+    """Means of the parts of the log ratio over draws, with the sign with which they enter the loss."""
+    terms = {name: _sign(alpha) * weighted_sum(log_weight, part).detach() for name, part in parts.items()}
+    terms["log_q"] = -_sign(alpha) * weighted_sum(log_weight, log_q).detach()
+    return terms
 
 
 def _score_loss(
@@ -119,9 +134,8 @@ def _score_loss(
     swapped = fixed.unsqueeze(-2) + torch.diag_embed(others - fixed)
     baseline = power_bound(swapped, log_weight.unsqueeze(-2), alpha)
     signal = ((bound.detach().unsqueeze(-1) - baseline) * log_q).sum(-1)
-    terms = {name: -weighted_sum(log_weight, part).detach() for name, part in parts.items()}
-    terms["log_q"] = weighted_sum(log_weight, log_q).detach()
-    return Loss(-(signal + bound), -bound.detach(), terms)
+    sign = _sign(alpha)
+    return Loss(sign * (signal + bound), sign * bound.detach(), _terms(parts, log_q, log_weight, alpha))
 
 
 def _per_datum(
@@ -138,5 +152,5 @@ def _per_datum(
         raise ConfigError("a per-datum bound needs a batch and the local log density.")
     ratio = model.log_local(z, local, batch) - local_log_q
     bounds = power_bound(ratio.transpose(-1, -2), log_weight.unsqueeze(-2), alpha)
-    value = -model.scale(batch) * bounds.sum(-1)
+    value = _sign(alpha) * model.scale(batch) * bounds.sum(-1)
     return Loss(value, value.detach(), {"loss_per_datum": value.detach() / (model.num_data or 1)})

@@ -27,11 +27,15 @@ class Renyi(Objective):
               \log \mathbb{E}_q\Big[\Big(\frac{p(x, z)}{q(z)}\Big)^{1 - \alpha}\Big]
               = \log p(x) - D_\alpha(q \,\|\, p(\cdot \mid x)).
 
-    One global ratio per draw. ``alpha`` in (0, 1) lies between inclusive and exclusive KL; the limits are the ELBO
-    at 1, the importance-weighted bound at 0, the largest weight (VR-max) at minus infinity and the smallest at
-    infinity; negative alpha is an upper bound on the log evidence. These are statements about the exact
-    expectation: the Monte-Carlo value over K draws is biased down for alpha < 1 and up for alpha > 1, and what is
-    optimised is its expectation over K draws.
+    The loss is minus the bound for ``alpha >= 0``, where it bounds the log evidence from below, and the bound itself
+    for ``alpha < 0``, where it bounds it from above: there it is the chi upper bound of order ``n = 1 - alpha`` (CUBO,
+    Dieng et al. 2017). Maximising an upper bound, as some programs do, drives q away even from a posterior that it
+    contains.
+
+    One global ratio per draw. ``alpha`` in (0, 1) lies between inclusive and exclusive KL; the limits are the ELBO at
+    1, the importance-weighted bound at 0, the largest log ratio at minus infinity (minimised) and the smallest at
+    infinity (maximised). Lower and upper are statements about the exact expectation: the Monte-Carlo value over K draws
+    is biased down for alpha < 1 and up for alpha > 1, and what is optimised is its expectation over K draws.
 
     The gradient's signal falls fast with dimension for alpha away from 1 (Geffner and Domke 2021): above some ten
     dimensions look at the effective sample size before trusting a wider posterior.

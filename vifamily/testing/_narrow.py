@@ -1,0 +1,135 @@
+"""Models and families that show nothing but what was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vifamily.errors import NotAvailableError
+from vifamily.types import Batch, Capability, Draw, NoiseSpec, Space
+
+__all__ = ["NarrowFamily", "NarrowModel"]
+
+Caps = frozenset[Capability]
+
+
+class NarrowFamily:
+    """A family that can do no more than it is allowed to.
+
+    Args:
+        family: The family.
+        capabilities: What may be used of it.
+    """
+
+    def __init__(self, family: Any, capabilities: Caps) -> None:
+        self._family, self.capabilities = family, capabilities
+
+    @property
+    def noise_spec(self) -> NoiseSpec:
+        """Base noise of one draw."""
+        spec: NoiseSpec = self._family.noise_spec
+        return spec
+
+    @property
+    def dim(self) -> int:
+        """Number of latent coordinates."""
+        return int(self._family.dim)
+
+    def _need(self, capability: Capability) -> None:
+        if capability not in self.capabilities:
+            raise NotAvailableError(f"used the family's {capability!s} without declaring it")
+
+    def __call__(self, noise: Tensor, context: Tensor | None = None) -> Draw:
+        """Map noise to draws."""
+        draw: Draw = self._family(noise, context)
+        return draw if Capability.LOG_Q in self.capabilities else dataclasses.replace(draw, log_q=None)
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None, *, frozen: bool = False) -> Tensor:
+        """Log density at given points."""
+        self._need(Capability.LOG_Q)
+        out: Tensor = self._family.log_prob(z, context, frozen=frozen)
+        return out
+
+    def entropy(self, context: Tensor | None = None) -> Tensor:
+        """Closed-form entropy."""
+        self._need(Capability.ENTROPY)
+        out: Tensor = self._family.entropy(context)
+        return out
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Closed-form moments."""
+        self._need(Capability.GAUSSIAN)
+        out: tuple[Tensor, Tensor] = self._family.moments()
+        return out
+
+
+class NarrowModel(torch.nn.Module):
+    """A model that can do no more than it is allowed to.
+
+    Args:
+        model: The model.
+        capabilities: What may be used of it.
+        constant: Added to its log joint.
+    """
+
+    def __init__(self, model: Any, capabilities: Caps, constant: float = 0.0) -> None:
+        super().__init__()
+        self._model, self.capabilities, self.constant = model, capabilities, constant
+
+    @property
+    def space(self) -> Space:
+        """Space of the latents."""
+        space: Space = self._model.space
+        return space
+
+    @property
+    def dim(self) -> int:
+        """Number of coordinates."""
+        return int(self._model.dim)
+
+    @property
+    def num_data(self) -> int | None:
+        """Size of the data set."""
+        size: int | None = self._model.num_data
+        return size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype."""
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    def _need(self, capability: Capability) -> None:
+        if capability not in self.capabilities:
+            raise NotAvailableError(f"used the model's {capability!s} without declaring it")
+
+    def scale(self, batch: Batch | None) -> float:
+        """The minibatch scale."""
+        return float(self._model.scale(batch))
+
+    def log_joint(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Log joint density, cut off from the graph where no score may be used."""
+        self._need(Capability.LOG_JOINT)
+        out: Tensor = self._model.log_joint(z, batch) + self.constant
+        return out if Capability.SCORE in self.capabilities else out.detach()
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log prior density."""
+        self._need(Capability.PRIOR)
+        out: Tensor = self._model.log_prior(z)
+        return out
+
+    def log_likelihood(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Log likelihood per datum."""
+        self._need(Capability.PER_DATUM)
+        out: Tensor = self._model.log_likelihood(z, batch)
+        return out
+
+    def gaussian_prior(self) -> tuple[Tensor, Tensor]:
+        """Moments of a Gaussian prior."""
+        self._need(Capability.GAUSSIAN_PRIOR)
+        out: tuple[Tensor, Tensor] = self._model.gaussian_prior()
+        return out

@@ -1,0 +1,501 @@
+"""The contracts of objectives."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vifamily import registry
+from vifamily.errors import IncompatibleError
+from vifamily.families import Family
+from vifamily.families._local_view import LocalView, joint_noise_spec
+from vifamily.families._stack import StackedFamily
+from vifamily.families.local import LocalFamily
+from vifamily.models import Model
+from vifamily.objectives import Objective
+from vifamily.rng import draw_noise
+from vifamily.testing import targets, tolerances
+from vifamily.testing._narrow import NarrowFamily, NarrowModel
+from vifamily.testing._report import Broken, Contracts, NotApplicable, Report
+from vifamily.testing._tools import (
+    agree,
+    descend,
+    finite_difference,
+    flat_gradient,
+    grid_noise,
+    mean_is,
+    replicate,
+    seeded,
+)
+from vifamily.types import Batch, Capability, LatentSpec, Loss, Space
+
+__all__ = ["check_objective"]
+
+_PATHWISE = frozenset({"reparameterised", "entropy", "analytic_kl", "enumerated"})
+"""Estimators whose surrogate is the value, so that its gradient is the value's on any noise."""
+_VANISHING = frozenset({"stl", "dreg"})
+"""Estimators whose gradient is zero at q = p, draw by draw."""
+_BOUNDS = ("lower_bound", "upper_bound")
+_COPIES = 2000
+
+
+def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | None = None) -> Report:
+    """Hold an objective to its contracts, on targets with known answers.
+
+    The contracts: its class says what it is; a missing need is refused; it runs on nothing but what it declares to
+    need; its loss is finite, of one number per restart, and a function of its arguments alone; several restarts at once
+    equal one after the other; gradients of each estimator agree with differences of the value (exactly on the same
+    noise, or in the mean within five standard errors); they vanish at the exact posterior and not elsewhere; a descent
+    ends at the exact posterior of a conjugate model, and on a target that mean field does not contain at the closed
+    form for its ``renyi_order``; a constant added to the log joint changes no gradient; minibatches are unbiased where
+    it says so; extreme weights stay finite.
+
+    Args:
+        objective: An objective, or its name or spec.
+        skip: Contracts that do not apply, each with the reason that the report will show.
+
+    Returns:
+        What was checked and what was skipped.
+
+    Raises:
+        ContractError: Naming the objective, the contract, what was expected and what was found.
+
+    Example:
+        >>> report = check_objective("elbo(estimator=stl)")
+        >>> "misspecified" in report.passed
+        True
+    """
+    built = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
+    name = objective if isinstance(objective, str) else registry.entry_name(built)
+    contracts = Contracts(f"the objective {name!r}", "objective", skip)
+    contracts.run("declarations", _declarations, built)
+    contracts.run("refusals", _refusals, built)
+    check = _Checks(built)
+    for contract in (
+        check.declared_needs,
+        check.loss_shape,
+        check.determinism,
+        check.restarts,
+        check.gradient,
+        check.constant_invariance,
+        check.zero_at_posterior,
+        check.value_at_posterior,
+        check.nonzero_gradient,
+        check.conjugate,
+        check.misspecified,
+        check.minibatches,
+        check.extreme_weights,
+    ):
+        contracts.run(contract.__name__, contract)
+    return contracts.report()
+
+
+def _declarations(objective: Objective) -> None:
+    if not isinstance(objective, Objective) or not dataclasses.is_dataclass(objective):
+        raise Broken(got=type(objective).__name__, expected="a frozen dataclass that derives from Objective")
+    if objective.value_kind not in (*_BOUNDS, "divergence", "surrogate", "none"):
+        raise Broken(got=f"value_kind={objective.value_kind!r}", expected="one of the kinds of value that exist")
+    if objective.subsampling not in ("unbiased", "biased", "per_datum", "no"):
+        raise Broken(got=f"subsampling={objective.subsampling!r}", expected="unbiased, biased, per_datum or no")
+    if not 1 <= objective.min_draws <= objective.default_draws:
+        raise Broken(
+            got=f"min_draws={objective.min_draws}, default_draws={objective.default_draws}",
+            expected="1 <= min_draws <= default_draws",
+        )
+    if not (type(objective).__doc__ or "").strip():
+        raise Broken(got="no docstring", expected="a docstring whose first sentence says what is computed")
+    if objective.estimators and not hasattr(objective, "estimator"):
+        raise Broken(
+            got="estimators without a field 'estimator'", expected="a field 'estimator' that names one or is 'auto'"
+        )
+
+
+def _refusals(objective: Objective) -> None:
+    """Each declared need, when missing, is named before the first step."""
+    everything = frozenset(Capability) - _vetoes(objective)
+    space = sorted(objective.spaces)[0]
+    for side, needs in (("model", objective.needs_model), ("family", objective.needs_family)):
+        for capability in needs:
+            model = SimpleNamespace(capabilities=everything - ({capability} if side == "model" else set()), space=space)
+            family = SimpleNamespace(capabilities=everything - ({capability} if side == "family" else set()))
+            try:
+                objective.resolve(model, family)  # type: ignore[arg-type]
+            except IncompatibleError as error:
+                if str(capability) not in " ".join(error.missing):
+                    raise Broken(got=f"missing={error.missing}", expected=f"the error to name {capability!s}") from None
+            else:
+                raise Broken(got="no error", expected=f"IncompatibleError for a {side} without {capability!s}")
+
+
+def _vetoes(objective: Objective) -> frozenset[Capability]:
+    out: frozenset[Capability] = frozenset()
+    for estimator in objective.estimators.values():
+        out |= estimator.never_model | estimator.never_family
+    return out - objective.needs_model - objective.needs_family
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+    """An objective with its estimator chosen, where it can run."""
+
+    objective: Objective
+    target: targets.Target
+    family: Family
+    estimator: str | None
+
+    def noise(self, draws: int, *, copies: int | None = None, seed: int = 1) -> Tensor:
+        leading = (draws,) if copies is None else (copies, draws)
+        return draw_noise(self.family.noise_spec, leading, seeded(seed), dtype=self.target.model.dtype)
+
+    def loss(self, family: Any, noise: Tensor, model: Any = None, batch: Batch | None = None) -> Loss:
+        model = self.target.model if model is None else model
+        state = self.objective.init_state(model, family, generator=seeded(0))
+        return self.objective.loss(family, model, noise, batch, state)
+
+
+class _Checks:
+    """The contracts that evaluate the loss."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.draws = max(objective.min_draws, 4)
+
+    # -- where it can run ----------------------------------------------------------------------------------------------
+    def setting(self, target: targets.Target, spec: str, estimator: str | None = None) -> _Setting | None:
+        """Meet a target and a family, or return None when they lack what is needed."""
+        objective: Any = self.objective
+        if estimator is not None:
+            objective = dataclasses.replace(objective, estimator=estimator)
+        family = build_at(target, spec)
+        of_model, of_family = frozenset(target.model.capabilities), frozenset(family.capabilities)
+        if objective.missing(of_model, of_family, target.model.space):
+            return None
+        resolved = objective.resolve(target.model, family)
+        return _Setting(resolved, target, family, getattr(resolved, "estimator", None))
+
+    def settings(self, specs: tuple[str, ...] = ("full_rank", "mixture(components=2)")) -> list[_Setting]:
+        """Every estimator on every family of the kit that it allows."""
+        asked = getattr(self.objective, "estimator", None)
+        names = (
+            [None] if not self.objective.estimators else [*self.objective.estimators] if asked == "auto" else [asked]
+        )
+        places = [(targets.linear_regression(), spec) for spec in specs]
+        places += [(targets.discrete(), spec) for spec in ("categorical", "categorical(max_states=0)")]
+        found = [self.setting(target, spec, name) for name in names for target, spec in places]
+        usable = [s for s in found if s is not None]
+        if not usable:
+            raise NotApplicable("no target and family of the kit offer what it needs")
+        return usable
+
+    def on(self, target: targets.Target, spec: str) -> _Setting:
+        """Meet a target and a family, or skip."""
+        found = self.setting(target, spec)
+        if found is None:
+            raise NotApplicable(f"it does not run on {spec!r} with this target")
+        return found
+
+    # -- contracts -----------------------------------------------------------------------------------------------------
+    def declared_needs(self) -> None:
+        """It runs where only what it declares to need is there."""
+        for s in self.settings():
+            chosen = s.objective.estimators.get(s.estimator or "")
+            of_model = s.objective.needs_model | (chosen.model if chosen else frozenset())
+            of_family = s.objective.needs_family | (chosen.family if chosen else frozenset()) | {Capability.DRAWS}
+            # a family may say more about its draws than is needed, but the weights belong to the draws
+            of_family |= s.family.capabilities & {Capability.WEIGHTED, Capability.ENUMERATED}
+            narrow = NarrowFamily(s.family, of_family), NarrowModel(s.target.model, of_model)
+            loss = s.objective.loss(
+                narrow[0],
+                narrow[1],
+                s.noise(self.draws),
+                None,
+                s.objective.init_state(narrow[1], narrow[0], generator=seeded(0)),
+            )
+            if not bool(torch.isfinite(loss.value).all()):
+                raise Broken(got=f"a loss of {loss.value.tolist()}", expected="a finite loss")
+
+    def loss_shape(self) -> None:
+        """One finite number per restart, nothing attached to what is reported."""
+        for s in self.settings():
+            for family, copies in ((s.family, None), (replicate(s.family, 3), 3)):
+                loss = s.loss(family, s.noise(self.draws, copies=copies))
+                shape = () if copies is None else (copies,)
+                for what, part in (("surrogate", loss.surrogate), ("value", loss.value), *loss.terms.items()):
+                    if tuple(part.shape) != shape:
+                        raise Broken(got=f"{what} of shape {tuple(part.shape)}", expected=f"shape {shape}")
+                    if not bool(torch.isfinite(part).all()):
+                        raise Broken(got=f"{what} = {part.tolist()}", expected="finite numbers")
+                    if what != "surrogate" and part.requires_grad:
+                        raise Broken(got=f"{what} with a gradient", expected="value and terms detached")
+
+    def determinism(self) -> None:
+        """The loss is a function of its arguments: the same noise gives the same number and gradient."""
+        for s in self.settings():
+            noise = s.noise(self.draws)
+            first, second = s.loss(s.family, noise), s.loss(s.family, noise)
+            if not torch.equal(first.value, second.value) or not torch.equal(
+                flat_gradient(first, s.family), flat_gradient(second, s.family)
+            ):
+                raise Broken(got="two results on the same noise", expected="the same bits from the same noise")
+
+    def restarts(self) -> None:
+        """Several restarts at once equal one after the other, in value, terms and gradient."""
+        for s in self.settings():
+            members = [_moved(s.family, 0.2 * r, seed=r) for r in range(3)]
+            stack = StackedFamily(members)
+            noise = s.noise(self.draws, copies=3)
+            together = s.loss(stack, noise)
+            gradient = flat_gradient(together, stack, 3)
+            for r, member in enumerate(members):
+                alone = s.loss(member, noise[r])
+                agree(together.value[r], alone.value, tolerances.LOOP[torch.float64], "the loss of one restart alone")
+                agree(gradient[r], flat_gradient(alone, member), tolerances.LOOP[torch.float64], "its gradient alone")
+                for name, term in alone.terms.items():
+                    agree(together.terms[name][r], term, tolerances.LOOP[torch.float64], f"its term {name!r} alone")
+
+    def gradient(self) -> None:
+        """The surrogate's gradient is that of the value: exactly, or in the mean."""
+        if self.objective.value_kind in ("surrogate", "none"):
+            raise NotApplicable(
+                f"its value is declared {self.objective.value_kind!r}: not what the surrogate differentiates"
+            )
+        for s in self.settings():
+            if Capability.REPARAMETERISED not in s.family.capabilities and s.estimator != "enumerated":
+                continue  # the value on given noise is no smooth function of the parameters
+            pathwise = s.estimator in _PATHWISE
+            copies = 2 if pathwise else _COPIES
+            stack = replicate(s.family, copies)
+            noise = s.noise(self.draws, copies=copies, seed=2)
+            got = flat_gradient(s.loss(stack, noise), stack, copies)
+            wanted = finite_difference(lambda s=s, f=stack, n=noise: s.loss(f, n).value, stack, step=1e-4, stacked=True)
+            if pathwise:
+                agree(
+                    got, wanted, tolerances.FINITE_DIFFERENCE, f"the gradient of the value (estimator {s.estimator!r})"
+                )
+            else:
+                what = f"a mean difference between the gradient of the estimator {s.estimator!r} and that of the value"
+                mean_is(got - wanted, 0.0, what, slack=tolerances.FINITE_DIFFERENCE)
+
+    def constant_invariance(self) -> None:
+        """The log evidence is unknown: a constant added to the log joint changes no gradient."""
+        for s in self.settings(("full_rank",)):
+            if Capability.PER_DATUM in s.objective.needs_model or s.estimator == "analytic_kl":
+                continue
+            inner = s.target.model
+            narrow = NarrowModel(inner, frozenset(inner.capabilities) - {Capability.PER_DATUM, Capability.PRIOR}, 37.5)
+            noise = s.noise(self.draws)
+            plain = flat_gradient(s.loss(s.family, noise), s.family)
+            shifted = flat_gradient(s.loss(s.family, noise, narrow), s.family)
+            agree(
+                shifted,
+                plain,
+                1e-9,
+                f"the same gradient after adding 37.5 to the log joint (estimator {s.estimator!r})",
+            )
+
+    def zero_at_posterior(self) -> None:
+        """At q = p the mean gradient is zero, and for sticking the landing and its kin every gradient."""
+        found = [s for s in self.settings(("full_rank",)) if s.target.covariance is not None]
+        if not found:
+            raise NotApplicable("it does not run on the conjugate target")
+        for s in found:
+            stack = replicate(_exact(s), _COPIES)
+            gradient = flat_gradient(s.loss(stack, s.noise(self.draws, copies=_COPIES, seed=3)), stack, _COPIES)
+            if s.estimator in _VANISHING:
+                agree(
+                    gradient,
+                    torch.zeros_like(gradient),
+                    tolerances.EXACT,
+                    f"no gradient noise at q = p (estimator {s.estimator!r})",
+                )
+            mean_is(gradient, 0.0, f"a mean gradient at q = p (estimator {s.estimator!r})")
+
+    def value_at_posterior(self) -> None:
+        """At q = p lower bounds are minus the log evidence, upper ones the log evidence, divergences zero."""
+        kind = self.objective.value_kind
+        if kind not in (*_BOUNDS, "divergence"):
+            raise NotApplicable(f"its value is declared {kind!r}")
+        found = [s for s in self.settings(("full_rank",)) if s.target.covariance is not None]
+        if not found:
+            raise NotApplicable("it does not run on the conjugate target")
+        for s in found:
+            stack = replicate(_exact(s), _COPIES)
+            value = s.loss(stack, s.noise(self.draws, copies=_COPIES, seed=3)).value
+            evidence = s.target.log_evidence
+            expected = {"divergence": 0.0, "lower_bound": -evidence, "upper_bound": evidence}[kind]
+            mean_is(value, expected, f"a mean value at q = p (estimator {s.estimator!r})")
+
+    def nonzero_gradient(self) -> None:
+        """Away from the optimum, as families are built, every parameter has a gradient."""
+        target, used = targets.linear_regression(), []
+        for name in registry.names("families"):
+            try:
+                s = self.setting(target, name)
+            except Exception:  # noqa: S112 - a family that needs arguments, or that its own checks will find
+                continue
+            if s is None:
+                continue
+            used.append(name)
+            family = registry.build("families", name).build(s.family.latent, generator=seeded(0))
+            loss = s.loss(family, s.noise(max(self.draws, s.objective.default_draws)))
+            named = [(n, p) for n, p in family.named_parameters() if p.requires_grad]
+            parts = torch.autograd.grad(loss.surrogate.sum(), [p for _, p in named], allow_unused=True)
+            dead = [n for (n, _), g in zip(named, parts, strict=True) if g is None or not bool((g != 0).any())]
+            if dead:
+                raise Broken(
+                    got=f"no gradient for {', '.join(dead)} of {name!r}",
+                    expected="a gradient for every parameter at the defaults",
+                )
+        if not used:
+            raise NotApplicable("no registered family offers what it needs on a continuous target")
+
+    def conjugate(self) -> None:
+        """A descent on fixed noise ends at the exact posterior of a conjugate model."""
+        s = self.on(targets.linear_regression(), "full_rank")
+        family = _exact(s)
+        with torch.no_grad():
+            # wider than the posterior, but not by so much that divergences of large order are infinite
+            family.start_at(
+                family.moments()[0] + 0.3 * s.target.covariance.diagonal().sqrt(),
+                1.25 * torch.linalg.cholesky(s.target.covariance),
+            )  # type: ignore[union-attr]
+        descend(s.objective, family, s.target.model, grid_noise(family.noise_spec, 12), steps=200, rate=0.05)
+        mean, covariance = (part.detach() for part in family.moments())
+        exact_sd = s.target.covariance.diagonal().sqrt()  # type: ignore[union-attr]
+        off = ((mean - s.target.mean) / exact_sd).abs().max()
+        spread = (covariance.diagonal().sqrt().log() - exact_sd.log()).abs().max()
+        if not (off < tolerances.MOMENTS and spread < tolerances.MOMENTS):
+            raise Broken(
+                got=f"a mean {float(off):.2g} sd off and a log sd {float(spread):.2g} off",
+                expected=f"the exact posterior to {tolerances.MOMENTS:g}",
+            )
+
+    def misspecified(self) -> None:
+        """Mean field on a correlated normal law lands where the closed form for its order says."""
+        order = self.objective.renyi_order
+        if order is None:
+            raise NotApplicable("it states no renyi_order, so there is no closed form to compare with")
+        low, high = order if isinstance(order, tuple) else (order, order)
+        if not (0 <= low <= high <= 1) or low == high == 0:
+            raise NotApplicable(f"the kit's grid of draws is good for orders in (0, 1], and this is of order {low:g}")
+        rho = 0.9
+        s = self.on(targets.correlated_normal(rho), "mean_field")
+        family = s.family.copy()
+        descend(s.objective, family, s.target.model, grid_noise(family.noise_spec, 40), steps=250)
+        mean, covariance = (part.detach() for part in family.moments())
+        sd = covariance.diagonal().sqrt()
+        wide, narrow = targets.mean_field_sd(low, rho), targets.mean_field_sd(high, rho)
+        slack = math.exp(tolerances.MOMENTS)
+        inside = (sd > narrow / slack) & (sd < wide * slack) & (mean.abs() < tolerances.MOMENTS * narrow)
+        if not bool(inside.all()):
+            wanted = f"{narrow:.4f}" if low == high else f"between {narrow:.4f} and {wide:.4f}"
+            raise Broken(
+                got=f"sds {[round(x, 4) for x in sd.tolist()]}, means {[round(x, 4) for x in mean.tolist()]}",
+                expected=f"sds {wanted} and means 0 (mean field on a normal law of correlation {rho})",
+            )
+
+    def minibatches(self) -> None:
+        """Over the batches of an epoch the mean loss and gradient are those of all data, on the same noise."""
+        kind = self.objective.subsampling
+        if kind == "no" or kind == "biased":
+            raise NotApplicable(f"minibatches are declared {kind!r}")
+        if kind == "per_datum":
+            self._per_datum()
+            return
+        found = [s for s in self.settings(("full_rank",)) if Capability.SUBSAMPLE in s.target.model.capabilities]
+        if not found:
+            raise NotApplicable("it does not run on a target with minibatches")
+        for s in found:
+            model, noise = s.target.model, s.noise(self.draws)
+            source = model.batches(4, seed=0)
+            parts = [s.loss(s.family, noise, batch=source.at(i)) for i in range((model.num_data or 0) // 4)]
+            whole = s.loss(s.family, noise)
+            _unbiased(parts, whole, s.family)
+
+    def _per_datum(self) -> None:
+        target = targets.local_normal()
+        family = local_family(target.model)
+        objective = self.objective
+        if objective.missing(frozenset(target.model.capabilities), frozenset(family.capabilities), Space.REAL):
+            raise NotApplicable("it does not run on a target with local latents")
+        resolved, model, size = objective.resolve(target.model, family), target.model, target.model.num_data or 0
+        noise = draw_noise(joint_noise_spec(family, size), (self.draws,), seeded(4))
+        columns = noise.reshape(self.draws, size, -1)
+
+        def loss(batch: Batch) -> Loss:
+            own = columns[:, batch.index].reshape(self.draws, -1)
+            return resolved.loss(LocalView(family, batch), model, own, batch, None)
+
+        source = model.batches(2, seed=0)
+        batches = [source.at(i) for i in range(size // 2)]
+        whole = model.batches(size, seed=0).at(0)
+        _unbiased([loss(b) for b in batches if b is not None], loss(whole), family)  # type: ignore[arg-type]
+
+    def extreme_weights(self) -> None:
+        """Log ratios of plus and minus 1e4 give finite losses and gradients."""
+        found = [s for n in (self.objective.estimators or [None]) if (s := self._extreme(n)) is not None]
+        if not found:
+            raise NotApplicable("it does not run on mean field with a log density")
+        for s in found:
+            loss = s.loss(s.family, s.noise(16))
+            gradient = flat_gradient(loss, s.family)
+            if not (bool(torch.isfinite(loss.value).all()) and bool(torch.isfinite(gradient).all())):
+                raise Broken(
+                    got=f"value {loss.value.tolist()}, gradient {gradient.tolist()} (estimator {s.estimator!r})",
+                    expected="finite numbers at log ratios of 1e4",
+                )
+
+    def _extreme(self, estimator: str | None) -> _Setting | None:
+        asked = getattr(self.objective, "estimator", None)
+        if asked not in (None, "auto") and estimator != asked:
+            return None
+        return self.setting(targets.extreme(), "mean_field", estimator)
+
+
+def build_at(target: targets.Target, spec: str) -> Family:
+    """Build a family for a target, a little away from where it starts and from the answer."""
+    model = target.model
+    latent = LatentSpec(model.dim, model.space, model.num_categories, None, model.dtype, model.device)
+    family: Family = registry.build("families", spec).build(latent, generator=seeded(0))
+    return _moved(family, 0.3, seed=5)
+
+
+def local_family(model: Model) -> LocalFamily:
+    """Build mean field with a table of local parameters, moved away from where it starts."""
+    mean_field = registry.build("families", "mean_field")
+    shared = mean_field.build(LatentSpec(model.dim), generator=seeded(0))
+    family = LocalFamily.from_entries(shared, mean_field, model.local_dim, generator=seeded(0), num_data=model.num_data)
+    moved = _moved(family, 0.3, seed=6)
+    return moved  # type: ignore[return-value]
+
+
+def _moved(family: Family, by: float, *, seed: int) -> Family:
+    out, generator = family.copy(), seeded(seed)
+    with torch.no_grad():
+        for parameter in out.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return out
+
+
+def _exact(s: _Setting) -> Family:
+    family = s.family.copy()
+    family.start_at(s.target.mean, torch.linalg.cholesky(s.target.covariance))  # type: ignore[arg-type]
+    return family
+
+
+def _unbiased(parts: list[Loss], whole: Loss, family: Family) -> None:
+    mean = torch.stack([loss.value for loss in parts]).mean(0)
+    agree(mean, whole.value, tolerances.EXACT, "the loss of all data as the mean over an epoch's batches")
+    gradient = torch.stack([flat_gradient(loss, family) for loss in parts]).mean(0)
+    agree(
+        gradient,
+        flat_gradient(whole, family),
+        tolerances.EXACT,
+        "the gradient of all data as the mean over an epoch's batches",
+    )

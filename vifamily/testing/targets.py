@@ -1,0 +1,221 @@
+"""Targets whose answers are known in closed form."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from vifamily.errors import ConfigError
+from vifamily.models import Density, LikelihoodModel, Model
+
+__all__ = [
+    "Target",
+    "correlated_normal",
+    "discrete",
+    "extreme",
+    "linear_regression",
+    "local_normal",
+    "mean_field_sd",
+    "two_normals",
+]
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A model with its exact answer.
+
+    Attributes:
+        model: The model.
+        log_evidence: Logarithm of the integral of its joint density.
+        mean: Posterior mean ``(dim,)``, or None where it is not a vector of its own.
+        covariance: Posterior covariance ``(dim, dim)``, or None.
+    """
+
+    model: Model
+    log_evidence: float
+    mean: Tensor | None = None
+    covariance: Tensor | None = None
+
+
+def linear_regression() -> Target:
+    """Conjugate: two coefficients with normal priors, twelve data with known noise.
+
+    Its posterior is a correlated normal law with mean away from zero, its evidence is known, and the model can do
+    whatever a model in likelihood form can (prior apart, likelihood per datum, minibatches, Gaussian prior,
+    predictive).
+
+    Returns:
+        The target.
+
+    Example:
+        >>> target = linear_regression()
+        >>> at_mean = target.model.log_joint(target.mean[None])[0]
+        >>> posterior = torch.distributions.MultivariateNormal(target.mean, target.covariance)
+        >>> bool((at_mean - posterior.log_prob(target.mean) - target.log_evidence).abs() < 1e-10)
+        True
+    """
+    n, noise = 12, 0.8
+    x = torch.stack([torch.ones(n, dtype=torch.float64), torch.linspace(-0.5, 1.5, n, dtype=torch.float64)], dim=1)
+    y = 0.7 - 0.9 * x[:, 1] + 0.6 * torch.cos(7.0 * torch.arange(n, dtype=torch.float64))
+    prior_mean = torch.tensor([0.5, -0.25], dtype=torch.float64)
+    prior_sd = torch.tensor([1.5, 2.0], dtype=torch.float64)
+
+    def log_likelihood(z: Tensor, data: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, outputs = data
+        return -0.5 * ((outputs - z @ inputs.mT) / noise) ** 2 - math.log(noise) - 0.5 * _LOG_2PI
+
+    def simulate(z: Tensor, generator: torch.Generator) -> Tensor:
+        mean = z @ x.mT
+        return mean + noise * torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+
+    model = LikelihoodModel((prior_mean, prior_sd), log_likelihood, data=(x, y), dim=2, simulate=simulate)
+    precision = x.mT @ x / noise**2 + torch.diag(prior_sd**-2)
+    covariance = torch.linalg.inv(precision)
+    mean = covariance @ (x.mT @ y / noise**2 + prior_mean / prior_sd**2)
+    marginal = noise**2 * torch.eye(n, dtype=torch.float64) + x @ torch.diag(prior_sd**2) @ x.mT
+    evidence = torch.distributions.MultivariateNormal(x @ prior_mean, marginal).log_prob(y)
+    return Target(model, float(evidence), mean, covariance)
+
+
+def correlated_normal(rho: float = 0.9) -> Target:
+    """Misspecified for mean field: a bivariate normal law with unit variances and correlation ``rho``.
+
+    Args:
+        rho: Correlation, inside (-1, 1).
+
+    Returns:
+        The target; its log density is normalised.
+
+    Raises:
+        ConfigError: If ``rho`` is not inside (-1, 1).
+
+    Example:
+        >>> correlated_normal(0.5).covariance.tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    if not -1 < rho < 1:
+        raise ConfigError(f"rho must lie inside (-1, 1), got {rho!r}.")
+    covariance = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
+    normal = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance)
+    return Target(
+        Density(normal.log_prob, dim=2, name="correlated normal"), 0.0, torch.zeros_like(covariance[0]), covariance
+    )
+
+
+def mean_field_sd(alpha: float, rho: float) -> float:
+    r"""Standard deviation at which mean field minimises :math:`D_\alpha(q \| p)` on :func:`correlated_normal`.
+
+    Between zero-mean normal laws with precisions :math:`t I` and :math:`\Lambda` (eigenvalues :math:`1/(1 \pm \rho)`),
+
+    .. math:: (\alpha - 1) D_\alpha = \alpha \log t + \tfrac{1-\alpha}{2} \log|\Lambda|
+              - \tfrac12 \log|\alpha t I + (1 - \alpha) \Lambda|,
+
+    which is stationary where :math:`2 \alpha t^2 - (2\alpha - 1) S t - 2 (1 - \alpha) P = 0` with the sum S and the
+    product P of the eigenvalues. At alpha = 1 this is the conditional standard deviation :math:`\sqrt{1 - \rho^2}`, at
+    alpha = 0 (in the limit) the marginal one, 1; beyond, it is narrower and wider still. For alpha < 0 the divergence
+    is negative and the point is where its size is least.
+
+    Args:
+        alpha: Any finite order.
+        rho: Correlation, inside (-1, 1).
+
+    Returns:
+        The standard deviation of each coordinate of q.
+
+    Raises:
+        ConfigError: If alpha is not finite.
+
+    Example:
+        >>> [round(mean_field_sd(alpha, 0.9), 4) for alpha in (-1.0, 0.0, 0.5, 1.0, 2.0)]
+        [1.1977, 1.0, 0.6602, 0.4359, 0.3642]
+    """
+    if not math.isfinite(alpha):
+        raise ConfigError(f"the order must be finite, got {alpha!r}.")
+    total, product = 2 / (1 - rho**2), 1 / (1 - rho**2)
+    linear = (2 * alpha - 1) * total
+    root = math.sqrt(linear**2 + 16 * alpha * (1 - alpha) * product)
+    # two forms of one root of the quadratic: each loses digits where the other does not
+    precision = (linear + root) / (4 * alpha) if linear >= 0 else 4 * (1 - alpha) * product / (root - linear)
+    return 1 / math.sqrt(precision)
+
+
+def two_normals() -> Target:
+    """The equal mixture of N(-3, 1) and N(3, 1), normalised: several families of answers, local minima included.
+
+    Returns:
+        The target.
+
+    Example:
+        >>> round(float(two_normals().model.log_joint(torch.zeros(1, 1, dtype=torch.float64))), 4)
+        -5.4189
+    """
+
+    def log_prob(z: Tensor) -> Tensor:
+        each = torch.stack([-0.5 * (z[:, 0] - c) ** 2 for c in (-3.0, 3.0)])
+        return torch.logsumexp(each, 0) - math.log(2) - 0.5 * _LOG_2PI
+
+    mean = torch.zeros(1, dtype=torch.float64)
+    return Target(
+        Density(log_prob, dim=1, name="two normals"), 0.0, mean, torch.full((1, 1), 10.0, dtype=torch.float64)
+    )
+
+
+def discrete() -> Target:
+    """A discrete target: coordinates of two and three categories with dependent, unnormalised probabilities.
+
+    Returns:
+        The target; its log evidence is the log of the sum over the six states.
+
+    Example:
+        >>> discrete().model.num_categories
+        (2, 3)
+    """
+    table = torch.tensor([[0.3, -1.0, 0.6], [-0.7, 0.9, -0.2]], dtype=torch.float64)
+
+    def log_prob(theta: dict[str, Tensor]) -> Tensor:
+        return table[theta["a"].long(), theta["b"].long()]
+
+    model = Density(log_prob, parameters={"a": "integer_interval(0, 1)", "b": "integer_interval(0, 2)"})
+    return Target(model, float(table.logsumexp((0, 1))))
+
+
+def local_normal() -> Target:
+    """Only local latents: ``code_n ~ N(0, 1)`` and ``y_n ~ N(code_n, 0.7)`` for six data.
+
+    Returns:
+        The target; its evidence is that of ``y_n ~ N(0, sqrt(1.49))``. The exact posterior of a code is normal with
+        mean ``y_n / 1.49`` and variance ``0.49 / 1.49``.
+
+    Example:
+        >>> target = local_normal()
+        >>> target.model.dim, target.model.local_dim, target.model.num_data
+        (0, 1, 6)
+    """
+    y = torch.tensor([-1.2, 0.4, 2.0, -0.3, 0.9, 1.5], dtype=torch.float64)
+    noise = 0.7
+
+    def log_local(theta: dict[str, Tensor], local: dict[str, Tensor], data: Tensor) -> Tensor:
+        code = local["code"]
+        return -0.5 * code**2 - 0.5 * ((data - code) / noise) ** 2 - math.log(noise) - _LOG_2PI
+
+    model = LikelihoodModel(None, data=y, local={"code": ((), "real")}, log_local=log_local)
+    spread = torch.tensor(math.sqrt(1 + noise**2), dtype=torch.float64)
+    return Target(model, float(torch.distributions.Normal(torch.zeros_like(spread), spread).log_prob(y).sum()))
+
+
+def extreme() -> Target:
+    """A log density that jumps between -1e4 and 1e4 within reach of standard normal draws.
+
+    Returns:
+        The target; it has no finite evidence, only finite values and gradients.
+
+    Example:
+        >>> extreme().model.log_joint(torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
+        tensor([-10000.,  10000.], dtype=torch.float64)
+    """
+    return Target(Density(lambda z: 1e4 * torch.tanh(40 * z[:, 0]), dim=2, name="extreme"), math.inf)
