@@ -57,7 +57,8 @@ class Adam(Solver):
     def __post_init__(self) -> None:
         for name in ("step_size", "tolerance", "mcse", "model_step_size"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
                 raise ConfigError(f"adam({name}=...) must be a positive number, got {value!r}.")
 
     def start(self, task: Task) -> AdamRun:
