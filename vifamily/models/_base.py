@@ -259,7 +259,7 @@ class Model(nn.Module, abc.ABC):
 
     @property
     def own_batch_size(self) -> int | None:
-        """Size of the batches in which the data arrive whatever is asked for; None where all data can be had at once."""
+        """Size of the batches in which the data arrive; None where all data can be had at once."""
         return None
 
     def for_batches(self, batch_size: int | None) -> Model:
@@ -274,6 +274,14 @@ class Model(nn.Module, abc.ABC):
             f"minibatches need a model in likelihood form with num_data; {type(self).__name__} is not. "
             "Write it as LikelihoodModel(log_prior, log_likelihood, data=...), or leave batch_size out."
         )
+
+    def batch_at(self, index: Tensor) -> Batch:
+        """Return the data at given positions as a batch.
+
+        Raises:
+            NotAvailableError: If the model's data have no positions.
+        """
+        raise NotAvailableError(f"the data of the model {type(self).__name__} cannot be asked for by position.")
 
     def moved(self, *, device: torch.device, dtype: torch.dtype) -> Model:
         """Return a copy whose data and parameters have another device or floating dtype.

@@ -170,7 +170,6 @@ class _Items(DataSource):
         self._dataset: Any = dataset
         self._dtype, self._device = dtype, device
         self._whole: Any = None
-        self.own_batch_size = loader.batch_size
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> None:
         # what arrives in another precision is refused there, as for a model made in this one
@@ -204,6 +203,7 @@ class _Loader(DataSource):
             raise DataError("the DataLoader's dataset is empty.")
         self.loader, self._dtype, self._device = loader, dtype, device
         self._whole: Any = None
+        self.own_batch_size = loader.batch_size
         self.own_batch_size = loader.batch_size
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> None:

@@ -210,6 +210,10 @@ class LikelihoodModel(Model):
         """Return the source of minibatches: shuffled, or those of the DataLoader; None means all data otherwise."""
         return self.source.batches(batch_size, seed=seed)
 
+    def batch_at(self, index: Tensor) -> Batch:
+        """Return the data at given positions as a batch."""
+        return Batch(self.source.rows(index), len(index), index)
+
     def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
         """Draw from the prior on unconstrained space, ``(num_draws, dim)``."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)

@@ -258,6 +258,10 @@ class PyroModel(Model):
             )
         return ShuffledIndex(self.num_data, batch_size, check_seed(seed), self._rows_of_data)
 
+    def batch_at(self, index: Tensor) -> Batch:
+        """Return the observed values at given positions of the data plate as a batch."""
+        return Batch(self._rows_of_data(index), len(index), index)
+
     def _rows_of_data(self, index: Tensor) -> dict[str, Tensor]:
         return {name: value[index] for name, value in self.program.data_first(self._observed()).items()}
 

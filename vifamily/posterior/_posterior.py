@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from vifamily.models._base import Model
 from vifamily.posterior._core import PosteriorCore, check_count
 from vifamily.posterior._diagnose import diagnose
 from vifamily.posterior._draw_plots import draw_plot
+from vifamily.posterior._locals import sample_local
 from vifamily.posterior._saving import load_parts, save_posterior
 from vifamily.types import Capability
 
@@ -196,6 +197,28 @@ class Posterior(PosteriorCore):
                 f"the model {type(model).__name__} has no inputs to predict at; posterior_predictive() draws new data."
             )
         return predict(self.draws(num_draws, seed=seed), x, **options)
+
+    def sample_local(
+        self, num_draws: int = 1000, *, index: Sequence[int] | Tensor | None = None, seed: int | None = None
+    ) -> dict[str, Tensor]:
+        """Draw the latents of single data, each draw together with the global ones it goes with.
+
+        Args:
+            num_draws: Number of draws.
+            index: Positions of the data; None means all.
+            seed: Root seed; None takes the fit's.
+
+        Returns:
+            Global parameters as in :meth:`sample`, and local ones as ``(num_draws, datum, *shape)``.
+
+        Raises:
+            NotAvailableError: If the posterior has no local latents.
+            ConfigError: If a position is out of range.
+        """
+        check_count("num_draws", num_draws)
+        model = self.require_model("local latents", Capability.LOCAL)
+        with torch.no_grad():
+            return sample_local(self.family, model, num_draws, index, self._generator(seed, 4))
 
     def prior_predictive(self, num_draws: int = 1000, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draw data from the prior predictive, name to ``(num_draws, ...)``.
