@@ -42,8 +42,8 @@ class Diagnosis:
     """How a fit went and how far its posterior can be trusted; prints as a table.
 
     Attributes:
-        stop_reason: ``"converged"``, ``"max_steps"``, ``"interrupted"``, ``"time_limit"``, ``"non_finite"`` or
-            ``"closed_form"``.
+        stop_reason: ``"converged"``, ``"max_steps"``, ``"smallest_step"``, ``"interrupted"``, ``"time_limit"``,
+            ``"callback"``, ``"non_finite"`` or ``"closed_form"``.
         converged: Whether the stopping rule was met.
         steps: Steps taken.
         seconds: Wall time of the fit.
@@ -240,7 +240,7 @@ def _coverage(found: Diagnosis, subject: Subject) -> str | None:
         more = max(math.ceil(draws_needed(k)), 2155)
         return (
             f"k-hat {k:.2f} is above the threshold for {found.num_draws} draws only: repeat with "
-            f"diagnose(draws={more})."
+            f"diagnose(num_draws={more})."
         )
     return (
         f"k-hat {k:.2f} is above {found.k_hat_threshold:.2f}, so the family {subject.family} fits this posterior too "
@@ -275,7 +275,7 @@ def _monte_carlo(found: Diagnosis, subject: Subject) -> str | None:
         more = min(int(found.num_draws * (found.elbo.error / 0.1) ** 2), 1_000_000)
         return (
             f"The ELBO is known to ±{found.elbo.error:.2g} nats only: before comparing fits by it, repeat with "
-            f"diagnose(draws={more})."
+            f"diagnose(num_draws={more})."
         )
     return None
 

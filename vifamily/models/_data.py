@@ -204,7 +204,6 @@ class _Loader(DataSource):
         self.loader, self._dtype, self._device = loader, dtype, device
         self._whole: Any = None
         self.own_batch_size = loader.batch_size
-        self.own_batch_size = loader.batch_size
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> None:
         # what arrives in another precision is refused there, as for a model made in this one

@@ -202,10 +202,10 @@ def best_start(
 ) -> GaussianStart | None:
     """Return the Gaussian with the best evidence lower bound among a few cheap ones.
 
-    Candidates: the Laplace approximation; mean field on 16, then 64 fixed antithetic draws; and the Gaussian around
-        the mean-field one whose precision is the curvature averaged over it
-    (what the best full-rank Gaussian's precision equals at its own optimum). The Laplace one is exact for Gaussians
-    and useless at a degenerate mode, such as a funnel's; the others survive that.
+    The candidates are the Laplace approximation; mean field on 16, then 64 fixed antithetic draws; and the Gaussian
+    around the mean-field one whose precision is the curvature averaged over it (what the best full-rank Gaussian's
+    precision equals at its own optimum). The Laplace one is exact for Gaussians and useless at a degenerate mode, such
+    as a funnel's; the others survive that.
 
     Args:
         log_density: ``(n, dim) -> (n,)``.
