@@ -312,10 +312,10 @@ def test_what_is_no_string_is_refused(other):
 
 
 def test_numbers_and_words():
-    spec = parse("renyi(alpha=-0.5, beta=inf, gamma=-inf, delta=nan, s=auto, t='two words', n=+3, flag=True, no=None)")
+    spec = parse("renyi(alpha=-0.5, beta=inf, gamma=-inf, delta=nan, s=auto, t='a b', n=+3, flag=True, no=None)")
     assert math.isnan(spec.kwargs["delta"])
     assert {k: v for k, v in spec.kwargs.items() if k != "delta"} == {
-        "alpha": -0.5, "beta": math.inf, "gamma": -math.inf, "s": "auto", "t": "two words", "n": 3, "flag": True, "no": None,
+        "alpha": -0.5, "beta": math.inf, "gamma": -math.inf, "s": "auto", "t": "a b", "n": 3, "flag": True, "no": None,
     }  # fmt: skip
     assert isinstance(spec.kwargs["n"], int)
     assert parse("  elbo\n") == Spec("elbo")
