@@ -197,7 +197,7 @@ def compare_command(
 ) -> int:
     """Fit problems with every family and objective on the same noise and budget; write table, figures and report.
 
-    With nothing named, a small default is run: three problems, cut off at 400 steps, in about a minute on two cores.
+    With nothing named, a small default is run: three problems, cut off at 1000 steps, in about a minute on two cores.
     """
     from vifamily.compare import DEFAULTS, compare
 

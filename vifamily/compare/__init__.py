@@ -25,10 +25,10 @@ __all__ = ["DEFAULTS", "MEASURES", "Cell", "Comparison", "Outcome", "Target", "c
 
 DEFAULTS: dict[str, Any] = {
     "problems": ("banana", "correlated_normal", "eight_schools"),
-    "families": ("mean_field", "full_rank", "flow"),
+    "families": ("mean_field", "full_rank", "flow(kind=maf)"),
     "objectives": ("elbo", "renyi(alpha=0.5)"),
     "seeds": 1,
-    "steps": 400,
+    "steps": 1000,
 }
 """What ``vifamily compare`` runs when nothing is named: cut off at a number of steps, to be done in about a minute."""
 
