@@ -55,6 +55,7 @@ class Capability(enum.StrEnum):
     PARTICLES = "particles"
     CHEAP_LOG_Q = "cheap log density at given points"
     WEIGHTED = "draws that carry unequal weights"
+    LOG_Q_BOUND = "draws with a bound in place of their log density"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

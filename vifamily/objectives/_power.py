@@ -23,13 +23,13 @@ ESTIMATORS = {
         model=frozenset({Capability.SCORE}),
         family=_PATH,
         never_model=frozenset({Capability.LOCAL, Capability.POINT_PARAMETERS}),
-        never_family=frozenset({Capability.WEIGHTED}),
+        never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
         unless_asked=frozenset({Capability.CHEAP_LOG_Q}),
     ),
     "reparameterised": Estimator(model=frozenset({Capability.SCORE}), family=_PATH),
     "score": Estimator(
         family=frozenset({Capability.DRAWS}),
-        never_family=frozenset({Capability.WEIGHTED}),
+        never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
         never_model=frozenset({Capability.LOCAL}),
     ),
 }

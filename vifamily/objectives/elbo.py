@@ -65,6 +65,7 @@ class Elbo(Objective):
             model=frozenset({Capability.SCORE}),
             family=_PATH,
             never_model=frozenset({Capability.LOCAL}),
+            never_family=frozenset({Capability.LOG_Q_BOUND}),
             unless_asked=frozenset({Capability.CHEAP_LOG_Q}),
         ),
         "entropy": Estimator(
@@ -80,7 +81,7 @@ class Elbo(Objective):
         "reparameterised": Estimator(model=frozenset({Capability.SCORE}), family=_PATH),
         "score": Estimator(
             family=frozenset({Capability.DRAWS}),
-            never_family=frozenset({Capability.WEIGHTED}),
+            never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
             never_model=frozenset({Capability.LOCAL}),
         ),
     }

@@ -9,6 +9,20 @@ from __future__ import annotations
 
 from vifamily.testing import targets, tolerances
 from vifamily.testing._report import ContractError, Report
+from vifamily.testing.everything import check_registry
+from vifamily.testing.families import check_family
+from vifamily.testing.models import check_model
 from vifamily.testing.objectives import check_objective
+from vifamily.testing.solvers import check_solver
 
-__all__ = ["ContractError", "Report", "check_objective", "targets", "tolerances"]
+__all__ = [
+    "ContractError",
+    "Report",
+    "check_family",
+    "check_model",
+    "check_objective",
+    "check_registry",
+    "check_solver",
+    "targets",
+    "tolerances",
+]

@@ -101,6 +101,7 @@ def mean_is(samples: Tensor, expected: Tensor | float, what: str, *, slack: floa
 
     ``slack`` absorbs rounding where samples hardly vary.
     """
+    samples = samples.detach()
     mean, error = samples.mean(0), samples.std(0) / math.sqrt(samples.shape[0])
     apart = (mean - expected).abs()
     allowed = tolerances.STANDARD_ERRORS * error + slack
@@ -119,6 +120,7 @@ def agree(a: Tensor, b: Tensor, tolerance: float, what: str, *, scale: Tensor | 
         raise Broken(got=f"shape {tuple(a.shape)}", expected=f"{what} of shape {tuple(b.shape)}")
     if not a.numel():
         return
+    a, b = a.detach(), b.detach()
     unit = torch.as_tensor(1.0 + b.abs().max() if scale is None else scale)
     difference = float(((a - b).abs() / unit).max())
     if not difference <= tolerance:

@@ -9,20 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vifamily import registry
 from vifamily.errors import IncompatibleError
-from vifamily.families import Family
 from vifamily.families._local_view import LocalView, joint_noise_spec
 from vifamily.families._stack import StackedFamily
-from vifamily.families.local import LocalFamily
-from vifamily.models import Model
 from vifamily.objectives import Objective
 from vifamily.rng import draw_noise
 from vifamily.testing import targets, tolerances
 from vifamily.testing._narrow import NarrowFamily, NarrowModel
 from vifamily.testing._report import Broken, Contracts, NotApplicable, Report
+from vifamily.testing._settings import Setting, build_at, exact_family, local_family, moved, unbiased
 from vifamily.testing._tools import (
     agree,
     descend,
@@ -33,7 +30,7 @@ from vifamily.testing._tools import (
     replicate,
     seeded,
 )
-from vifamily.types import Batch, Capability, LatentSpec, Loss, Space
+from vifamily.types import Batch, Capability, Loss, Space
 
 __all__ = ["check_objective"]
 
@@ -122,10 +119,11 @@ def _refusals(objective: Objective) -> None:
     space = sorted(objective.spaces)[0]
     for side, needs in (("model", objective.needs_model), ("family", objective.needs_family)):
         for capability in needs:
-            model = SimpleNamespace(capabilities=everything - ({capability} if side == "model" else set()), space=space)
-            family = SimpleNamespace(capabilities=everything - ({capability} if side == "family" else set()))
+            lacking = everything - {capability}
+            model: Any = SimpleNamespace(capabilities=lacking if side == "model" else everything, space=space)
+            family: Any = SimpleNamespace(capabilities=lacking if side == "family" else everything)
             try:
-                objective.resolve(model, family)  # type: ignore[arg-type]
+                objective.resolve(model, family)
             except IncompatibleError as error:
                 if str(capability) not in " ".join(error.missing):
                     raise Broken(got=f"missing={error.missing}", expected=f"the error to name {capability!s}") from None
@@ -140,25 +138,6 @@ def _vetoes(objective: Objective) -> frozenset[Capability]:
     return out - objective.needs_model - objective.needs_family
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """An objective with its estimator chosen, where it can run."""
-
-    objective: Objective
-    target: targets.Target
-    family: Family
-    estimator: str | None
-
-    def noise(self, draws: int, *, copies: int | None = None, seed: int = 1) -> Tensor:
-        leading = (draws,) if copies is None else (copies, draws)
-        return draw_noise(self.family.noise_spec, leading, seeded(seed), dtype=self.target.model.dtype)
-
-    def loss(self, family: Any, noise: Tensor, model: Any = None, batch: Batch | None = None) -> Loss:
-        model = self.target.model if model is None else model
-        state = self.objective.init_state(model, family, generator=seeded(0))
-        return self.objective.loss(family, model, noise, batch, state)
-
-
 class _Checks:
     """The contracts that evaluate the loss."""
 
@@ -167,7 +146,7 @@ class _Checks:
         self.draws = max(objective.min_draws, 4)
 
     # -- where it can run ----------------------------------------------------------------------------------------------
-    def setting(self, target: targets.Target, spec: str, estimator: str | None = None) -> _Setting | None:
+    def setting(self, target: targets.Target, spec: str, estimator: str | None = None) -> Setting | None:
         """Meet a target and a family, or return None when they lack what is needed."""
         objective: Any = self.objective
         if estimator is not None:
@@ -177,9 +156,9 @@ class _Checks:
         if objective.missing(of_model, of_family, target.model.space):
             return None
         resolved = objective.resolve(target.model, family)
-        return _Setting(resolved, target, family, getattr(resolved, "estimator", None))
+        return Setting(resolved, target, family, getattr(resolved, "estimator", None))
 
-    def settings(self, specs: tuple[str, ...] = ("full_rank", "mixture(components=2)")) -> list[_Setting]:
+    def settings(self, specs: tuple[str, ...] = ("full_rank", "mixture(components=2)")) -> list[Setting]:
         """Every estimator on every family of the kit that it allows."""
         asked = getattr(self.objective, "estimator", None)
         names = (
@@ -193,7 +172,7 @@ class _Checks:
             raise NotApplicable("no target and family of the kit offer what it needs")
         return usable
 
-    def on(self, target: targets.Target, spec: str) -> _Setting:
+    def on(self, target: targets.Target, spec: str) -> Setting:
         """Meet a target and a family, or skip."""
         found = self.setting(target, spec)
         if found is None:
@@ -209,14 +188,7 @@ class _Checks:
             of_family = s.objective.needs_family | (chosen.family if chosen else frozenset()) | {Capability.DRAWS}
             # a family may say more about its draws than is needed, but the weights belong to the draws
             of_family |= s.family.capabilities & {Capability.WEIGHTED, Capability.ENUMERATED}
-            narrow = NarrowFamily(s.family, of_family), NarrowModel(s.target.model, of_model)
-            loss = s.objective.loss(
-                narrow[0],
-                narrow[1],
-                s.noise(self.draws),
-                None,
-                s.objective.init_state(narrow[1], narrow[0], generator=seeded(0)),
-            )
+            loss = s.loss(NarrowFamily(s.family, of_family), s.noise(self.draws), NarrowModel(s.target.model, of_model))
             if not bool(torch.isfinite(loss.value).all()):
                 raise Broken(got=f"a loss of {loss.value.tolist()}", expected="a finite loss")
 
@@ -247,7 +219,7 @@ class _Checks:
     def restarts(self) -> None:
         """Several restarts at once equal one after the other, in value, terms and gradient."""
         for s in self.settings():
-            members = [_moved(s.family, 0.2 * r, seed=r) for r in range(3)]
+            members = [moved(s.family, 0.2 * r, seed=r) for r in range(3)]
             stack = StackedFamily(members)
             noise = s.noise(self.draws, copies=3)
             together = s.loss(stack, noise)
@@ -305,7 +277,7 @@ class _Checks:
         if not found:
             raise NotApplicable("it does not run on the conjugate target")
         for s in found:
-            stack = replicate(_exact(s), _COPIES)
+            stack = replicate(exact_family(s), _COPIES)
             gradient = flat_gradient(s.loss(stack, s.noise(self.draws, copies=_COPIES, seed=3)), stack, _COPIES)
             if s.estimator in _VANISHING:
                 agree(
@@ -325,7 +297,7 @@ class _Checks:
         if not found:
             raise NotApplicable("it does not run on the conjugate target")
         for s in found:
-            stack = replicate(_exact(s), _COPIES)
+            stack = replicate(exact_family(s), _COPIES)
             value = s.loss(stack, s.noise(self.draws, copies=_COPIES, seed=3)).value
             evidence = s.target.log_evidence
             expected = {"divergence": 0.0, "lower_bound": -evidence, "upper_bound": evidence}[kind]
@@ -358,17 +330,14 @@ class _Checks:
     def conjugate(self) -> None:
         """A descent on fixed noise ends at the exact posterior of a conjugate model."""
         s = self.on(targets.linear_regression(), "full_rank")
-        family = _exact(s)
-        with torch.no_grad():
-            # wider than the posterior, but not by so much that divergences of large order are infinite
-            family.start_at(
-                family.moments()[0] + 0.3 * s.target.covariance.diagonal().sqrt(),
-                1.25 * torch.linalg.cholesky(s.target.covariance),
-            )  # type: ignore[union-attr]
+        family = exact_family(s)
+        exact_mean, exact_covariance = s.target.moments()
+        exact_sd = exact_covariance.diagonal().sqrt()
+        # wider than the posterior, but not by so much that divergences of large order are infinite
+        family.start_at(exact_mean + 0.3 * exact_sd, 1.25 * torch.linalg.cholesky(exact_covariance))
         descend(s.objective, family, s.target.model, grid_noise(family.noise_spec, 12), steps=200, rate=0.05)
         mean, covariance = (part.detach() for part in family.moments())
-        exact_sd = s.target.covariance.diagonal().sqrt()  # type: ignore[union-attr]
-        off = ((mean - s.target.mean) / exact_sd).abs().max()
+        off = ((mean - exact_mean) / exact_sd).abs().max()
         spread = (covariance.diagonal().sqrt().log() - exact_sd.log()).abs().max()
         if not (off < tolerances.MOMENTS and spread < tolerances.MOMENTS):
             raise Broken(
@@ -416,7 +385,7 @@ class _Checks:
             source = model.batches(4, seed=0)
             parts = [s.loss(s.family, noise, batch=source.at(i)) for i in range((model.num_data or 0) // 4)]
             whole = s.loss(s.family, noise)
-            _unbiased(parts, whole, s.family)
+            unbiased(parts, whole, s.family)
 
     def _per_datum(self) -> None:
         target = targets.local_normal()
@@ -435,7 +404,7 @@ class _Checks:
         source = model.batches(2, seed=0)
         batches = [source.at(i) for i in range(size // 2)]
         whole = model.batches(size, seed=0).at(0)
-        _unbiased([loss(b) for b in batches if b is not None], loss(whole), family)  # type: ignore[arg-type]
+        unbiased([loss(b) for b in batches if b is not None], loss(whole), family)  # type: ignore[arg-type]
 
     def extreme_weights(self) -> None:
         """Log ratios of plus and minus 1e4 give finite losses and gradients."""
@@ -451,51 +420,8 @@ class _Checks:
                     expected="finite numbers at log ratios of 1e4",
                 )
 
-    def _extreme(self, estimator: str | None) -> _Setting | None:
+    def _extreme(self, estimator: str | None) -> Setting | None:
         asked = getattr(self.objective, "estimator", None)
         if asked not in (None, "auto") and estimator != asked:
             return None
         return self.setting(targets.extreme(), "mean_field", estimator)
-
-
-def build_at(target: targets.Target, spec: str) -> Family:
-    """Build a family for a target, a little away from where it starts and from the answer."""
-    model = target.model
-    latent = LatentSpec(model.dim, model.space, model.num_categories, None, model.dtype, model.device)
-    family: Family = registry.build("families", spec).build(latent, generator=seeded(0))
-    return _moved(family, 0.3, seed=5)
-
-
-def local_family(model: Model) -> LocalFamily:
-    """Build mean field with a table of local parameters, moved away from where it starts."""
-    mean_field = registry.build("families", "mean_field")
-    shared = mean_field.build(LatentSpec(model.dim), generator=seeded(0))
-    family = LocalFamily.from_entries(shared, mean_field, model.local_dim, generator=seeded(0), num_data=model.num_data)
-    moved = _moved(family, 0.3, seed=6)
-    return moved  # type: ignore[return-value]
-
-
-def _moved(family: Family, by: float, *, seed: int) -> Family:
-    out, generator = family.copy(), seeded(seed)
-    with torch.no_grad():
-        for parameter in out.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return out
-
-
-def _exact(s: _Setting) -> Family:
-    family = s.family.copy()
-    family.start_at(s.target.mean, torch.linalg.cholesky(s.target.covariance))  # type: ignore[arg-type]
-    return family
-
-
-def _unbiased(parts: list[Loss], whole: Loss, family: Family) -> None:
-    mean = torch.stack([loss.value for loss in parts]).mean(0)
-    agree(mean, whole.value, tolerances.EXACT, "the loss of all data as the mean over an epoch's batches")
-    gradient = torch.stack([flat_gradient(loss, family) for loss in parts]).mean(0)
-    agree(
-        gradient,
-        flat_gradient(whole, family),
-        tolerances.EXACT,
-        "the gradient of all data as the mean over an epoch's batches",
-    )

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError
+from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.models import Density, LikelihoodModel, Model
 
 __all__ = [
@@ -40,6 +40,16 @@ class Target:
     log_evidence: float
     mean: Tensor | None = None
     covariance: Tensor | None = None
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return posterior mean and covariance.
+
+        Raises:
+            NotAvailableError: If the posterior is not described by them.
+        """
+        if self.mean is None or self.covariance is None:
+            raise NotAvailableError("this target has no mean and covariance of its own.")
+        return self.mean, self.covariance
 
 
 def linear_regression() -> Target:
