@@ -142,7 +142,8 @@ def fit(
 def _check_numbers(seed: int, steps: int | None, restarts: int, every: int, time_limit: float | None) -> None:
     check_seed(seed)
     for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", every)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        optional = value is None and name == "steps"
+        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
     number = isinstance(time_limit, (int, float)) and not isinstance(time_limit, bool)
     if time_limit is not None and not (number and time_limit > 0):

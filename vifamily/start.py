@@ -12,7 +12,7 @@ from torch import Tensor
 from vifamily.errors import ConfigError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.families import Family, FamilyEntry
 from vifamily.models import Model
-from vifamily.numerics.gaussian_start import GaussianStart, best_start, laplace, negative_curvature
+from vifamily.numerics.gaussian_start import GaussianStart, best_start, laplace, negative_curvature, value_and_gradient
 from vifamily.rng import generator
 from vifamily.types import Capability, Space
 
@@ -62,6 +62,9 @@ def initialise(
         family.precondition(mean, scale)
         return "at the given point"
     if init == "prior":
+        if not minibatches and Capability.LOCAL not in model.capabilities and Capability.SCORE in model.capabilities:
+            # the other starts differentiate the log joint; a density that hides its gradient would go unnoticed here
+            value_and_gradient(model.log_joint, torch.zeros(1, model.dim, dtype=model.dtype, device=model.device))
         return _from_prior(family, model, seed=seed, restart=restart)
     if Capability.LOCAL in model.capabilities:
         point = model.start(1, generator=generator(seed, "start", restart))[0]

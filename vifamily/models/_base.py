@@ -221,8 +221,10 @@ class Model(nn.Module, abc.ABC):
         except VifamilyError:
             raise
         except Exception as error:
+            axes = isinstance(error, RuntimeError) and "size of tensor" in str(error)
+            hint = " (axes are (draw, datum, ...); (N,) against (N, 1) is a usual cause)" if axes else ""
             raise ModelError(
-                f"the model raised while computing {what} for z of shape {tuple(flat.shape)}: "
+                f"the model raised while computing {what} for z of shape {tuple(flat.shape)}{hint}: "
                 f"{type(error).__name__}: {error}"
             ) from error
         check_result(what, out, (flat.shape[0], *event), flat)

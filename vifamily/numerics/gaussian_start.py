@@ -14,7 +14,16 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-__all__ = ["GaussianStart", "best_start", "laplace", "mean_field_fixed_draws", "negative_curvature"]
+from vifamily.errors import ModelError
+
+__all__ = [
+    "GaussianStart",
+    "best_start",
+    "laplace",
+    "mean_field_fixed_draws",
+    "negative_curvature",
+    "value_and_gradient",
+]
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -36,10 +45,20 @@ class GaussianStart:
     method: str
 
 
-def _value_and_gradient(log_density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_gradient(log_density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``(n,)`` and gradients ``(n, dim)`` of a log density at points ``(n, dim)``.
+
+    Raises:
+        ModelError: If the density does not depend on its points as far as torch can tell.
+    """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         value = log_density(point)
+        if not value.requires_grad:
+            raise ModelError(
+                "the log density gives no gradient with respect to its points: compute it with torch operations "
+                "throughout, without detach(), item() or numpy."
+            )
         (gradient,) = torch.autograd.grad(value.sum(), point)
     return value.detach(), gradient.detach()
 
@@ -81,7 +100,7 @@ def negative_curvature(log_density: LogDensity, x: Tensor, step: Tensor | float 
     """
     steps = torch.as_tensor(step, dtype=x.dtype).expand(x.shape[0])
     offsets = torch.diag(steps)
-    _, gradient = _value_and_gradient(log_density, torch.cat([x + offsets, x - offsets]))
+    _, gradient = value_and_gradient(log_density, torch.cat([x + offsets, x - offsets]))
     up, down = gradient.chunk(2)
     hessian = -(up - down) / (2 * steps.unsqueeze(-1))
     return 0.5 * (hessian + hessian.T)
@@ -118,7 +137,7 @@ def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) ->
     """
 
     def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = _value_and_gradient(
+        value, gradient = value_and_gradient(
             log_density, torch.as_tensor(x, dtype=start.dtype, device=start.device).unsqueeze(0)
         )
         return -float(value), -gradient[0].cpu().double().numpy()
@@ -130,7 +149,7 @@ def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) ->
         factor = _factor(negative_curvature(log_density, x, steps))
         if factor is None:
             return None
-        value, gradient = _value_and_gradient(log_density, x.unsqueeze(0))
+        value, gradient = value_and_gradient(log_density, x.unsqueeze(0))
         whitened = factor.T @ gradient[0]
         decrement = float(whitened.norm())
         if not np.isfinite(decrement):
@@ -141,7 +160,7 @@ def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) ->
             return x, factor
         move = factor @ whitened
         lengths = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.01], dtype=x.dtype, device=x.device).unsqueeze(-1)
-        values, _ = _value_and_gradient(log_density, x + lengths * move)
+        values, _ = value_and_gradient(log_density, x + lengths * move)
         values = torch.where(torch.isfinite(values), values, torch.full_like(values, -torch.inf))
         if float(values.max()) < float(value):
             # no step gains: at the rounding floor, which is convergence unless far from a stationary point
@@ -173,7 +192,7 @@ def mean_field_fixed_draws(
         both = torch.as_tensor(x, dtype=start.dtype, device=start.device)
         mean, log_scale = both[:dim], both[dim:]
         deviation = log_scale.exp() * noise
-        value, gradient = _value_and_gradient(log_density, mean + deviation)
+        value, gradient = value_and_gradient(log_density, mean + deviation)
         loss = -value.mean() - log_scale.sum()
         slopes = torch.cat([-gradient.mean(0), -(gradient * deviation).mean(0) - 1])
         return float(loss), slopes.cpu().double().numpy()
