@@ -23,7 +23,7 @@ _DENSITY = frozenset({Capability.LOG_Q})
 @register("objectives", "elbo")
 @dataclasses.dataclass(frozen=True)
 class Elbo(Objective):
-    r"""Evidence lower bound: minimises :math:`\mathrm{KL}(q \| p)`.
+    r"""Evidence lower bound: minimises ``KL(q || p)``.
 
     .. math:: \mathcal{L}(q) = \mathbb{E}_q[\log p(x, z) - \log q(z)]
               = \log p(x) - \mathrm{KL}(q \,\|\, p(\cdot \mid x)), \qquad \text{loss} = -\mathcal{L}.
