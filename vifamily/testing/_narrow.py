@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from vifamily.errors import NotAvailableError
 from vifamily.types import Batch, Capability, Draw, NoiseSpec, Space
 
-__all__ = ["NarrowFamily", "NarrowModel"]
+__all__ = ["NarrowFamily", "NarrowModel", "SplitFamily"]
 
 Caps = frozenset[Capability]
 
@@ -64,6 +65,27 @@ class NarrowFamily:
         self._need(Capability.GAUSSIAN)
         out: tuple[Tensor, Tensor] = self._family.moments()
         return out
+
+
+class SplitFamily(NarrowFamily):
+    """A family whose first draw is written as two equal ones of half its weight.
+
+    Args:
+        family: A family whose draws carry weights.
+    """
+
+    def __init__(self, family: Any) -> None:
+        super().__init__(family, family.capabilities)
+
+    def __call__(self, noise: Tensor, context: Tensor | None = None) -> Draw:
+        """Map noise to draws, one more than the family gives."""
+        draw: Draw = self._family(noise, context)
+        half = draw.log_weight[..., :1] - math.log(2)
+        return Draw(
+            torch.cat([draw.z, draw.z[..., :1, :]], -2),
+            None if draw.log_q is None else torch.cat([draw.log_q, draw.log_q[..., :1]], -1),
+            torch.cat([half, draw.log_weight[..., 1:], half], -1),
+        )
 
 
 class NarrowModel(torch.nn.Module):

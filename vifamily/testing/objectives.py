@@ -17,7 +17,7 @@ from vifamily.families._stack import StackedFamily
 from vifamily.objectives import Objective
 from vifamily.rng import draw_noise
 from vifamily.testing import targets, tolerances
-from vifamily.testing._narrow import NarrowFamily, NarrowModel
+from vifamily.testing._narrow import NarrowFamily, NarrowModel, SplitFamily
 from vifamily.testing._report import Broken, Contracts, NotApplicable, Report
 from vifamily.testing._settings import Setting, build_at, exact_family, local_family, moved, unbiased
 from vifamily.testing._tools import (
@@ -50,8 +50,8 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
     equal one after the other; gradients of each estimator agree with differences of the value (exactly on the same
     noise, or in the mean within five standard errors); they vanish at the exact posterior and not elsewhere; a descent
     ends at the exact posterior of a conjugate model, and on a target that mean field does not contain at the closed
-    form for its ``renyi_order``; a constant added to the log joint changes no gradient; minibatches are unbiased where
-    it says so; extreme weights stay finite.
+    form for its ``renyi_order``; weights of draws are used as such; a constant added to the log joint changes no
+    gradient; minibatches are unbiased where it says so; extreme weights stay finite.
 
     Args:
         objective: An objective, or its name or spec.
@@ -80,6 +80,7 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
         check.determinism,
         check.restarts,
         check.gradient,
+        check.draw_weights,
         check.constant_invariance,
         check.zero_at_posterior,
         check.value_at_posterior,
@@ -254,6 +255,23 @@ class _Checks:
                 what = f"a mean difference between the gradient of the estimator {s.estimator!r} and that of the value"
                 mean_is(got - wanted, 0.0, what, slack=tolerances.FINITE_DIFFERENCE)
 
+    def draw_weights(self) -> None:
+        """Weights of draws are used as such: one draw written as two halves changes nothing."""
+        found = [s for s in self.settings() if Capability.WEIGHTED in s.family.capabilities]
+        if not found:
+            raise NotApplicable("it does not run on families whose draws carry weights")
+        for s in found:
+            noise = s.noise(self.draws)
+            whole, halves = s.loss(s.family, noise), s.loss(SplitFamily(s.family), noise)
+            what = f"when a draw is written as two of half its weight (estimator {s.estimator!r})"
+            agree(halves.value, whole.value, tolerances.EXACT, f"the same loss {what}")
+            agree(
+                flat_gradient(halves, s.family),
+                flat_gradient(whole, s.family),
+                tolerances.EXACT,
+                f"the same gradient {what}",
+            )
+
     def constant_invariance(self) -> None:
         """The log evidence is unknown: a constant added to the log joint changes no gradient."""
         for s in self.settings(("full_rank",)):
@@ -351,7 +369,7 @@ class _Checks:
         if order is None:
             raise NotApplicable("it states no renyi_order, so there is no closed form to compare with")
         low, high = order if isinstance(order, tuple) else (order, order)
-        if not (0 <= low <= high <= 1) or low == high == 0:
+        if low == high and not 0 < low <= 1:
             raise NotApplicable(f"the kit's grid of draws is good for orders in (0, 1], and this is of order {low:g}")
         rho = 0.9
         s = self.on(targets.correlated_normal(rho), "mean_field")
