@@ -1,0 +1,70 @@
+"""Tools of the tests of objectives: Gaussians on mixtures, gradients of many replicates."""
+
+import math
+
+import pytest
+import torch
+
+from vifamily import registry
+from vifamily.testing._tools import flat_gradient, replicate
+from vifamily.types import LatentSpec
+
+
+def gaussian(mean, sd, spec="mean_field"):
+    """A Gaussian family at given moments."""
+    mean = torch.as_tensor(mean, dtype=torch.float64).reshape(-1)
+    family = registry.build("families", spec).build(LatentSpec(mean.shape[0]), generator=torch.Generator().manual_seed(0))
+    family.start_at(mean, torch.as_tensor(sd, dtype=torch.float64).reshape(mean.shape))
+    return family
+
+
+def quadrature_noise(num):
+    """Normal noise whose equal-weight sums are integrals: mid-points of equal probability with unit variance, (num, 1)."""
+    points = torch.special.ndtri((torch.arange(num, dtype=torch.float64) + 0.5) / num)
+    return (points / points.square().mean().sqrt())[:, None]
+
+
+def minimum(objective, model, family, noise, rounds=20):
+    """Minimise on fixed noise by L-BFGS; returns mean, sd and value."""
+    parameters = [p for p in family.parameters() if p.numel()]
+    optimiser = torch.optim.LBFGS(parameters, max_iter=20, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = objective.loss(family, model, noise)
+        loss.surrogate.backward()
+        return loss.surrogate.detach()
+
+    for _ in range(rounds):
+        optimiser.step(closure)
+    mean, covariance = family.moments()
+    value = float(objective.loss(family, model, noise).value)
+    return float(mean.detach()[0]), math.sqrt(float(covariance.detach()[0, 0])), value
+
+
+def replicated_gradient(objective, model, family, draws, copies, seed=0):
+    """Gradient of each of many replicates on independent noise, (copies, size), and their values."""
+    stack = replicate(family, copies)
+    shape = (copies, draws, *family.noise_spec.shape)
+    maker = torch.randn if family.noise_spec.law == "normal" else torch.rand
+    noise = maker(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    loss = objective.loss(stack, model, noise)
+    return flat_gradient(loss, stack, copies), loss.value
+
+
+def same_mean(a, b, errors=5.0):
+    """Whether two samples have the same mean over their first axis, within standard errors."""
+    error = (a.var(0) / a.shape[0] + b.var(0) / b.shape[0]).sqrt()
+    return bool(((a.mean(0) - b.mean(0)).abs() <= errors * error + 1e-12).all())
+
+
+@pytest.fixture
+def tools():
+    class Tools:
+        gaussian = staticmethod(gaussian)
+        quadrature_noise = staticmethod(quadrature_noise)
+        minimum = staticmethod(minimum)
+        replicated_gradient = staticmethod(replicated_gradient)
+        same_mean = staticmethod(same_mean)
+
+    return Tools
