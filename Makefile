@@ -74,5 +74,5 @@ ci:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) results docs/_build docs/api docs/registry build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) results docs/_build docs/api docs/registry docs/notebooks build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find vifamily tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

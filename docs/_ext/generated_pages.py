@@ -1,13 +1,14 @@
-"""Pages made from the package when the site is built: one for each module, one for each registered entry.
+"""Pages made when the site is built: one for each module, each registered entry and each notebook.
 
 Nothing is listed by hand, so a new file in ``vifamily/objectives`` has its page without an edit here. Pages go to
-``docs/api`` and ``docs/registry``, which git ignores.
+``docs/api``, ``docs/registry`` and ``docs/notebooks``, which git ignores.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import shutil
 from collections.abc import Iterator
@@ -244,7 +245,32 @@ def write_registry(folder: Path) -> None:
     remove_others(folder, kept)
 
 
+# --- the notebooks: their text and code; what they print is theirs to show when they run ---
+
+
+def notebook_page(path: Path) -> list[str]:
+    """Return a notebook as a page: text as it is, code as blocks, and the file itself to take away."""
+    lines: list[str] = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"]).rstrip()
+        lines += ["```python", source, "```", ""] if cell["cell_type"] == "code" else [source, ""]
+        if len(lines) == 2:  # below the title
+            lines += [f"The notebook itself: {{download}}`{path.name} <../../notebooks/{path.name}>`.", ""]
+    return lines
+
+
+def write_notebooks(source: Path, folder: Path) -> None:
+    """Write a page for each notebook."""
+    kept = {folder / f"{path.stem}.md": notebook_page(path) for path in sorted(source.glob("*.ipynb"))}
+    for path, lines in kept.items():
+        write(path, lines)
+    for path in folder.glob("*.md"):
+        if path not in kept:
+            path.unlink()
+
+
 def write_all(docs: Path) -> None:
     """Write every generated page below the documentation folder."""
     write_api(docs / "api")
     write_registry(docs / "registry")
+    write_notebooks(docs.parent / "notebooks", docs / "notebooks")
