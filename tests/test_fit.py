@@ -20,6 +20,7 @@ from vifamily import registry
 from vifamily.errors import ConvergenceWarning, ModelError, NonFiniteLossError
 from vifamily.fit import fit
 from vifamily.models import Density, LikelihoodModel
+from vifamily.posterior import trace_of
 from vifamily.trackers import CsvTracker
 
 loop = importlib.import_module("vifamily.fit")  # the facade's `fit` hides the module
@@ -91,7 +92,7 @@ def test_a_long_trace_is_thinned_to_means_of_blocks():
         step_sizes = torch.full((4500,), 0.5, dtype=DOUBLE)
         terms = {"a": 2 * torch.arange(4500.0, dtype=DOUBLE)}
 
-    trace = loop._trace(Steps(), 0)
+    trace = trace_of(Steps(), 0)
     assert len(trace["step"]) == 1500 <= 2000
     assert trace["step"][:2].tolist() == [3, 6]
     assert trace["step"][-1] == 4500
@@ -140,7 +141,7 @@ def test_a_problem_may_be_named_or_given():
 # --- restarts ---
 
 
-class OneByOne(loop._Loop):
+class OneByOne(loop.FitLoop):
     """Runs every restart as a fit of its own, with the streams it has among the others."""
 
     def _groups(self):
@@ -151,7 +152,7 @@ class OneByOne(loop._Loop):
 def test_restarts_run_together_are_the_fits_they_would_be_alone(family, monkeypatch):
     options = {"seed": 5, "restarts": 3, "steps": 40, "draws": 3}
     together = fit("banana", family, **options)
-    monkeypatch.setattr(loop, "_Loop", OneByOne)
+    monkeypatch.setattr(loop, "FitLoop", OneByOne)
     apart = fit("banana", family, **options)
     for a, b in zip(together.restarts, apart.restarts, strict=True):
         assert torch.allclose(state(a), state(b), atol=1e-8, rtol=1e-8)

@@ -45,8 +45,8 @@ class FitRecord:
         solver: Spec of the solver.
         seed: Root seed.
         steps: Steps taken.
-        stop_reason: ``"converged"``, ``"max_steps"``, ``"smallest_step"``, ``"interrupted"``, ``"time_limit"``,
-            ``"callback"``, ``"non_finite"`` or ``"closed_form"``.
+        stop_reason: ``"converged"``, ``"max_steps"``, ``"smallest_step"``, ``"most_draws"``, ``"interrupted"``,
+            ``"time_limit"``, ``"callback"``, ``"non_finite"`` or ``"closed_form"``.
         converged: Whether the stopping rule was met.
         seconds: Wall time.
         draws_per_step: Draws of the family per step.
