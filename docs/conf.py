@@ -32,6 +32,7 @@ autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_rtype = False  # "The posterior: draws, density" is a sentence, not a type and its description
 napoleon_use_ivar = True  # as fields of the class: a dataclass would otherwise list each attribute twice
 
 html_theme = "furo"

@@ -27,6 +27,23 @@ KINDS = {
 }
 
 
+WORDS = {
+    "value_kind": {
+        "lower_bound": "minus a lower bound on the log evidence",
+        "upper_bound": "an upper bound on the log evidence",
+        "divergence": "a divergence, zero at the posterior",
+        "surrogate": "orders answers, and is no bound or divergence",
+        "none": "says nothing by itself",
+    },
+    "subsampling": {
+        "unbiased": "unbiased",
+        "biased": "allowed, and biased",
+        "per_datum": "only where every latent is local; then one bound per datum, unbiased",
+        "no": "refused",
+    },
+}
+
+
 def heading(text: str, mark: str = "=") -> list[str]:
     """Return a title as lines."""
     return [text, mark * len(text), ""]
@@ -170,8 +187,8 @@ def facts(entry: Any) -> Iterator[tuple[str, str]]:
         "needs_model": "Needs of the model",
         "needs_family": "Needs of the family",
         "capabilities": "Can do",
-        "value_kind": "Minus its value is",
-        "subsampling": "Minibatch",
+        "value_kind": "Value",
+        "subsampling": "Minibatches",
         "space": "Space",
         "spaces": "Spaces",
         "default_draws": "Draws per step",
@@ -181,7 +198,9 @@ def facts(entry: Any) -> Iterator[tuple[str, str]]:
         value = inspect.getattr_static(entry, attribute, None)
         if isinstance(value, (property, staticmethod, classmethod)) or callable(value) or value is None:
             continue
-        if isinstance(value, (frozenset, set)):
+        if isinstance(value, str) and value in WORDS.get(attribute, {}):
+            text = WORDS[attribute][value]
+        elif isinstance(value, (frozenset, set)):
             text = ", ".join(sorted(str(v) for v in value))
         elif isinstance(value, (tuple, list, dict)):
             text = ", ".join(str(v) for v in value)
