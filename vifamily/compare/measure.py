@@ -255,7 +255,8 @@ def _against_reference(problem: Problem, draws: Array, seed: int, values: dict[s
         "log_sd_ratio_at": where,
     }
     if reference.draws is not None:
-        found = distances(finite[:NUM_DRAWS], reference.draws, reference.sd, generator=generator(seed, "compare/projections"))
+        source = generator(seed, "compare/projections")
+        found = distances(finite[:NUM_DRAWS], reference.draws, reference.sd, generator=source)
         values |= {name: estimate.value for name, estimate in found.items()}
     return {name: float(e) if math.isfinite(e) else None for name, e in zip(reference.names, errors, strict=True)}
 
