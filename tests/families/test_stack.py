@@ -81,7 +81,9 @@ def test_draws_and_gradients_are_those_of_each_member(spec, dtype):
                 assert torch.allclose(stacked[r], single, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("spec", [s for s in (*REAL, *DISCRETE) if s not in ("ensemble(size=3)", "implicit(hidden=[8])")])
+@pytest.mark.parametrize(
+    "spec", [s for s in (*REAL, *DISCRETE) if s not in ("ensemble(size=3)", "implicit(hidden=[8])")]
+)
 def test_densities_at_points_are_those_of_each_member(spec):
     families = members(spec)
     stack = StackedFamily(families)
@@ -93,7 +95,11 @@ def test_densities_at_points_are_those_of_each_member(spec):
         held = points.requires_grad_()
         frozen = stack.log_prob(held, frozen=True)
         assert torch.allclose(frozen, together, rtol=1e-10, atol=1e-10)
-        gradients = torch.autograd.grad(frozen.sum(), [held, *stack.parameters()], allow_unused=True) if frozen.requires_grad else []
+        gradients = (
+            torch.autograd.grad(frozen.sum(), [held, *stack.parameters()], allow_unused=True)
+            if frozen.requires_grad
+            else []
+        )
         assert all(g is None or not g.any() for g in gradients[1:])
 
 
@@ -109,17 +115,26 @@ def test_closed_forms_are_those_of_each_member(spec):
 
 def test_members_with_maps_of_both_kinds_stack():
     families = members("full_rank", scales=("diagonal", "full", "diagonal"))
-    draws = [f(noise) for f, noise in zip(families, torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), strict=True)]
+    draws = [
+        f(noise)
+        for f, noise in zip(
+            families, torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), strict=True
+        )
+    ]
     stack = StackedFamily(families)
     noise = torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     together = stack(noise)
     for r, draw in enumerate(draws):
-        assert torch.allclose(together.z[r], draw.z, rtol=1e-12) and torch.allclose(together.log_q[r], draw.log_q, rtol=1e-12)
+        assert torch.allclose(together.z[r], draw.z, rtol=1e-12) and torch.allclose(
+            together.log_q[r], draw.log_q, rtol=1e-12
+        )
     for r, member in enumerate(stack.members()):
         assert torch.allclose(member(noise[r]).z, draws[r].z, rtol=1e-12)
 
 
-@pytest.mark.parametrize("spec", ["mean_field", "mixture(components=3)", "flow(kind=bpf, hidden=[8], transforms=1)", "categorical"])
+@pytest.mark.parametrize(
+    "spec", ["mean_field", "mixture(components=3)", "flow(kind=bpf, hidden=[8], transforms=1)", "categorical"]
+)
 def test_members_carry_what_was_learned(spec):
     families = members(spec)
     stack = StackedFamily(families)

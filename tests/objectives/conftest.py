@@ -13,13 +13,15 @@ from vifamily.types import LatentSpec
 def gaussian(mean, sd, spec="mean_field"):
     """A Gaussian family at given moments."""
     mean = torch.as_tensor(mean, dtype=torch.float64).reshape(-1)
-    family = registry.build("families", spec).build(LatentSpec(mean.shape[0]), generator=torch.Generator().manual_seed(0))
+    family = registry.build("families", spec).build(
+        LatentSpec(mean.shape[0]), generator=torch.Generator().manual_seed(0)
+    )
     family.start_at(mean, torch.as_tensor(sd, dtype=torch.float64).reshape(mean.shape))
     return family
 
 
 def quadrature_noise(num):
-    """Normal noise whose equal-weight sums are integrals: mid-points of equal probability with unit variance, (num, 1)."""
+    """Normal noise whose equal-weight sums are integrals: mid-points of equal probability, (num, 1)."""
     points = torch.special.ndtri((torch.arange(num, dtype=torch.float64) + 0.5) / num)
     return (points / points.square().mean().sqrt())[:, None]
 

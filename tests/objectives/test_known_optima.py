@@ -57,10 +57,16 @@ def test_optimum_of_the_upper_bound_of_order_minus_one(tools):
     assert 2 * value == pytest.approx(0.6104, abs=0.005)
 
 
-@pytest.mark.parametrize(("alpha", "start", "wanted"), [(1, (3, 0), (2.98, 1.02)), (1, (0, 1), (0, 2.74)), (0.5, (0, 1), (0, 3.05))])
+@pytest.mark.parametrize(
+    ("alpha", "start", "wanted"), [(1, (3, 0), (2.98, 1.02)), (1, (0, 1), (0, 2.74)), (0.5, (0, 1), (0, 3.05))]
+)
 def test_the_table_itself_by_quadrature(alpha, start, wanted):
-    found = minimize(lambda x: renyi_by_quadrature(alpha, x[0], math.exp(x[1])), start, method="Nelder-Mead", options={"xatol": 1e-5})
-    assert found.x[0] == pytest.approx(wanted[0], abs=0.01) and math.exp(found.x[1]) == pytest.approx(wanted[1], abs=0.01)
+    found = minimize(
+        lambda x: renyi_by_quadrature(alpha, x[0], math.exp(x[1])), start, method="Nelder-Mead", options={"xatol": 1e-5}
+    )
+    assert found.x[0] == pytest.approx(wanted[0], abs=0.01) and math.exp(found.x[1]) == pytest.approx(
+        wanted[1], abs=0.01
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.9, 1.0])

@@ -29,7 +29,7 @@ def broken(check, entry, contract, **options):
     return caught.value
 
 
-# --- objectives -------------------------------------------------------------------------------------------------------
+# --- objectives ---
 def changed(base, change, **fields):
     """An objective whose loss is that of another, changed."""
 
@@ -271,7 +271,7 @@ def test_a_contract_that_does_not_exist_cannot_be_skipped():
         testing.check_family("mean_field", skip={"no_such": "because"})
 
 
-# --- families ---------------------------------------------------------------------------------------------------------
+# --- families ---
 def family_entry(module, **declared):
     """An entry for a family module, with the capabilities of mean field."""
 
@@ -421,7 +421,7 @@ def test_an_entry_that_promises_more_than_it_builds_is_caught():
     assert "gradients" in testing.check_family(fair).passed
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ---
 Y = torch.tensor([0.3, -0.2, 1.0, 0.4], dtype=torch.float64)
 
 
@@ -467,7 +467,7 @@ def test_prior_draws_that_ignore_the_generator_are_caught():
     broken(testing.check_model, model, "prior_draws")
 
 
-# --- solvers ----------------------------------------------------------------------------------------------------------
+# --- solvers ---
 def solver_with(**methods):
     base = registry.build("solvers", "adam")
 

@@ -142,7 +142,7 @@ def mean_field_sd(alpha: float, rho: float) -> float:
 
     Example:
         >>> [round(mean_field_sd(alpha, 0.9), 4) for alpha in (-1.0, 0.0, 0.5, 1.0, 2.0)]
-        [1.1977, 1.0, 0.6602, 0.4359, 0.3642]
+        [1.1974, 1.0, 0.6602, 0.4359, 0.364]
     """
     if not math.isfinite(alpha):
         raise ConfigError(f"the order must be finite, got {alpha!r}.")
