@@ -430,8 +430,10 @@ def test_no_progress_line_off_a_terminal(capsys):
 
 @pytest.mark.parametrize("restarts", [1, 2])
 def test_single_precision(restarts):
-    posterior = fit(target(dtype=torch.float32), "full_rank", seed=0, restarts=restarts)
-    assert posterior.record.converged
+    posterior = fit(
+        target(dtype=torch.float32), "full_rank", seed=0, restarts=restarts, steps=None if restarts == 1 else 60
+    )
+    assert posterior.record.converged is (restarts == 1)
     assert posterior.draws(3).dtype == torch.float32
     _, covariance = posterior.family.moments()
     assert torch.allclose(covariance.double(), CORRELATED, atol=0.02)
@@ -457,7 +459,7 @@ def test_a_density_whose_function_cannot_follow_is_evaluated_where_it_was():
 
 def test_minibatches_reach_the_answer_of_all_data():
     whole = fit(regression(), "mean_field", seed=0)
-    batches = fit(regression(), "mean_field", seed=0, batch_size=5, draws=8, steps=3000)
+    batches = fit(regression(), "mean_field", seed=0, batch_size=5, draws=8, steps=2000)
     (mean, covariance), (other, other_covariance) = whole.family.moments(), batches.family.moments()
     sd, other_sd = covariance.diagonal().sqrt(), other_covariance.diagonal().sqrt()
     assert whole.record.converged

@@ -77,8 +77,9 @@ posterior = vf.fit("banana", family="flow(kind='nsf')", objective="renyi(alpha=0
 posterior.sample(10)
 """,
     "a Pyro program": """
-import pyro, pyro.distributions as dist
 import vifamily as vf
+from vifamily.models import _pyro  # Pyro's own import switches distribution validation on, and is the user's business
+import pyro, pyro.distributions as dist
 
 def program(y):
     centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
