@@ -112,7 +112,8 @@ import vifamily as vf
 
 assert doctest.testmod(log_variance).failed == 0
 sd = torch.tensor([0.5, 2.0], dtype=torch.float64)
-model = vf.models.Density(lambda z: -0.5 * ((z - 1.0) / sd).square().sum(-1), dim=2)
+wide = lambda n, generator: 3 * torch.randn(n, 2, generator=generator, dtype=torch.float64)  # a start that is off
+model = vf.models.Density(lambda z: -0.5 * ((z - 1.0) / sd).square().sum(-1), dim=2, sample_prior=wide)
 posterior = vf.fit(model, family="mean_field", objective=log_variance.LogVariance(), seed=0, init="prior")
 draws = posterior.draws(20000)
 error = (draws.mean(0) - 1.0).abs() / sd
