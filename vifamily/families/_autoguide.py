@@ -36,8 +36,8 @@ class ConvertedGuide(FamilyEntry):
         inner: The entry of the family.
     """
 
-    guide: Any
-    model: Any
+    guide: Any = dataclasses.field(repr=False)
+    model: Any = dataclasses.field(repr=False)
     inner: FamilyEntry
     given = True
 

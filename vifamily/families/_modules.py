@@ -24,7 +24,7 @@ class GivenFamily(FamilyEntry):
         family: The family.
     """
 
-    family: Family
+    family: Family = dataclasses.field(repr=False)
     given = True
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class GivenModule(FamilyEntry):
         ConfigError: Naming what is missing.
     """
 
-    module: nn.Module
+    module: nn.Module = dataclasses.field(repr=False)
     given = True
 
     def __post_init__(self) -> None:

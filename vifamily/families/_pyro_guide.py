@@ -73,8 +73,8 @@ class PyroGuide(FamilyEntry):
         model: The Pyro model, for its arguments and the order of its sites.
     """
 
-    guide: Any
-    model: Any
+    guide: Any = dataclasses.field(repr=False)
+    model: Any = dataclasses.field(repr=False)
     capabilities = _CAPABILITIES
     given = True
 

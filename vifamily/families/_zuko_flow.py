@@ -39,7 +39,7 @@ class ZukoFlow(FamilyEntry):
         ConfigError: If it is not a flow with a normal base.
     """
 
-    flow: Any
+    flow: Any = dataclasses.field(repr=False)
     capabilities = _CAPABILITIES
     given = True
 
