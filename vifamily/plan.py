@@ -239,13 +239,16 @@ def make_plan(
     way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
     if not isinstance(way, Solver):
         raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
+    if way.fixed_draws:
+        loss = loss.for_fixed_draws(registry.entry_name(way))
     entry = _family_choice(family, found, notes)
     latent = latent_of(found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
     loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
+    way.check(model=found, family=built, batch_size=batch_size)
     if draws is None:
-        draws = loss.default_draws
+        draws = way.default_draws if way.default_draws and loss.linear_in_draws else loss.default_draws
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ConfigError(f"draws must be a positive integer, got {draws!r}.")
     least = max(loss.min_draws, 2 if getattr(loss, "estimator", None) == "score" else 1)

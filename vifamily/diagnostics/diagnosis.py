@@ -42,8 +42,8 @@ class Diagnosis:
     """How a fit went and how far its posterior can be trusted; prints as a table.
 
     Attributes:
-        stop_reason: ``"converged"``, ``"max_steps"``, ``"smallest_step"``, ``"interrupted"``, ``"time_limit"``,
-            ``"callback"``, ``"non_finite"`` or ``"closed_form"``.
+        stop_reason: ``"converged"``, ``"max_steps"``, ``"smallest_step"``, ``"most_draws"``, ``"interrupted"``,
+            ``"time_limit"``, ``"callback"``, ``"non_finite"`` or ``"closed_form"``.
         converged: Whether the stopping rule was met.
         steps: Steps taken.
         seconds: Wall time of the fit.
@@ -212,6 +212,7 @@ def _unfinished(found: Diagnosis, subject: Subject) -> str | None:
         return None
     why = {
         "max_steps": f"used up its {found.steps} steps before it converged",
+        "most_draws": "reached its largest number of fixed draws before the answer stopped depending on them",
         "interrupted": f"was interrupted at step {found.steps} before it converged",
         "time_limit": f"ran out of its time at step {found.steps} before it converged",
     }.get(found.stop_reason, f"ended ({found.stop_reason}) before it converged")

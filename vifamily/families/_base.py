@@ -161,6 +161,13 @@ class Family(nn.Module, abc.ABC):
                 f"{type(self).__name__} is conditional: give a context of shape (datum, {declared}), got {got}."
             )
 
+    def fewest_fixed_draws(self) -> int | None:
+        """Fewest draws, in mirrored pairs, on which a loss has a bounded optimum when the draws stay fixed.
+
+        None where no number is enough, or none is known: such a family is fitted on fresh draws only.
+        """
+        return None
+
     # -- derived -----------------------------------------------------------------------------------------------------
     @property
     def dim(self) -> int:

@@ -146,6 +146,10 @@ class EllipticalFamily(Family):
             raise NotAvailableError("the moments of a conditional family depend on the context: draw from it instead.")
         return self.values(None)
 
+    def fewest_fixed_draws(self) -> int | None:
+        """One pair is enough where every coordinate has a scale and noise of its own; none for a network."""
+        return 2 if self.head is None else None
+
     def marginal_sd(self, scale: Tensor) -> Tensor:
         """Standard deviations ``(dim,)`` belonging to the second argument of ``start_at``."""
         return scale if scale.dim() == 1 else scale.square().sum(-1).sqrt()

@@ -72,6 +72,10 @@ class StackedFamily(nn.Module):
         """Base noise of one draw of one member."""
         return self._members[0].noise_spec
 
+    def fewest_fixed_draws(self) -> int | None:
+        """What each member says."""
+        return self._members[0].fewest_fixed_draws()
+
     def _state(self) -> dict[str, Tensor]:
         state = {"family." + n: getattr(self, f"p{i}") for i, n in enumerate(self._names)}
         state.update({"family." + n: getattr(self, f"b{i}") for i, n in enumerate(self._buffer_names)})

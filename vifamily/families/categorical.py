@@ -102,6 +102,10 @@ class CategoricalFamily(Family):
         states = torch.cartesian_prod(*axes).reshape(-1, latent.dim) if axes else torch.zeros(0, latent.dim, **options)
         self.register_buffer("states", states, persistent=False)
 
+    def fewest_fixed_draws(self) -> int | None:
+        """All states are weighted without any noise, or, where they are too many, no gradient flows through draws."""
+        return 0 if self.enumerated else None
+
     def log_probabilities(self) -> Tensor:
         """Log probability of every category, ``(dim, categories)``; minus infinity where a coordinate has fewer."""
         return self.logits.masked_fill(~self.possible, -math.inf).log_softmax(-1)

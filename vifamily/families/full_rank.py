@@ -104,6 +104,10 @@ class FullRankFamily(EllipticalFamily):
         loc, log_diagonal, lower = self.values(context)
         return loc, log_diagonal, strict_lower(lower, self.position)
 
+    def fewest_fixed_draws(self) -> int | None:
+        """More pairs than coordinates: on fewer, a row of the factor grows at no cost along what no draw shows."""
+        return 2 * self.dim + 2 if self.head is None else None
+
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
         """Map noise to draws, ``u = loc + L e``."""
         loc, log_diagonal, lower = self._parts(context)

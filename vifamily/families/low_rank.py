@@ -96,6 +96,10 @@ class LowRankFamily(EllipticalFamily):
             self.factor.copy_(normal((dim, rank), generator, std=std, dtype=latent.dtype, device=latent.device))
         self.start_at(torch.zeros_like(self.loc), torch.ones_like(self.loc))
 
+    def fewest_fixed_draws(self) -> int | None:
+        """More pairs than columns: on fewer, a column and the diagonal cancel at every draw and grow at no cost."""
+        return 2 * self.rank + 4 if self.head is None else None
+
     def _inner(self, factor: Tensor) -> Tensor:
         """Cholesky factor of ``I + W^T W``."""
         eye = torch.eye(self.rank, dtype=factor.dtype, device=factor.device)

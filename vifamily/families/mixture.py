@@ -106,6 +106,10 @@ class MixtureFamily(Family):
         self.register_buffer("directions", _balanced(normal((len(parts), latent.dim), generator, **options)))
         self.start_at(torch.zeros(latent.dim, **options), torch.ones(latent.dim, **options))
 
+    def fewest_fixed_draws(self) -> int | None:
+        """What a component needs, since each sees every draw."""
+        return self._families()[0].fewest_fixed_draws()
+
     def log_component_weight(self) -> Tensor:
         """Log weights of the components, ``(components,)``."""
         return self.logits.log_softmax(-1)

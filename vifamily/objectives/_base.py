@@ -7,6 +7,7 @@ An objective is a frozen dataclass marked with ``@register("objectives", name)``
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
@@ -35,6 +36,8 @@ class Estimator:
         never_family: What the family must not have.
         unless_asked: Reasons for which ``"auto"`` passes it over though it is allowed: capabilities that the family
             should have.
+        value_gradient: Whether the surrogate's gradient is that of the value on the same noise, so that a solver may
+            minimise the value on fixed draws; not so for score functions and for estimators that hold a density fixed.
     """
 
     model: Caps = frozenset()
@@ -42,6 +45,7 @@ class Estimator:
     never_model: Caps = frozenset()
     never_family: Caps = frozenset()
     unless_asked: Caps = frozenset()
+    value_gradient: bool = True
 
     def lacks(self, model: Caps, family: Caps) -> tuple[str, ...]:
         """Return what stands in the way, in words."""
@@ -73,6 +77,8 @@ class Objective(abc.ABC):
     that the number says nothing."""
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     """Whether a minibatch gives an unbiased loss; ``per_datum``: only where every latent is local."""
+    value_gradient: ClassVar[bool] = False
+    """Of an objective without estimators: see :attr:`Estimator.value_gradient`."""
     blind_to_mode_weights: ClassVar[bool] = False
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
 
@@ -110,7 +116,8 @@ class Objective(abc.ABC):
             asked = getattr(self, "estimator", "auto")
             options = self.estimators if asked == "auto" else {asked: self.estimators[asked]}
             reasons = [list(e.lacks(model, family)) for e in options.values()]
-            out += min(reasons, key=lambda words: len(words))
+            fewest = min(reasons, key=len)
+            out += fewest
         return tuple(out)
 
     def resolve(self, model: ModelLike, family: FamilyLike) -> Self:
@@ -126,6 +133,29 @@ class Objective(abc.ABC):
         if not self.estimators:
             return self
         return dataclasses.replace(self, estimator=self._estimator(of_model, of_family))  # type: ignore[call-arg]
+
+    def for_fixed_draws(self, solver: str) -> Self:
+        """Return this objective with only the estimators that follow the value on fixed draws.
+
+        Args:
+            solver: Name of the solver that asks, for the message.
+
+        Raises:
+            IncompatibleError: If none does, or the one asked for does not.
+        """
+        asked = getattr(self, "estimator", "auto")
+        following = {name: e for name, e in self.estimators.items() if e.value_gradient}
+        if asked in following or (asked == "auto" and following) or (not self.estimators and self.value_gradient):
+            out = copy.copy(self)
+            object.__setattr__(out, "estimators", following)
+            return out
+        what = f"the estimator {asked!r} of" if asked != "auto" else "the objective"
+        other = f"one of {', '.join(['auto', *following])}, or " if following else ""
+        raise IncompatibleError(
+            f"the solver {solver!r} minimises a value on fixed draws, and the gradient of {what} {entry_name(self)!r} "
+            f"is not that of its value there: use {other}solver='adam'.",
+            missing=("a gradient of the value on fixed draws",),
+        )
 
     def _estimator(self, model: Caps, family: Caps) -> str | None:
         asked = getattr(self, "estimator", "auto")

@@ -25,12 +25,14 @@ ESTIMATORS = {
         never_model=frozenset({Capability.LOCAL, Capability.POINT_PARAMETERS}),
         never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
         unless_asked=frozenset({Capability.CHEAP_LOG_Q}),
+        value_gradient=False,
     ),
     "reparameterised": Estimator(model=frozenset({Capability.SCORE}), family=_PATH),
     "score": Estimator(
         family=frozenset({Capability.DRAWS}),
         never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
         never_model=frozenset({Capability.LOCAL}),
+        value_gradient=False,
     ),
 }
 """Estimators shared by ``iwae`` and ``renyi``.

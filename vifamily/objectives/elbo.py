@@ -67,6 +67,7 @@ class Elbo(Objective):
             never_model=frozenset({Capability.LOCAL}),
             never_family=frozenset({Capability.LOG_Q_BOUND}),
             unless_asked=frozenset({Capability.CHEAP_LOG_Q}),
+            value_gradient=False,
         ),
         "entropy": Estimator(
             model=frozenset({Capability.SCORE}),
@@ -83,6 +84,7 @@ class Elbo(Objective):
             family=frozenset({Capability.DRAWS}),
             never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
             never_model=frozenset({Capability.LOCAL}),
+            value_gradient=False,
         ),
     }
 

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers.adam import Adam
+from vifamily.solvers.lbfgs import Lbfgs
 
-__all__ = ["Adam", "Run", "Solver", "StepReport", "Task"]
+__all__ = ["Adam", "Lbfgs", "Run", "Solver", "StepReport", "Task"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,10 @@ class Task:
         restarts: Number of restarts in the stack.
         step_size: First step size that suits the family.
         objective_state: The objective's state at the first step.
+        draws: Draws of one step, or of one value where the objective combines several.
+        linear_in_draws: Whether the loss is a plain mean over draws.
+        seed: Root seed, for solvers that make draws of their own.
+        first_restart: Index of the first restart in the stack.
     """
 
     objective_loss: Callable[[FamilyLike, ModelLike, Tensor, Batch | None, Any], Loss]
@@ -43,6 +47,10 @@ class Task:
     restarts: int
     step_size: float
     objective_state: Any = None
+    draws: int = 64
+    linear_in_draws: bool = True
+    seed: int = 0
+    first_restart: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +121,18 @@ class Run(abc.ABC):
 
 class Solver(abc.ABC):
     """Hyper-parameters of a way to drive a loss down; a frozen dataclass marked with ``@register("solvers", name)``."""
+
+    fixed_draws: ClassVar[bool] = False
+    """Whether it minimises the loss on fixed draws, so that gradient estimators must follow the value there."""
+    default_draws: ClassVar[int | None] = None
+    """Draws to take where the loss is a mean over draws; None leaves it to the objective."""
+
+    def check(self, *, model: Any, family: Any, batch_size: int | None = None) -> None:  # noqa: B027
+        """Refuse what it cannot do; called before the first step, with the family that will be fitted.
+
+        Raises:
+            IncompatibleError: Naming why, and what would work.
+        """
 
     @abc.abstractmethod
     def start(self, task: Task) -> Run:

@@ -15,12 +15,12 @@ from vifamily.registry import register
 from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
-from vifamily.types import Loss, Space
+from vifamily.solvers._watch import bad_parameter, units, watched
+from vifamily.types import Loss
 
 __all__ = ["Adam"]
 
 _SNAPSHOTS = 64
-_MOST_WATCHED = 400
 
 
 @register("solvers", "adam")
@@ -145,7 +145,8 @@ class AdamRun(Run):
         bad = [name for name, term in loss.terms.items() if not bool(torch.isfinite(term).all())]
         # a term of a sum that is fine apart makes the sum itself the culprit
         term = bad[0] if bad else "the loss" if not all(abs(v) < float("inf") for v in values) else "the gradient"
-        parameter = self._bad_parameter(packed)
+        owners = [self.task.family if g is self.flat else self.task.model for g in self.groups]
+        parameter = bad_parameter(self.groups, owners, packed)
         where = f", first seen in the parameter {parameter!r}" if parameter else ""
         raise NonFiniteLossError(
             f"step {self.step_count}: {term} is not finite{where}; loss {values}. "
@@ -156,17 +157,6 @@ class AdamRun(Run):
             term=term,
             parameter=parameter,
         )
-
-    def _bad_parameter(self, packed: list[Tensor]) -> str | None:
-        named = [self.task.family.named_parameters(), self.task.model.named_parameters()]
-        for group, gradient in zip(self.groups, packed, strict=True):
-            columns = (~torch.isfinite(gradient)).any(0).nonzero()
-            if len(columns):
-                source = named[0] if group is self.flat else named[1]
-                lookup = {id(p): n for n, p in source}
-                names = [lookup.get(id(p), "unknown") for p in group.parameters]
-                return group.name_of(int(columns[0]), names)
-        return None
 
     def _record(self, loss: Loss, values: list[float], gradient: Tensor) -> None:
         self.step_count += 1
@@ -195,24 +185,12 @@ class AdamRun(Run):
         return StepReport(step, tuple(values), terms, used, self.finished, phase)
 
     # -- watching ------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
     def watch(self) -> Tensor:
-        """Means and log sds of each coordinate on fixed noise, for every restart; parameters where there are none."""
-        latent = getattr(self.task.family, "latent", None)
-        if latent is None or latent.dim == 0 or latent.space is not Space.REAL:
-            return self.flat.value[:, :_MOST_WATCHED].reshape(-1).clone()
-        draw = self.task.family(self.task.monitor_noise)
-        z, weight = draw.z[..., :_MOST_WATCHED], draw.log_weight.exp().unsqueeze(-1)
-        mean = (weight * z).sum(-2)
-        variance = (weight * (z - mean.unsqueeze(-2)) ** 2).sum(-2)
-        return torch.cat([mean.reshape(-1), 0.5 * variance.clamp_min(1e-300).log().reshape(-1)])
+        """What :func:`~vifamily.solvers._watch.watched` gives of the family as it stands."""
+        return watched(self.task.family, self.task.monitor_noise, self.flat.value)
 
     def _unit(self, row: Tensor) -> Tensor:
-        latent = getattr(self.task.family, "latent", None)
-        if latent is None or latent.dim == 0 or latent.space is not Space.REAL:
-            return torch.ones_like(row)
-        _, log_sd = row.chunk(2)
-        return torch.cat([log_sd.exp(), torch.ones_like(log_sd)])
+        return units(self.task.family, row)
 
     # -- averaging and stages ------------------------------------------------------------------------------------------
     def _snapshot(self) -> None:

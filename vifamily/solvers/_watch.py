@@ -1,0 +1,65 @@
+"""What is watched to see whether a fit has settled: means and log sds, in units that do not depend on the problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vifamily.types import Space
+
+__all__ = ["bad_parameter", "units", "watched"]
+
+MOST_WATCHED = 400
+
+
+def _has_moments(family: Any) -> bool:
+    latent = getattr(family, "latent", None)
+    return latent is not None and latent.dim > 0 and latent.space is Space.REAL
+
+
+@torch.no_grad()
+def watched(family: Any, noise: Tensor, parameters: Tensor) -> Tensor:
+    """Means and log sds of each coordinate on fixed noise, for every restart; parameters where there are none.
+
+    Args:
+        family: A family, or several stacked.
+        noise: ``([restart,] draw, ...)``.
+        parameters: Flat parameters ``(restart, number)``.
+
+    Returns:
+        ``(quantity,)``: all means, then all log sds.
+    """
+    if not _has_moments(family):
+        return parameters[:, :MOST_WATCHED].reshape(-1).clone()
+    draw = family(noise)
+    z, weight = draw.z[..., :MOST_WATCHED], draw.log_weight.exp().unsqueeze(-1)
+    mean = (weight * z).sum(-2)
+    variance = (weight * (z - mean.unsqueeze(-2)) ** 2).sum(-2)
+    return torch.cat([mean.reshape(-1), 0.5 * variance.clamp_min(1e-300).log().reshape(-1)])
+
+
+def units(family: Any, row: Tensor) -> Tensor:
+    """Unit of each watched quantity: posterior sds for means, one for log sds."""
+    if not _has_moments(family):
+        return torch.ones_like(row)
+    _, log_sd = row.chunk(2)
+    return torch.cat([log_sd.exp(), torch.ones_like(log_sd)])
+
+
+def bad_parameter(groups: list[Any], owners: list[Any], packed: list[Tensor]) -> str | None:
+    """Name of the first parameter whose gradient is not finite.
+
+    Args:
+        groups: Flat parameters.
+        owners: The module that each group's parameters come from.
+        packed: Gradients laid out as the groups are.
+    """
+    for group, owner, gradient in zip(groups, owners, packed, strict=True):
+        columns = (~torch.isfinite(gradient)).any(0).nonzero()
+        if len(columns):
+            lookup = {id(p): n for n, p in owner.named_parameters()}
+            name: str = group.name_of(int(columns[0]), [lookup.get(id(p), "unknown") for p in group.parameters])
+            return name
+    return None

@@ -1,0 +1,415 @@
+"""L-BFGS on fixed draws: a deterministic fit whose draws are multiplied until the answer no longer depends on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vifamily.errors import ConfigError, IncompatibleError, NonFiniteLossError
+from vifamily.registry import register
+from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
+from vifamily.solvers._flat import FlatParameters
+from vifamily.solvers._quasi_newton import Descent, NotFinite
+from vifamily.solvers._watch import bad_parameter, units, watched
+from vifamily.types import Capability, NoiseSpec
+
+__all__ = ["Lbfgs"]
+
+_GROWTH = 4
+_CHECKS = 3
+"""Independent sets of draws on which the Monte-Carlo error of a minimum is judged."""
+_MOST_EVALUATIONS = 1000
+_FRESH_DRAWS = 256
+_FRESH = 1000
+"""Number of the level whose draws are kept for judging the answer."""
+
+
+@register("solvers", "lbfgs")
+@dataclasses.dataclass(frozen=True)
+class Lbfgs(Solver):
+    r"""L-BFGS on fixed draws: no step size, no gradient noise, a few dozen evaluations.
+
+    The expectation over the family's base noise is replaced by a mean over n fixed draws (the sample-average
+    approximation),
+
+    .. math:: \hat L_n(\lambda) = \frac1n \sum_{i=1}^n \ell(\lambda, e_i),
+
+    a plain function that a quasi-Newton method minimises to the end (Giordano, Ingram and Broderick 2024; Burroni,
+    Domke and Sheldon 2023). Its minimum differs from that of the expectation by a Monte-Carlo error that depends on n
+    alone. That error is estimated at each minimum from three further sets of n draws: the minimum on another set lies
+    about one quasi-Newton step away, :math:`-\hat H^{-1} \nabla \hat L_n'`, and the spread of the four is the error.
+    The draws are multiplied by four (64, 256, 1024, ...), each time with fresh ones and from the last minimum, until
+    the error of every posterior mean (in posterior sds) and log sd is below half of ``tolerance`` and the last
+    multiplication moved none by more than twice ``tolerance``, which is what so many quantities may move by chance.
+    The largest error is reported as ``record.mcse_iterates``.
+
+    The draws are scrambled Sobol points with their mirror images, scaled to exact second moments, which makes
+    Gaussian answers to Gaussian posteriors exact on any number of draws. For objectives that combine several draws
+    (``iwae``, ``renyi``) they are independent, in groups of ``draws``. Restarts are minimised side by side. One step
+    of the fit is one evaluation of the loss and its gradient on all draws.
+
+    What it refuses before the first step: families whose optimum on fixed draws is unbounded, or fits the draws rather
+    than the posterior (flows, implicit families: they need fresh draws); gradient estimators that do not follow the
+    value on fixed draws (``score``, ``stl``, ``dreg``; ``estimator="auto"`` takes another one); minibatches; local
+    latents. A family with a full covariance has no bounded optimum on fewer draws than dimensions: the first number of
+    draws (``draws`` of the fit, 64 by default, rounded up to a power of two) is then raised.
+
+    Args:
+        tolerance: Twice the largest Monte-Carlo error of a mean (in posterior sds) or log sd.
+        most_draws: Most draws; at least two numbers of draws are always compared.
+
+    Raises:
+        ConfigError: If a number is not positive.
+
+    Example:
+        >>> import vifamily as vf
+        >>> posterior = vf.fit("correlated_normal", family="full_rank", solver="lbfgs", seed=0)
+        >>> posterior.record.stop_reason, posterior.record.steps < 60
+        ('converged', True)
+    """
+
+    tolerance: float = 0.02
+    most_draws: int = 16384
+
+    fixed_draws: ClassVar[bool] = True
+    default_draws: ClassVar[int | None] = 64
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if not (number and 0 < self.tolerance < math.inf):
+            raise ConfigError(f"lbfgs(tolerance=...) must be a positive number, got {self.tolerance!r}.")
+        if isinstance(self.most_draws, bool) or not isinstance(self.most_draws, int) or self.most_draws < 2:
+            raise ConfigError(f"lbfgs(most_draws=...) must be an integer of at least 2, got {self.most_draws!r}.")
+
+    def check(self, *, model: Any, family: Any, batch_size: int | None = None) -> None:
+        """Refuse what has no bounded optimum on fixed draws (see :class:`~vifamily.solvers._base.Solver`)."""
+        capabilities = frozenset(family.capabilities)
+        name = getattr(family, "spec", None) or type(family).__name__
+        if batch_size is not None:
+            raise IncompatibleError(
+                "the solver 'lbfgs' minimises one fixed function, and a minibatch changes it at every step: leave "
+                "batch_size out, or use solver='adam'.",
+                missing=("all data in one step",),
+            )
+        if Capability.LOCAL in frozenset(getattr(model, "capabilities", ())):
+            raise IncompatibleError(
+                "the solver 'lbfgs' does not take models with local latents: use solver='adam'.",
+                missing=("a model without local latents",),
+            )
+        if not {Capability.REPARAMETERISED, Capability.ENUMERATED} & capabilities:
+            raise IncompatibleError(
+                f"the solver 'lbfgs' needs draws through which a gradient flows, and the family {name!r} has none: use "
+                "solver='adam'.",
+                missing=(str(Capability.REPARAMETERISED),),
+            )
+        if _fewest_draws(family) is None:
+            raise IncompatibleError(
+                f"the solver 'lbfgs' needs a family with a bounded optimum on fixed draws, and the family {name!r} "
+                "does not say from how many draws on it has one (flows and implicit families have it on none): use "
+                "solver='adam', or a family such as mean_field, full_rank, low_rank or mixture.",
+                missing=("a bounded optimum on fixed draws",),
+                works_with={"families": ["mean_field", "full_rank", "low_rank", "mixture"]},
+            )
+
+    def start(self, task: Task) -> LbfgsRun:
+        """Begin a run."""
+        self.check(model=task.model, family=task.family)
+        if task.objective_state is not None:
+            raise IncompatibleError(
+                "the solver 'lbfgs' minimises one fixed function, and this objective carries a state from step to "
+                "step: use solver='adam'.",
+                missing=("an objective without a state",),
+            )
+        return LbfgsRun(task, self.tolerance, self.most_draws)
+
+
+def _fewest_draws(family: Any) -> int | None:
+    fewest = getattr(family, "fewest_fixed_draws", None)
+    return None if fewest is None else fewest()
+
+
+def _plain(value: float) -> float | str | None:
+    """Write NaN as None and infinity as a word: JSON has neither."""
+    return "inf" if value == math.inf else None if math.isnan(value) else value
+
+
+class LbfgsRun(Run):
+    """One run of :class:`Lbfgs`."""
+
+    def __init__(self, task: Task, tolerance: float, most_draws: int) -> None:
+        self.task, self.tolerance = task, tolerance
+        self.flat = FlatParameters(task.family.parameters(), task.restarts)
+        own = {id(p) for p in self.flat.parameters}
+        self.model_flat = FlatParameters([p for p in task.model.parameters() if id(p) not in own], 1)
+        self.groups = [g for g in (self.flat, self.model_flat) if g.parameters]
+        if not self.groups:
+            raise ConfigError("there is nothing to optimise: neither the family nor the model has parameters.")
+        if self.model_flat.parameters and task.restarts > 1:
+            raise ConfigError("restarts of a model with parameters of its own run one after the other, not stacked.")
+        options: dict[str, Any] = {"dtype": task.monitor_noise.dtype, "device": task.monitor_noise.device}
+        self.options = options
+        self.notes: list[str] = []
+        self.counts = self._counts(most_draws)
+        family = task.family if task.linear_in_draws else Grouped(task.family, task.draws)
+        self.loss = FixedLoss(
+            lambda noise: task.objective_loss(family, task.model, noise, None, None),
+            [p for g in self.groups for p in g.parameters],
+            task.restarts,
+        )
+        # half the square of a tenth of the tolerance: the loss that a mean off by that much would cost
+        self.descent = Descent(
+            self._held(), goal=0.5 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(options["dtype"]).eps)
+        )
+        self.step_count, self.level, self.level_from = 0, 0, 0
+        self.previous: Tensor | None = None
+        self.checked: list[Tensor] = []
+        self.change, self.error = float("nan"), float("nan")
+        self._losses: list[list[float]] = []
+        self._step_sizes: list[float] = []
+        self._terms: dict[str, list[float]] = {}
+        self.at_minimum = False
+        self.finished: str | None = None
+        self._fix()
+
+    # -- draws ---------------------------------------------------------------------------------------------------------
+    def _counts(self, most: int) -> list[int]:
+        """Numbers of draws of the levels."""
+        if math.prod(self.task.family.noise_spec.shape) == 0:
+            return [2]
+        # groups of the draws that one value combines, and as many of their mirror images
+        unit = 2 if self.task.linear_in_draws else 2 * self.task.draws
+        first = max(self.task.draws, 2) if self.task.linear_in_draws else 64
+        # on just enough draws the optimum is bounded but far off: twice as many
+        fewest = 2 * (_fewest_draws(self.task.family) or 1)
+        # powers of two are what Sobol points are made for, and can be evaluated a part at a time
+        count = 2 ** math.ceil(math.log2(max(first, fewest)))
+        if first < fewest:
+            self.notes.append(
+                f"the first number of fixed draws was raised from {first} to {count}: on fewer than {fewest // 2} the "
+                "optimum of this family is unbounded"
+            )
+        counts = [unit * math.ceil(count / unit)]
+        while len(counts) < 2 or counts[-1] * _GROWTH <= most:
+            counts.append(counts[-1] * _GROWTH)
+        return counts
+
+    def _draws(self, count: int, level: int, restart: int, check: int = 0) -> Tensor:
+        seed = stream(self.task.seed, level, restart, check)
+        spec: NoiseSpec = self.task.family.noise_spec
+        return (balanced_draws if self.task.linear_in_draws else independent_draws)(spec, count, seed)
+
+    def _part(self, count: int) -> int:
+        # a group is never cut
+        unit = 1 if self.task.linear_in_draws or count % self.task.draws else self.task.draws
+        return unit * part_size(count // unit, unit * self.task.restarts, getattr(self.task.model, "num_data", None))
+
+    def _fix(self) -> None:
+        """Take the draws of the level, or another set of as many that judges its minimum."""
+        count, first = self.counts[self.level], self.task.first_restart
+        draws = [self._draws(count, self.level, first + r, len(self.checked)) for r in range(self.task.restarts)]
+        self.loss.fix(draws, self._part(count), self.options)
+
+    # -- parameters ----------------------------------------------------------------------------------------------------
+    def _held(self) -> np.ndarray:
+        held: np.ndarray = torch.cat([g.value for g in self.groups], dim=1).double().cpu().numpy().copy()
+        return held
+
+    def _set(self, x: np.ndarray) -> None:
+        start = 0
+        for group in self.groups:
+            width = group.value.shape[1]
+            group.set(torch.from_numpy(np.ascontiguousarray(x[:, start : start + width])).to(group.value))
+            start += width
+
+    def _packed(self, gradients: list[Tensor | None]) -> list[Tensor]:
+        taken, out = 0, []
+        for group in self.groups:
+            out.append(group.gather(gradients[taken : taken + len(group.parameters)]))
+            taken += len(group.parameters)
+        return out
+
+    # -- one evaluation ------------------------------------------------------------------------------------------------
+    def step(self) -> StepReport:
+        """Evaluate once; a run that has ended stays as it is (see :class:`~vifamily.solvers._base.Run`)."""
+        if self.finished is not None:
+            return self._report()
+        descent = self.descent
+        try:
+            self._set(descent.proposal())
+            values, gradients, terms = self.loss()
+        finally:
+            self._set(descent.x)
+        packed = self._packed(gradients)
+        gradient = torch.cat(packed, dim=1).double().cpu().numpy()
+        taken = 0.0 if self.checked else float(np.mean(descent.t))
+        if self.checked:
+            self._check(gradient)
+        else:
+            try:
+                descent.update(values, gradient)
+            except NotFinite as error:
+                raise self._failure(values, terms, packed) from error
+            self._set(descent.x)
+        self.step_count += 1
+        self._losses.append(descent.value.tolist())
+        self._step_sizes.append(taken)
+        for name, term in terms.items():
+            column = self._terms.setdefault(name, [])
+            # a trial beyond a wall is not where the fit stands
+            column.append(term if math.isfinite(term) or not column else column[-1])
+        if not self.checked and (descent.finished or self.step_count - self.level_from >= _MOST_EVALUATIONS):
+            self.at_minimum = self._at_minimum()
+            self.checked = [self._watched()]
+            if len(self.counts) > 1:
+                self._fix()
+        if len(self.checked) == (1 + _CHECKS if len(self.counts) > 1 else 1):
+            self._end_level()
+        return self._report()
+
+    def _report(self) -> StepReport:
+        terms = {name: column[-1] for name, column in self._terms.items()}
+        step_size = self._step_sizes[-1] if self._step_sizes else 1.0
+        phase = f"{self.counts[self.level]} fixed draws" + (", checking" if self.checked else "")
+        return StepReport(self.step_count, tuple(self.descent.value.tolist()), terms, step_size, self.finished, phase)
+
+    def _failure(self, values: np.ndarray, terms: Mapping[str, float], packed: list[Tensor]) -> NonFiniteLossError:
+        bad = [name for name, term in terms.items() if not math.isfinite(term)]
+        term = bad[0] if bad else "the gradient" if bool(np.isfinite(values).all()) else "the loss"
+        owners = [self.task.family if g is self.flat else self.task.model for g in self.groups]
+        parameter = bad_parameter(self.groups, owners, packed)
+        where = f", first seen in the parameter {parameter!r}" if parameter else ""
+        return NonFiniteLossError(
+            f"step {self.step_count}: {term} is not finite{where} on {self.counts[self.level]} fixed draws; loss "
+            f"{values.tolist()}. The fit stopped at its last finite state. Usual causes: a density that overflows far "
+            "from its mode, or a start point outside the support.",
+            step=self.step_count,
+            term=term,
+            parameter=parameter,
+        )
+
+    # -- levels --------------------------------------------------------------------------------------------------------
+    def _watched(self) -> Tensor:
+        return watched(self.task.family, self.task.monitor_noise, self.flat.value)
+
+    def _check(self, gradient: np.ndarray) -> None:
+        """Note where the minimum on another set of draws lies, to first order."""
+        self._set(self.descent.x - self.descent.newton(gradient))
+        self.checked.append(self._watched())
+        self._set(self.descent.x)
+        self._fix()
+
+    def _end_level(self) -> None:
+        row, unit = self.checked[0], units(self.task.family, self.checked[0])
+        if len(self.counts) > 1:
+            spread = torch.stack(self.checked).std(0) / unit
+            # a loss that is not finite on other draws has no error to speak of
+            self.error = float(spread.max()) if bool(torch.isfinite(spread).all()) else math.inf
+        if self.previous is not None:
+            self.change = float(((row - self.previous).abs() / unit).nan_to_num(0.0).max())
+        settled = len(self.counts) == 1 or (2 * self.error < self.tolerance and self.change < 2 * self.tolerance)
+        self.checked = []
+        if settled and self.at_minimum:
+            self.finished = "converged"
+        elif not self.descent.finished:
+            self.finished = "max_steps"
+        elif self.level + 1 == len(self.counts):
+            self.finished = "most_draws"
+            if not settled:
+                self.notes.append(
+                    f"the optimum on {self.counts[-1]} fixed draws is still uncertain by {self.error:.2g} and "
+                    f"{self.change:.2g} away from that on {self.counts[-2]} "
+                    "(posterior sds or log sds): allow more with lbfgs(most_draws=...), or use adam"
+                )
+        if self.finished is None:
+            self.previous = row
+            self.level += 1
+            self.level_from = self.step_count
+            self._fix()
+            self.descent.renew()
+
+    def _at_minimum(self) -> bool:
+        """Whether every row is as near its minimum as rounding allows; notes where it is not."""
+        descent = self.descent
+        floor = np.maximum(100 * descent.goal, 100 * descent.resolution * np.abs(descent.value))
+        left = (descent.done == 0) | ((descent.stuck == 1) & (0.5 * descent.decrement > floor))
+        if left.any():
+            self.notes.append(
+                f"the minimum on {self.counts[self.level]} fixed draws was not reached in "
+                f"{self.step_count - self.level_from} evaluations: the loss may have no minimum (an improper "
+                "posterior), or a kink there"
+            )
+        return not bool(left.any())
+
+    def output(self) -> Mapping[str, Any]:
+        """Leave the minimum in the family (see :class:`~vifamily.solvers._base.Run`)."""
+        self._set(self.descent.x)
+        # one set of draws for all restarts, none of which was fitted to it
+        count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
+        fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.task.restarts)
+        draws = self._draws(count, _FRESH, 0)
+        fresh.fix([draws] * self.task.restarts, self._part(count), self.options)
+        used = ", ".join(str(n) for n in self.counts[: self.level + 1])
+        return {
+            "losses": fresh.values().mean(0).tolist(),
+            "rhat": float("nan"),
+            "mcse": self.error,
+            "gradient_snr": None,
+            "notes": (*self.notes, f"minimised on {used} fixed draws in turn"),
+            "change": self.change,
+        }
+
+    # -- writing down --------------------------------------------------------------------------------------------------
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state (see :class:`~vifamily.solvers._base.Run`)."""
+        out = {f"descent/{name}": torch.from_numpy(array) for name, array in self.descent.arrays().items()}
+        out["losses"], out["step_sizes"] = self.losses, self.step_sizes
+        out.update({f"term/{name}": column for name, column in self.terms.items()})
+        if self.previous is not None:
+            out["previous"] = self.previous.clone()
+        if self.checked:
+            out["checked"] = torch.stack(self.checked)
+        values = {
+            "step": self.step_count, "level": self.level, "level_from": self.level_from, "finished": self.finished,
+            "change": _plain(self.change), "error": _plain(self.error), "notes": list(self.notes),
+            "at_minimum": self.at_minimum,
+        }  # fmt: skip
+        return out, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
+        prefix = "descent/"
+        own = {k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)}
+        self.descent.restore(own)
+        self.step_count, self.level, self.level_from = (int(values[k]) for k in ("step", "level", "level_from"))
+        self.finished, self.notes = values["finished"], list(values["notes"])
+        # infinity is written as a word, which float reads
+        self.change, self.error = (float("nan" if values[k] is None else values[k]) for k in ("change", "error"))
+        self.at_minimum = bool(values["at_minimum"])
+        self.previous = tensors.get("previous")
+        self.checked = list(tensors["checked"]) if "checked" in tensors else []
+        self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
+        self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}
+        self._set(self.descent.x)
+        self._fix()
+
+    @property
+    def losses(self) -> Tensor:
+        """Loss of every restart where it stands after every evaluation, ``(step, restart)``."""
+        return torch.tensor(self._losses, dtype=torch.float64).reshape(len(self._losses), self.task.restarts)
+
+    @property
+    def step_sizes(self) -> Tensor:
+        """Length of every trial of the line search, as a part of the quasi-Newton step, ``(step,)``."""
+        return torch.tensor(self._step_sizes, dtype=torch.float64)
+
+    @property
+    def terms(self) -> Mapping[str, Tensor]:
+        """Parts of the loss of every step so far."""
+        return {name: torch.tensor(column, dtype=torch.float64) for name, column in self._terms.items()}
