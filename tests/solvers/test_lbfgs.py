@@ -91,6 +91,18 @@ def test_badly_scaled_targets_are_no_harder(family, init):
     assert float((sd / units).log().abs().max()) < 2e-3
 
 
+def test_the_mean_is_found_along_directions_in_which_the_loss_is_all_but_flat():
+    # every conditional sd is some eighty times smaller than the posterior's sd along the diagonal
+    covariance = torch.full((6, 6), 0.999, dtype=DOUBLE) + 0.001 * torch.eye(6, dtype=DOUBLE)
+    model = Density(gaussian(torch.ones(6, dtype=DOUBLE), covariance), dim=6)
+    start = torch.tensor([3.0, -1.0, 2.0, 0.0, 1.0, 4.0], dtype=DOUBLE)
+    posterior = fit(model, "mean_field", solver="lbfgs", seed=0, init=start)
+    mean, sd = moments(posterior)
+    assert posterior.record.converged
+    assert float(((mean - 1) / sd).abs().max()) < 0.02
+    assert (sd * torch.linalg.inv(covariance).diagonal().sqrt()).tolist() == pytest.approx([1.0] * 6, rel=2e-3)
+
+
 def test_skewed_target_against_its_closed_form():
     # E_q of a z - exp(z) is a m - exp(m + s^2 / 2): the best Gaussian has s^2 = 1 / a, m = log a - s^2 / 2
     shape = torch.tensor([0.7, 3.0, 20.0], dtype=DOUBLE)

@@ -14,7 +14,7 @@ import numpy as np
 
 __all__ = ["Descent", "NotFinite"]
 
-MEMORY = 20
+MEMORY = 50
 _SUFFICIENT = 1e-4
 _CURVATURE = 0.9
 _TRIALS = 25

@@ -163,9 +163,10 @@ class LbfgsRun(Run):
             [p for g in self.groups for p in g.parameters],
             task.restarts,
         )
-        # half the square of a tenth of the tolerance: the loss that a mean off by that much would cost
+        # a mean that is off by a tenth of the tolerance costs half its square; a hundredth of that, as under strong
+        # dependence a factorised family may move by many of its own sds at little cost
         self.descent = Descent(
-            self._held(), goal=0.5 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(options["dtype"]).eps)
+            self._held(), goal=0.005 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(options["dtype"]).eps)
         )
         self.step_count, self.level, self.level_from = 0, 0, 0
         self.previous: Tensor | None = None
@@ -337,7 +338,7 @@ class LbfgsRun(Run):
     def _at_minimum(self) -> bool:
         """Whether every row is as near its minimum as rounding allows; notes where it is not."""
         descent = self.descent
-        floor = np.maximum(100 * descent.goal, 100 * descent.resolution * np.abs(descent.value))
+        floor = np.maximum(10_000 * descent.goal, 100 * descent.resolution * np.abs(descent.value))
         left = (descent.done == 0) | ((descent.stuck == 1) & (0.5 * descent.decrement > floor))
         if left.any():
             self.notes.append(
