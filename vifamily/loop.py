@@ -109,8 +109,21 @@ class FitLoop:
             fixed = fixed.expand(len(group), *fixed.shape)
         state = objective.init_state(model, family, generator=generator(self.seed, "objective"))
         return self.plan.solver.start(
-            Task(loss, model, family, stream.at, self.batches.at, fixed, len(group), members[0].step_size, state,
-                 self.plan.draws, objective.linear_in_draws, self.seed, group[0])  # fmt: skip
+            Task(
+                loss,
+                model,
+                family,
+                stream.at,
+                self.batches.at,
+                fixed,
+                len(group),
+                members[0].step_size,
+                state,
+                self.plan.draws,
+                objective.linear_in_draws,
+                self.seed,
+                group[0],
+            )  # fmt: skip
         )
 
     # -- running -------------------------------------------------------------------------------------------------------

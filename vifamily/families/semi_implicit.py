@@ -18,9 +18,7 @@ from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
 __all__ = ["SemiImplicit", "SemiImplicitFamily"]
 
-_CAPABILITIES = frozenset(
-    {Capability.DRAWS, Capability.REPARAMETERISED, Capability.LOG_Q, Capability.LOG_Q_BOUND}
-)
+_CAPABILITIES = frozenset({Capability.DRAWS, Capability.REPARAMETERISED, Capability.LOG_Q, Capability.LOG_Q_BOUND})
 _HALF = math.sqrt(0.5)
 
 
