@@ -277,7 +277,7 @@ class FitLoop:
         outputs = [run.output() for run in self.runs]
         families: list[Family] = []
         for run in self.runs:
-            held = run.task.family  # type: ignore[attr-defined]
+            held = run.task.family
             families += held.members() if isinstance(held, StackedFamily) else [held.copy()]
         losses = [loss for out in outputs for loss in out["losses"]]
         finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
@@ -313,7 +313,7 @@ class FitLoop:
         for family in families:
             family.requires_grad_(requires_grad=False)
         config = {**self._config(), "problem": getattr(self.plan.problem, "name", None)}
-        model = self.runs[best if len(self.runs) > 1 else 0].task.model  # type: ignore[attr-defined]
+        model = self.runs[best if len(self.runs) > 1 else 0].task.model
         return Posterior(
             model, families[best], record, layout=model.layout, problem=self.plan.problem,
             restarts=tuple(families) if len(families) > 1 else (), objective=self.plan.objective, config=config,

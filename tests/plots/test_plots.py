@@ -145,8 +145,10 @@ def test_cell_grid_shows_reason_and_columns():
 
 def test_finite_ensemble_of_few_points():
     points = np.repeat(RNG.normal(size=(3, 2)), 50, axis=0)
-    plots.pairs(points).canvas.draw()
-    plots.pairs(np.ones((20, 2))).canvas.draw()
+    for drawn in (points, np.ones((20, 2))):
+        figure = plots.pairs(drawn)
+        figure.canvas.draw()
+        assert len(figure.axes) == 4  # two by two panels
 
 
 REFUSED = {

@@ -260,5 +260,6 @@ class PosteriorCore:
 
 
 def check_count(name: str, value: Any) -> None:
+    """Raise ConfigError unless a count is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < math.inf:
         raise ConfigError(f"{name} must be a positive integer, got {value!r}.")

@@ -77,7 +77,10 @@ class StepReport:
 class Run(abc.ABC):
     """A run in progress."""
 
+    task: Task
     step_count: int = 0
+    finished: str | None = None
+    """Why the run is over, or None while it is not."""
 
     @abc.abstractmethod
     def step(self) -> StepReport:

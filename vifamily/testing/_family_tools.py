@@ -71,6 +71,7 @@ class FamilyTools:
 
 
 def works_or_refuses(family: Family, capability: Capability, works: Any) -> None:
+    """Check that a call gives finite numbers where the capability is declared, and is refused where it is not."""
     if capability in family.capabilities:
         if not bool(torch.isfinite(works()).all()):
             raise Broken(
@@ -81,6 +82,7 @@ def works_or_refuses(family: Family, capability: Capability, works: Any) -> None
 
 
 def refuses(call: Any, what: str) -> None:
+    """Check that a call is refused as not available."""
     try:
         call()
     except NotAvailableError:

@@ -60,6 +60,7 @@ def local_family(model: Model) -> LocalFamily:
 
 
 def moved(family: AnyFamily, by: float, *, seed: int) -> AnyFamily:
+    """Return a copy with normal noise of sd ``by`` added to every parameter."""
     out, generator = copy.deepcopy(family), seeded(seed)
     with torch.no_grad():
         for parameter in out.parameters():
@@ -68,6 +69,7 @@ def moved(family: AnyFamily, by: float, *, seed: int) -> AnyFamily:
 
 
 def exact_family(s: Setting) -> Family:
+    """Return a copy of the family set to the exact posterior of the target."""
     family = s.family.copy()
     mean, covariance = s.target.moments()
     family.start_at(mean, torch.linalg.cholesky(covariance))
@@ -75,6 +77,7 @@ def exact_family(s: Setting) -> Family:
 
 
 def unbiased(parts: list[Loss], whole: Loss, family: Family) -> None:
+    """Check that the losses of an epoch's batches, and their gradients, average to those of all data."""
     mean = torch.stack([loss.value for loss in parts]).mean(0)
     agree(mean, whole.value, tolerances.EXACT, "the loss of all data as the mean over an epoch's batches")
     gradient = torch.stack([flat_gradient(loss, family) for loss in parts]).mean(0)
