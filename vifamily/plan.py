@@ -131,6 +131,24 @@ def _family_choice(family: Any, model: Model, notes: list[str]) -> FamilyEntry:
     return as_entry(family, model=model)
 
 
+def _solver_choice(solver: Any, objective: Objective, notes: list[str]) -> Solver:
+    """Return the solver asked for, or the one that suits; refuses a solver that cannot drive the objective."""
+    own = objective.own_solver
+    if isinstance(solver, str) and solver == "auto":
+        solver = own or "adam"
+        notes.append(f"solver {solver} chosen")
+    way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
+    if not isinstance(way, Solver):
+        raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
+    if own is not None and registry.entry_name(way) != own:
+        raise IncompatibleError(
+            f"the objective {describe(objective)!r} is not the descent of a loss: its steps are the solver {own!r}'s, "
+            f"not {registry.entry_name(way)!r}'s. Leave solver out, or use solver={own!r}.",
+            missing=(f"the solver {own!r}",),
+        )
+    return way
+
+
 def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability] | None:
     """Capabilities of a registered family with its default options on a latent space; None when it cannot cover it."""
     try:
@@ -236,9 +254,7 @@ def make_plan(
     loss = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
     if not isinstance(loss, Objective):
         raise ConfigError(f"an objective is a name such as 'elbo' or an Objective, got {type(loss).__name__}.")
-    way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
-    if not isinstance(way, Solver):
-        raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
+    way = _solver_choice(solver, loss, notes)
     if way.fixed_draws:
         loss = loss.for_fixed_draws(registry.entry_name(way))
     entry = _family_choice(family, found, notes)
