@@ -1,6 +1,7 @@
 """The loop: restarts, limits, interruptions, failures, what is reported, and what reaches trackers and terminals."""
 
 import csv
+import functools
 import importlib
 import io
 import math
@@ -18,10 +19,13 @@ from torch import nn
 
 from vifamily import registry
 from vifamily.errors import ConvergenceWarning, ModelError, NonFiniteLossError
-from vifamily.fit import fit
+from vifamily.fit import fit as any_fit
 from vifamily.models import Density, LikelihoodModel
 from vifamily.posterior import trace_of
 from vifamily.trackers import CsvTracker
+
+# the loop is tried with the solver that takes many small steps
+fit = functools.partial(any_fit, solver="adam")
 
 loop = importlib.import_module("vifamily.fit")  # the facade's `fit` hides the module
 ROOT = Path(__file__).resolve().parents[1]
@@ -289,7 +293,7 @@ def test_a_real_signal_from_outside(tmp_path):
         def slow(report):
             print(report.step, flush=True)
             time.sleep(0.02)
-        posterior = vf.fit(model, "mean_field", seed=0, callbacks=slow, checkpoint=sys.argv[1])
+        posterior = vf.fit(model, "mean_field", solver="adam", seed=0, callbacks=slow, checkpoint=sys.argv[1])
         record, draws = posterior.record, posterior.sample(5)["z"]
         print("done", record.stop_reason, record.steps, len(draws), flush=True)
         """

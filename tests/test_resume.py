@@ -1,5 +1,6 @@
 """A fit killed at any step and taken up in a new process ends where it would have ended: the same bits."""
 
+import functools
 import json
 import os
 import random
@@ -15,9 +16,12 @@ import torch
 
 from vifamily import checkpoint
 from vifamily.errors import CheckpointError
-from vifamily.fit import fit
+from vifamily.fit import fit as any_fit
 from vifamily.models import Density, LikelihoodModel
 from vifamily.trackers import CsvTracker
+
+# the loop is tried with the solver that takes many small steps
+fit = functools.partial(any_fit, solver="adam")
 
 ROOT = Path(__file__).resolve().parents[1]
 DOUBLE = torch.float64
@@ -36,7 +40,7 @@ SCRIPT = textwrap.dedent(
             if kill == -1:
                 print(report.step, flush=True)
                 time.sleep(0.05)  # the parent must be able to kill before the end, however busy the machine
-        posterior = vf.fit(kind, callbacks=callback, checkpoint=checkpoint, **options)
+        posterior = vf.fit(kind, solver="adam", callbacks=callback, checkpoint=checkpoint, **options)
         record = posterior.record
         digest = hashlib.sha256()
         for family in posterior.restarts or (posterior.family,):

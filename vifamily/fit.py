@@ -29,7 +29,7 @@ def fit(
     model: Any,
     family: Any = "auto",
     objective: Any = "elbo",
-    solver: Any = "adam",
+    solver: Any = "auto",
     *,
     seed: int = 0,
     steps: int | None = None,
@@ -55,7 +55,9 @@ def fit(
         family: A family's name such as ``"low_rank(rank=3)"``, an entry, a Pyro guide, a zuko flow, or a module
             with a family's methods; ``"auto"`` takes full rank up to 100 coordinates and mean field above.
         objective: An objective's name such as ``"renyi(alpha=0.5)"``, or an objective.
-        solver: A solver's name or a solver.
+        solver: A solver's name or a solver; ``"auto"`` takes the objective's own where it has one, ``lbfgs`` where the
+            loss is smooth on fixed draws (all data, a Gaussian or mixture family, one draw a value), and ``adam``
+            elsewhere; ``posterior.record.notes`` say which and why.
         seed: Root seed; the same seed gives the same fit.
         steps: Most steps; None leaves it to the stopping rule (at most 50,000).
         restarts: Fits from different start points, run as one; the best is returned, the others are kept and compared.

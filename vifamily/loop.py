@@ -22,12 +22,13 @@ from vifamily.families._local_view import LocalView, joint_noise_spec
 from vifamily.families._stack import StackedFamily
 from vifamily.families.local import LocalFamily
 from vifamily.interrupts import Interrupts
+from vifamily.numerics.gaussian_start import GaussianStart
 from vifamily.plan import Plan, describe
 from vifamily.posterior import FitRecord, Posterior, trace_of, versions
 from vifamily.progress import FitProgress
 from vifamily.rng import NoiseStream, draw_noise, generator
 from vifamily.solvers import Run, StepReport, Task
-from vifamily.start import initialise
+from vifamily.start import gaussian_starts, initialise
 from vifamily.trackers import Tracker
 from vifamily.types import Batch, Capability, Loss
 
@@ -57,16 +58,31 @@ class FitLoop:
         # local latents are drawn for the data of a batch, so all data are one batch
         self.batch_size = planned.model.num_data if self.local and planned.batch_size is None else planned.batch_size
         self.batches = planned.model.batches(self.batch_size, seed=seed)
-        self.families = [self._build(r, init) for r in range(restarts)]
+        starts = gaussian_starts(planned.entry, planned.model, init, seed=seed, restarts=restarts,
+                                 minibatches=planned.batch_size is not None)  # fmt: skip
+        self.families = [self._build(r, init, starts) for r in range(restarts)]
+        # on fixed draws that all restarts share, those that start at one Gaussian are one calculation
+        self.place = starts[1] if starts is not None and self._shares_draws() else list(range(restarts))
+        if len(set(self.place)) < restarts:
+            self.notes.append(
+                f"{restarts} restarts started at {len(set(self.place))} distinct Gaussian(s): one fit each"
+            )
         self.runs = [self._start(group) for group in self._groups()]
 
     # -- setting up ----------------------------------------------------------------------------------------------------
-    def _build(self, restart: int, init: Any) -> Family:
+    def _shares_draws(self) -> bool:
+        # families whose parameters begin at random are different fits from the same Gaussian
+        own = [{name: p.detach() for name, p in family.named_parameters()} for family in self.families]
+        same = all(torch.equal(p, own[0][name]) for other in own[1:] for name, p in other.items())
+        return self.plan.solver.fixed_draws and same and not self._separate()
+
+    def _build(self, restart: int, init: Any, starts: tuple[list[GaussianStart], list[int]] | None) -> Family:
         plan, source = self.plan, generator(self.seed, "family", restart)
         family = plan.entry.build(plan.latent, generator=source)
         family.spec = describe(plan.entry)
         how = initialise(family, plan.entry, plan.model, init, seed=self.seed, restart=restart,
-                         minibatches=plan.batch_size is not None)  # fmt: skip
+                         minibatches=plan.batch_size is not None,
+                         gaussian=None if starts is None else starts[0][starts[1][restart]])  # fmt: skip
         if restart == 0:
             self.notes.append(f"started {how}")
         return self._with_locals(family, source) if self.local else family
@@ -82,10 +98,14 @@ class FitLoop:
                                         num_data=self.plan.model.num_data, encoder=encoder,
                                         context_dim=context_dim)  # fmt: skip
 
+    def _separate(self) -> bool:
+        return self.local or any(p.requires_grad for p in self.plan.model.parameters())
+
     def _groups(self) -> list[list[int]]:
-        """Restarts that run as one: all of them, or one by one where the model has parameters of its own."""
-        own = self.local or any(p.requires_grad for p in self.plan.model.parameters())
-        return [[r] for r in range(self.restarts)] if own and self.restarts > 1 else [list(range(self.restarts))]
+        """Restarts that run as one: all distinct ones, or one by one where the model has parameters of its own."""
+        if self._separate() and self.restarts > 1:
+            return [[r] for r in range(self.restarts)]
+        return [sorted({self.place.index(which) for which in self.place})]
 
     def _start(self, group: list[int]) -> Run:
         members = [self.families[r] for r in group]
@@ -94,7 +114,7 @@ class FitLoop:
         loss = _local_loss(objective) if self.local else objective.loss
         spec = joint_noise_spec(family, self.batch_size or 0) if isinstance(family, LocalFamily) else family.noise_spec
         # parameters of the model would be shared by runs that follow each other: each has its own copy
-        model = self.plan.model if len(group) == self.restarts else copy.deepcopy(self.plan.model)
+        model = copy.deepcopy(self.plan.model) if self._separate() and self.restarts > 1 else self.plan.model
         stream = NoiseStream(self.seed, spec, draws=self.plan.draws, restarts=len(group), first_restart=group[0],
                              dtype=latent.dtype, device=latent.device, balanced=objective.linear_in_draws)  # fmt: skip
         half = draw_noise(
@@ -280,6 +300,11 @@ class FitLoop:
             held = run.task.family
             families += held.members() if isinstance(held, StackedFamily) else [held.copy()]
         losses = [loss for out in outputs for loss in out["losses"]]
+        # every restart gets what its distinct fit came to
+        row = {which: i for i, which in enumerate(sorted(set(self.place), key=self.place.index))}
+        if len(row) < self.restarts:
+            families = [families[row[which]].copy() for which in self.place]
+            losses = [losses[row[which]] for which in self.place]
         finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
         best = int(np.argmin(finite))
         out = outputs[best if len(outputs) > 1 else 0]
@@ -299,7 +324,7 @@ class FitLoop:
             seconds=self._seconds(),
             draws_per_step=self.plan.draws,
             num_restarts=self.restarts,
-            trace=trace_of(self.runs[best if len(self.runs) > 1 else 0], best if len(self.runs) == 1 else 0),
+            trace=trace_of(self.runs[best], 0) if len(self.runs) > 1 else trace_of(self.runs[0], row[self.place[best]]),
             restart_losses=tuple(losses),
             best_restart=best,
             non_finite=non_finite,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vifamily import registry
-from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError
+from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, SpecError
 from vifamily.families import Family, FamilyEntry
 from vifamily.families._adapters import as_entry
 from vifamily.models import Model
@@ -19,6 +19,8 @@ from vifamily.types import Capability, LatentSpec, Space
 __all__ = ["Plan", "plan"]
 
 _LARGEST_FULL_RANK = 100
+_MOST_PARAMETERS = 200_000
+"""Parameters of a family above which fifty steps and gradients are too much to remember."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +133,14 @@ def _family_choice(family: Any, model: Model, notes: list[str]) -> FamilyEntry:
     return as_entry(family, model=model)
 
 
-def _solver_choice(solver: Any, objective: Objective, notes: list[str]) -> Solver:
+def _solver_choice(
+    solver: Any, objective: Objective, model: Model, family: Family, batch_size: int | None, notes: list[str]
+) -> Solver:
     """Return the solver asked for, or the one that suits; refuses a solver that cannot drive the objective."""
     own = objective.own_solver
     if isinstance(solver, str) and solver == "auto":
-        solver = own or "adam"
-        notes.append(f"solver {solver} chosen")
+        solver, why = _automatic(objective, model, family, batch_size)
+        notes.append(f"solver {solver} chosen: {why}")
     way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
     if not isinstance(way, Solver):
         raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
@@ -147,6 +151,31 @@ def _solver_choice(solver: Any, objective: Objective, notes: list[str]) -> Solve
             missing=(f"the solver {own!r}",),
         )
     return way
+
+
+def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
+    """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
+    if objective.own_solver is not None:
+        return objective.own_solver, "the objective's updates are in closed form"
+    if batch_size is not None:
+        return "adam", "minibatches change the loss at every step"
+    if Capability.LOCAL in model.capabilities:
+        return "adam", "local latents"
+    if any(p.requires_grad for p in model.parameters()):
+        return "adam", "the model has parameters of its own"
+    if getattr(family, "fewest_fixed_draws", lambda: None)() is None:
+        return "adam", "the family's optimum on fixed draws need not be bounded"
+    if sum(p.numel() for p in family.parameters()) > _MOST_PARAMETERS:
+        return "adam", "too many parameters for a quasi-Newton memory"
+    lbfgs = registry.build("solvers", "lbfgs")
+    try:
+        loss = objective.for_fixed_draws("lbfgs").resolve(model, family)
+        lbfgs.check(model=model, family=family, batch_size=batch_size)
+    except (IncompatibleError, SpecError) as error:
+        return "adam", f"on fixed draws not possible ({str(error).split(': use')[0].removesuffix('.')})"
+    if not loss.linear_in_draws:
+        return "adam", "the objective combines several draws in each value"
+    return "lbfgs", "a smooth loss on fixed draws, all data in one step"
 
 
 def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability] | None:
@@ -254,12 +283,12 @@ def make_plan(
     loss = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
     if not isinstance(loss, Objective):
         raise ConfigError(f"an objective is a name such as 'elbo' or an Objective, got {type(loss).__name__}.")
-    way = _solver_choice(solver, loss, notes)
-    if way.fixed_draws:
-        loss = loss.for_fixed_draws(registry.entry_name(way))
     entry = _family_choice(family, found, notes)
     latent = latent_of(found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
+    way = _solver_choice(solver, loss, found, built, batch_size, notes)
+    if way.fixed_draws:
+        loss = loss.for_fixed_draws(registry.entry_name(way))
     loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
     way.check(model=found, family=built, batch_size=batch_size)
@@ -277,7 +306,7 @@ def plan(
     model: Any,
     family: Any = "auto",
     objective: Any = "elbo",
-    solver: Any = "adam",
+    solver: Any = "auto",
     *,
     draws: int | None = None,
     batch_size: int | None = None,
@@ -290,7 +319,8 @@ def plan(
         model: A model, a problem, or a problem's name.
         family: A family's name, an entry, or a user's own family.
         objective: An objective's name or an objective.
-        solver: A solver's name or a solver.
+        solver: A solver's name or a solver; ``"auto"`` takes the objective's own where it has one, ``lbfgs`` where the
+            loss is smooth on fixed draws, and ``adam`` elsewhere, and says which and why.
         draws: Draws per step; None takes the objective's default.
         batch_size: Data per step; None means all.
         device: Device to move the model to; None leaves it.
@@ -306,7 +336,8 @@ def plan(
 
     Example:
         >>> import vifamily as vf
-        >>> vf.plan("banana", "full_rank", "elbo").estimator
-        'stl'
+        >>> planned = vf.plan("banana", "full_rank", "elbo")
+        >>> planned.solver, planned.estimator
+        (Lbfgs(tolerance=0.02, most_draws=16384), 'entropy')
     """
     return make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype)

@@ -12,18 +12,19 @@ from torch import Tensor
 from vifamily.errors import ConfigError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.families import Family, FamilyEntry
 from vifamily.models import Model
-from vifamily.numerics.gaussian_start import GaussianStart, best_start, laplace, negative_curvature, value_and_gradient
+from vifamily.numerics.gaussian_start import GaussianStart, best_starts, laplace, negative_curvature, value_and_gradient
 from vifamily.rng import generator
 from vifamily.types import Capability, Space
 
-__all__ = ["initialise"]
+__all__ = ["gaussian_starts", "initialise"]
 
 _LARGEST_DATA = 200_000
 
 
 def initialise(
-    family: Family, entry: FamilyEntry, model: Model, init: Any, *, seed: int, restart: int, minibatches: bool
-) -> str:
+    family: Family, entry: FamilyEntry, model: Model, init: Any, *, seed: int, restart: int, minibatches: bool,
+    gaussian: GaussianStart | None = None,
+) -> str:  # fmt: skip
     """Set a family's coordinates, and so its first distribution; returns how, in words.
 
     Args:
@@ -36,6 +37,7 @@ def initialise(
         restart: Index of the restart; each has its own start point.
         minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the
             data are few).
+        gaussian: What :func:`gaussian_starts` found for this restart, where it was called.
 
     Raises:
         ConfigError: If ``init`` is none of these.
@@ -66,6 +68,9 @@ def initialise(
             # the other starts differentiate the log joint; a density that hides its gradient would go unnoticed here
             value_and_gradient(model.log_joint, torch.zeros(1, model.dim, dtype=model.dtype, device=model.device))
         return _from_prior(family, model, seed=seed, restart=restart)
+    if gaussian is not None:
+        family.precondition(gaussian.mean, gaussian.scale, gaussian.covariance)
+        return f"at a Gaussian approximation ({gaussian.method})"
     if Capability.LOCAL in model.capabilities:
         point = model.start(1, generator=generator(seed, "start", restart))[0]
         family.precondition(point, torch.ones_like(point))
@@ -89,14 +94,48 @@ def _gaussian(
             )
         mode, factor = at_mode
         scale = torch.cholesky_inverse(factor).diagonal().rsqrt() if restrict else factor
-        found = GaussianStart(mode, scale, float("nan"), "laplace")
+        found = GaussianStart(mode, scale, float("nan"), "laplace", factor @ factor.T)
     else:
-        found = best_start(model.log_joint, point, generator=generator(seed, "start/noise", restart), full=not restrict)
+        found = _found(model, point[None], seed=seed, restrict=restrict)[0][0]
     if found is None:
         family.precondition(point, torch.ones_like(point))
         return "at a prior draw (no Gaussian approximation was finite)"
-    family.precondition(found.mean, found.scale)
+    family.precondition(found.mean, found.scale, found.covariance)
     return f"at a Gaussian approximation ({found.method})"
+
+
+def _found(model: Model, points: Tensor, *, seed: int, restrict: bool) -> tuple[list[GaussianStart | None], list[int]]:
+    work = float(model.num_data or 1) * model.dim
+    source = generator(seed, "start/noise")
+    return best_starts(model.log_joint, points, generator=source, full=not restrict, work=work)
+
+
+def gaussian_starts(
+    entry: FamilyEntry, model: Model, init: Any, *, seed: int, restarts: int, minibatches: bool
+) -> tuple[list[GaussianStart], list[int]] | None:
+    """Find the starts of all restarts side by side, where they are Gaussian approximations.
+
+    Args:
+        entry: The family's entry.
+        model: The model.
+        init: As for :func:`initialise`.
+        seed: Root seed.
+        restarts: Their number.
+        minibatches: Whether the fit sees minibatches.
+
+    Returns:
+        The distinct starts and for each restart which of them is its own; None where restarts start in another way,
+        or where some have no finite approximation.
+    """
+    ordinary = isinstance(init, str) and init == "auto" and not entry.given and model.space is Space.REAL
+    if not ordinary or model.dim == 0 or Capability.LOCAL in model.capabilities:
+        return None
+    if minibatches and (model.num_data or 0) > _LARGEST_DATA:
+        return None
+    points = torch.cat([model.start(1, generator=generator(seed, "start", r)) for r in range(restarts)])
+    found, which = _found(model, points, seed=seed, restrict=entry.restrict_scale)
+    fine = [start for start in found if start is not None]
+    return (fine, which) if len(fine) == len(found) else None
 
 
 def _from_posterior(family: Family, posterior: Any, *, restrict: bool) -> str:

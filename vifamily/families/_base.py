@@ -103,6 +103,7 @@ class Family(nn.Module, abc.ABC):
         super().__init__()
         self.latent = latent
         self.spec: str | None = None
+        self.guessed_covariance: Tensor | None = None
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.shift: Tensor
         self.scale: Tensor
@@ -258,16 +259,29 @@ class Family(nn.Module, abc.ABC):
         matrix = torch.diag(self.scale) if self.scale.dim() == 1 else self.scale
         return self.to_latent(mean), matrix @ cov @ matrix.T
 
-    def precondition(self, shift: Tensor, scale: Tensor) -> None:
+    def precondition(self, shift: Tensor, scale: Tensor, covariance: Tensor | None = None) -> None:
         """Set the fixed affine map ``z = shift + scale u``; the distribution of ``u`` stays as it is.
 
         Args:
             shift: ``(dim,)``.
             scale: ``(dim,)`` or lower-triangular ``(dim, dim)``.
+            covariance: A guess at the posterior's covariance ``(dim, dim)`` in ``z``, for
+                :meth:`inverse_curvature`.
         """
+        self.guessed_covariance = None
+        if covariance is not None and scale.dim() == 1:
+            self.guessed_covariance = (covariance / scale / scale[:, None]).to(self.shift)
         self.shift = shift.detach().to(self.shift).clone()
         # Products round by memory layout: contiguous, as a loaded map is, so that both give the same draws.
         self.scale = scale.detach().to(self.shift).clone(memory_format=torch.contiguous_format)
+
+    def inverse_curvature(self) -> dict[str, float | Tensor] | None:
+        """Roughly the inverse Hessian of the reverse KL divergence in each parameter, where the posterior is Gaussian.
+
+        A number stands for a multiple of the identity; parameters are taken as independent of one another. Solvers
+        that learn the curvature start from it. None: nothing is known.
+        """
+        return None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # the affine map may be per coordinate here and full in what is loaded, or the other way round

@@ -76,6 +76,12 @@ class StackedFamily(nn.Module):
         """What each member says."""
         return self._members[0].fewest_fixed_draws()
 
+    def inverse_curvatures(self) -> list[dict[str, float | Tensor] | None]:
+        """What each member says, with the names that the parameters have in the stack."""
+        place = {name: f"p{i}" for i, name in enumerate(self._names)}
+        said = [member.inverse_curvature() for member in self._members]
+        return [None if one is None else {place[name]: value for name, value in one.items()} for one in said]
+
     def _state(self) -> dict[str, Tensor]:
         state = {"family." + n: getattr(self, f"p{i}") for i, n in enumerate(self._names)}
         state.update({"family." + n: getattr(self, f"b{i}") for i, n in enumerate(self._buffer_names)})

@@ -108,6 +108,10 @@ class FullRankFamily(EllipticalFamily):
         """More pairs than coordinates: on fewer, a row of the factor grows at no cost along what no draw shows."""
         return 2 * self.dim + 2 if self.head is None else None
 
+    def inverse_curvature(self) -> dict[str, float | Tensor] | None:
+        """In whitened coordinates all is independent; in the log diagonal the bound's curvature is 2."""
+        return None if self.head is not None else {"loc": 1.0, "log_diagonal": 0.5, "lower": 1.0}
+
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
         """Map noise to draws, ``u = loc + L e``."""
         loc, log_diagonal, lower = self._parts(context)

@@ -161,7 +161,7 @@ class LocalFamily(Family):
         """Start the global part."""
         self.shared.start_at(mean, scale)
 
-    def precondition(self, shift: Tensor, scale: Tensor) -> None:
+    def precondition(self, shift: Tensor, scale: Tensor, covariance: Tensor | None = None) -> None:
         """Set the affine map of the global part."""
         self.shared.precondition(shift, scale)
         super().precondition(shift, scale)

@@ -71,6 +71,12 @@ class MeanFieldFamily(EllipticalFamily):
         super().__init__(latent, radial, {"loc": (latent.dim,), "log_scale": (latent.dim,)})
         self.noise_spec = NoiseSpec((latent.dim * (1 + radial.extra),))
 
+    def inverse_curvature(self) -> dict[str, float | Tensor] | None:
+        """The means depend on one another as the posterior's do; in log sds the bound's curvature is 2."""
+        if self.head is not None:
+            return None
+        return {"loc": 1.0 if self.guessed_covariance is None else self.guessed_covariance, "log_scale": 0.5}
+
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
         """Map noise to draws, ``u = loc + scale e``."""
         loc, log_scale = self.values(context)

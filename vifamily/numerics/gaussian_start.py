@@ -1,7 +1,8 @@
-"""Gaussian approximations to start a fit from: at the mode, or by mean field on a few fixed draws.
+"""Gaussian approximations to start from: at the mode, or by Newton's method on the bound from a few fixed draws.
 
 Everything here sees a log density as a function ``(n, dim) -> (n,)`` of a whole batch of points, so user code that
-cannot be vmapped serves as well.
+cannot be vmapped serves as well. Starts of several restarts are found side by side, and those that end at the same
+Gaussian are one.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from vifamily.errors import ModelError
+from vifamily.numerics.gaussian_newton import bounds, bounds_at, gaussian_newton
+from vifamily.numerics.newton import Modes, newton_modes, tolerant, value_and_gradient
 
 __all__ = [
     "GaussianStart",
     "best_start",
+    "best_starts",
     "laplace",
     "mean_field_fixed_draws",
     "negative_curvature",
@@ -26,6 +29,16 @@ __all__ = [
 ]
 
 LogDensity = Callable[[Tensor], Tensor]
+
+_HEAVY = 3e8
+"""Numbers touched by one evaluation of Hessians at eight draws (data times coordinates times points) above which
+Hessians are formed once, at the mode, and never averaged."""
+_GAUSSIAN = 1.0
+"""Variance of the log weights on 64 draws below which the Laplace approximation is near enough to improve from; half
+of it is about the Kullback-Leibler divergence."""
+_SAME = 0.3
+"""Distance of means (in sds) and of log sds below which two starts lie in one basin of the bound."""
+_SPREADS = (1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,30 +50,15 @@ class GaussianStart:
         scale: ``(dim,)`` standard deviations or ``(dim, dim)`` lower-triangular factor of the covariance.
         elbo: Evidence lower bound of this Gaussian, estimated on fixed draws.
         method: How it was found.
+        covariance: Inverse of the averaged negative Hessian ``(dim, dim)``, which tells a factorised family how its
+            means depend on one another; None where no Hessian was formed.
     """
 
     mean: Tensor
     scale: Tensor
     elbo: float
     method: str
-
-
-def value_and_gradient(log_density: LogDensity, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values ``(n,)`` and gradients ``(n, dim)`` of a log density at points ``(n, dim)``.
-
-    Raises:
-        ModelError: If the density does not depend on its points as far as torch can tell.
-    """
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        value = log_density(point)
-        if not value.requires_grad:
-            raise ModelError(
-                "the log density gives no gradient with respect to its points: compute it with torch operations "
-                "throughout, without detach(), item() or numpy."
-            )
-        (gradient,) = torch.autograd.grad(value.sum(), point)
-    return value.detach(), gradient.detach()
+    covariance: Tensor | None = None
 
 
 def _minimise(fun: Callable[[np.ndarray], tuple[float, np.ndarray]], x0: np.ndarray, iterations: int) -> np.ndarray:
@@ -106,25 +104,11 @@ def negative_curvature(log_density: LogDensity, x: Tensor, step: Tensor | float 
     return 0.5 * (hessian + hessian.T)
 
 
-def _factor(precision: Tensor) -> Tensor | None:
-    """Lower-triangular factor of the inverse of a precision matrix, or None when it is not safely positive definite."""
-    diagonal = precision.diagonal()
-    if not bool(torch.isfinite(precision).all()) or bool((diagonal <= 0).any()):
-        return None
-    unit = diagonal.rsqrt()
-    scaled = unit.unsqueeze(-1) * precision * unit
-    if float(torch.linalg.eigvalsh(scaled)[0]) < 1e-9:
-        return None
-    covariance = torch.linalg.inv(scaled) * unit.unsqueeze(-1) * unit
-    factor, info = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.T))
-    return None if int(info) else factor
-
-
 def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) -> tuple[Tensor, Tensor] | None:
     """Mode and covariance factor of the Laplace approximation.
 
-    L-BFGS from the start point, then Newton steps until the Newton decrement is below 1e-5 (half its square is the
-    log density still to be gained).
+    Newton's method from the start point, and where it does not arrive, L-BFGS with Newton steps at the end. A mode is
+    reached when the squared Newton decrement is below 1e-10 (half of it is the log density still to be gained).
 
     Args:
         log_density: ``(n, dim) -> (n,)``.
@@ -135,6 +119,16 @@ def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) ->
         Mode ``(dim,)`` and lower-triangular factor ``(dim, dim)``, or None where the mode is degenerate (no
         positive definite curvature, or no convergence).
     """
+    value_and_gradient(log_density, start[None])
+    log_density = tolerant(log_density)
+    modes = newton_modes(log_density, start[None])
+    if not bool(modes.found):
+        modes = newton_modes(log_density, _climb(log_density, start, iterations)[None], iterations=20)
+    return (modes.point[0], modes.factor[0]) if bool(modes.found) else None
+
+
+def _climb(log_density: LogDensity, start: Tensor, iterations: int) -> Tensor:
+    """Highest point that L-BFGS comes to."""
 
     def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = value_and_gradient(
@@ -143,30 +137,7 @@ def laplace(log_density: LogDensity, start: Tensor, *, iterations: int = 300) ->
         return -float(value), -gradient[0].cpu().double().numpy()
 
     best = _minimise(fun, start.detach().cpu().double().numpy(), iterations)
-    x = torch.as_tensor(best, dtype=start.dtype, device=start.device)
-    steps: Tensor | float = 1e-4
-    for _ in range(20):
-        factor = _factor(negative_curvature(log_density, x, steps))
-        if factor is None:
-            return None
-        value, gradient = value_and_gradient(log_density, x.unsqueeze(0))
-        whitened = factor.T @ gradient[0]
-        decrement = float(whitened.norm())
-        if not np.isfinite(decrement):
-            return None
-        # differences at a hundredth of each posterior sd: right for any units of the parameters
-        steps = 1e-2 * factor.norm(dim=-1)
-        if decrement < 1e-5:
-            return x, factor
-        move = factor @ whitened
-        lengths = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.01], dtype=x.dtype, device=x.device).unsqueeze(-1)
-        values, _ = value_and_gradient(log_density, x + lengths * move)
-        values = torch.where(torch.isfinite(values), values, torch.full_like(values, -torch.inf))
-        if float(values.max()) < float(value):
-            # no step gains: at the rounding floor, which is convergence unless far from a stationary point
-            return (x, factor) if decrement < 1e-2 else None
-        x = x + lengths[int(values.argmax())] * move
-    return None
+    return torch.as_tensor(best, dtype=start.dtype, device=start.device)
 
 
 def mean_field_fixed_draws(
@@ -202,60 +173,215 @@ def mean_field_fixed_draws(
     return out[:dim], out[dim:]
 
 
-def _elbo(log_density: LogDensity, mean: Tensor, scale: Tensor, noise: Tensor) -> float:
-    deviation = noise * scale if scale.dim() == 1 else noise @ scale.T
-    with torch.no_grad():
-        values = log_density(mean + deviation)
-    diagonal = scale if scale.dim() == 1 else scale.diagonal()
-    elbo = float(values.mean() + diagonal.abs().log().sum() + 0.5 * mean.shape[0] * (1 + np.log(2 * np.pi)))
-    return elbo if np.isfinite(elbo) else -np.inf
-
-
-def _averaged_curvature(log_density: LogDensity, mean: Tensor, sd: Tensor, noise: Tensor) -> Tensor | None:
-    curvatures = [negative_curvature(log_density, mean + sd * row, 1e-2 * sd) for row in noise]
-    return _factor(torch.stack(curvatures).mean(0))
-
-
 def best_start(
-    log_density: LogDensity, start: Tensor, *, generator: torch.Generator, full: bool = True, longest_hessian: int = 300
-) -> GaussianStart | None:
-    """Return the Gaussian with the best evidence lower bound among a few cheap ones.
-
-    The candidates are the Laplace approximation; mean field on 16, then 64 fixed antithetic draws; and the Gaussian
-    around the mean-field one whose precision is the curvature averaged over it (what the best full-rank Gaussian's
-    precision equals at its own optimum). The Laplace one is exact for Gaussians and useless at a degenerate mode, such
-    as a funnel's; the others survive that.
+    log_density: LogDensity, start: Tensor, *, generator: torch.Generator, full: bool = True, work: float = 0.0,
+    longest_hessian: int = 300,
+) -> GaussianStart | None:  # fmt: skip
+    """:func:`best_starts` from one point.
 
     Args:
         log_density: ``(n, dim) -> (n,)``.
         start: ``(dim,)``.
         generator: Randomness of the fixed draws.
         full: Whether a full covariance may be returned; otherwise per-coordinate sds.
+        work: Numbers touched by one evaluation at one point (data times coordinates).
         longest_hessian: Above this dimension no Hessian is formed.
 
     Returns:
         The start, or None when no candidate has a finite bound.
     """
-    dim = start.shape[0]
-    half = torch.randn(32, dim, generator=generator, dtype=torch.float64).to(start)
-    noise = torch.cat([half, -half])
-    candidates: list[tuple[str, Tensor, Tensor]] = []
-    # the raw start as well as the mode: a degenerate mode is a place that mean field does not come back from
-    origins = [(start, torch.full_like(start, -1.0))]
-    at_mode = laplace(log_density, start) if dim <= longest_hessian else None
-    if at_mode is not None:
-        mode, factor = at_mode
-        conditional = torch.cholesky_inverse(factor).diagonal().rsqrt()
-        candidates.append(("laplace", mode, factor if full else conditional))
-        origins.append((mode, conditional.log()))
-    for first, log_sd in origins:
-        mean, log_sd = mean_field_fixed_draws(log_density, first, log_sd, torch.cat([half[:8], -half[:8]]))
-        mean, log_sd = mean_field_fixed_draws(log_density, mean, log_sd, noise, iterations=100)
-        sd = log_sd.exp()
-        candidates.append(("mean field on fixed draws", mean, sd))
-        averaged = _averaged_curvature(log_density, mean, sd, noise[::8]) if full and dim <= longest_hessian else None
-        if averaged is not None:
-            candidates.append(("averaged curvature", mean, averaged))
-    scored = [GaussianStart(m, s, _elbo(log_density, m, s, noise), method) for method, m, s in candidates]
-    best = max(scored, key=lambda c: c.elbo)
-    return best if np.isfinite(best.elbo) else None
+    return best_starts(log_density, start[None], generator=generator, full=full, work=work,
+                       longest_hessian=longest_hessian)[0][0]  # fmt: skip
+
+
+def best_starts(
+    log_density: LogDensity, starts: Tensor, *, generator: torch.Generator, full: bool = True, work: float = 0.0,
+    longest_hessian: int = 300,
+) -> tuple[list[GaussianStart | None], list[int]]:  # fmt: skip
+    """Gaussians with a high evidence lower bound, from several points side by side.
+
+    The mode and its curvature (Laplace) come first. Where the log weights on 64 draws show that the posterior is
+    nearly Gaussian there, Newton's method on the bound (:func:`~vifamily.numerics.gaussian_newton.gaussian_newton`, 16
+    draws) polishes it; elsewhere, as at the degenerate mode of a funnel, the same method also begins at the raw start,
+    first with independent coordinates, and the better bound wins. Rows that meet at one mode or at one Gaussian are
+    one from there on.
+
+    Args:
+        log_density: ``(n, dim) -> (n,)``.
+        starts: ``(row, dim)``.
+        generator: Randomness of the fixed draws.
+        full: Whether full covariances may be returned; otherwise per-coordinate sds.
+        work: Numbers touched by one evaluation at one point (data times coordinates). Where Hessians at several draws
+            would touch too many, only the one at the mode is formed.
+        longest_hessian: Above this dimension no Hessian is formed.
+
+    Returns:
+        The distinct starts, None for one without a finite bound; and for each row which of them is its own.
+    """
+    rows, dim = starts.shape
+    # a model that fails where it starts fails for a reason that should be seen
+    value_and_gradient(log_density, starts[:1])
+    log_density = tolerant(log_density)
+    half = torch.randn(32, dim, generator=generator, dtype=torch.float64).to(starts)
+    noise = torch.stack([half, -half], dim=1).reshape(-1, dim)
+    if dim > longest_hessian:
+        found = [_without_hessian(log_density, start, noise) for start in starts]
+        return found, list(range(rows))
+    heavy = max(work, dim) * (2 * dim + 1) * 8 > _HEAVY
+    modes = _modes(log_density, starts, heavy=heavy)
+    which, first = _same_mode(modes)
+    point, factor, has = modes.point[first], modes.factor[first], modes.found[first]
+    near = has & (_log_weight_variance(log_density, point, factor, noise, has) < _GAUSSIAN)
+    out: list[GaussianStart | None] = [None] * len(first)
+    if bool(has.any()):
+        _keep(out, has, _at_modes(log_density, point[has], factor[has], noise, full=full, heavy=heavy))
+    raw = ~near
+    if bool(raw.any()) and not heavy:
+        _keep(out, raw, _from_raw(log_density, starts[first][raw], noise, full=full))
+    for row in torch.arange(len(first))[raw.cpu()].tolist() if heavy else ():
+        _keep(out, torch.arange(len(first)) == row, [_without_hessian(log_density, starts[first][row], noise)])
+    return _same_start(out, which)
+
+
+def _keep(out: list[GaussianStart | None], rows: Tensor, found: list[GaussianStart | None]) -> None:
+    """Put what was found for some rows in place where it is better than what is there."""
+    for row, start in zip(torch.arange(len(out))[rows.cpu()].tolist(), found, strict=True):
+        held = out[row]
+        if start is not None and (held is None or start.elbo > held.elbo):
+            out[row] = start
+
+
+def _modes(log_density: LogDensity, starts: Tensor, *, heavy: bool) -> Modes:
+    if not heavy:
+        return newton_modes(log_density, starts)
+    climbed = torch.stack([_climb(log_density, start, 200) for start in starts])
+    return newton_modes(log_density, climbed, iterations=6)
+
+
+def _same_mode(modes: Modes) -> tuple[list[int], Tensor]:
+    """For each row its group, and the first row of each group; rows that are not at a mode stay apart."""
+    which: list[int] = []
+    first: list[int] = []
+    for row in range(len(modes.point)):
+        for group, other in enumerate(first):
+            if bool(modes.found[row]) and bool(modes.found[other]):
+                apart = torch.linalg.solve_triangular(
+                    modes.factor[other], (modes.point[row] - modes.point[other])[:, None], upper=False
+                )
+                if float(apart.abs().max()) < 1e-3:
+                    which.append(group)
+                    break
+        else:
+            which.append(len(first))
+            first.append(row)
+    return which, torch.tensor(first, device=modes.point.device)
+
+
+def _same_start(found: list[GaussianStart | None], which: list[int]) -> tuple[list[GaussianStart | None], list[int]]:
+    """Make one of the starts that are nearly the same Gaussian."""
+    distinct: list[GaussianStart | None] = []
+    place = []
+    for start in found:
+        for index, other in enumerate(distinct):
+            if start is not None and other is not None and _alike(start, other):
+                place.append(index)
+                if start.elbo > other.elbo:
+                    distinct[index] = start
+                break
+        else:
+            place.append(len(distinct))
+            distinct.append(start)
+    return distinct, [place[group] for group in which]
+
+
+def _alike(a: GaussianStart, b: GaussianStart) -> bool:
+    one, other = (s.scale if s.scale.dim() == 1 else s.scale.norm(dim=-1) for s in (a, b))
+    return float(((a.mean - b.mean) / other).abs().max()) < _SAME and float((one / other).log().abs().max()) < _SAME
+
+
+def _log_weight_variance(log_density: LogDensity, point: Tensor, factor: Tensor, noise: Tensor, has: Tensor) -> Tensor:
+    """Variance of the log weights of the Laplace approximations; infinity where there is none."""
+    out = torch.full_like(point[:, 0], torch.inf)
+    if bool(has.any()):
+        z = point[has][:, None] + noise @ factor[has].mT
+        with torch.no_grad():
+            value = log_density(z.reshape(-1, z.shape[-1])).reshape(z.shape[:2])
+        variance = (value + 0.5 * noise.square().sum(-1)).var(1)
+        out[has] = torch.where(torch.isfinite(variance), variance, torch.full_like(variance, torch.inf))
+    return out
+
+
+def _at_modes(
+    log_density: LogDensity, point: Tensor, factor: Tensor, noise: Tensor, *, full: bool, heavy: bool
+) -> list[GaussianStart | None]:
+    hessian = torch.cholesky_inverse(factor)
+    root = factor if full else torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1).rsqrt())
+    at_mode = bounds(log_density, point, root, noise)
+    if heavy:
+        return _pack(point, root, hessian, at_mode, "laplace", full=full)
+    mean, better, averaged = gaussian_newton(log_density, point, root, noise[:16], full=full)
+    improved = bounds(log_density, mean, better, noise)
+    # on other draws than those it was found on the polished one may be the worse
+    wins = improved > at_mode
+    mean = torch.where(wins[:, None], mean, point)
+    root = torch.where(wins[:, None, None], better, root)
+    hessian = torch.where(wins[:, None, None], averaged, hessian)
+    packed = _pack(mean, root, hessian, torch.maximum(improved, at_mode), "newton from the mode", full=full)
+    plain = _pack(mean, root, hessian, at_mode, "laplace", full=full)
+    return [a if w else b for a, b, w in zip(packed, plain, wins.tolist(), strict=True)]
+
+
+def _from_raw(log_density: LogDensity, starts: Tensor, noise: Tensor, *, full: bool) -> list[GaussianStart | None]:
+    rows, dim = starts.shape
+    spread = starts.new_tensor(_SPREADS)
+    roots = (spread[:, None, None] * torch.eye(dim, dtype=starts.dtype, device=starts.device)).expand(rows, -1, -1, -1)
+    few = noise[:16]
+    widest = bounds_at(log_density, starts[:, None].expand(-1, len(spread), -1), roots, few).argmax(1)
+    root = roots[torch.arange(rows, device=starts.device), widest]
+    mean, root, hessian = gaussian_newton(log_density, starts, root, few, full=False)
+    method = "newton from the start"
+    if full:
+        mean, root, hessian = gaussian_newton(log_density, mean, root, few, full=True)
+    return _pack(mean, root, hessian, bounds(log_density, mean, root, noise), method, full=full)
+
+
+def _pack(
+    mean: Tensor, root: Tensor, hessian: Tensor, elbo: Tensor, method: str, *, full: bool
+) -> list[GaussianStart | None]:
+    out: list[GaussianStart | None] = []
+    for row in range(len(mean)):
+        value = float(elbo[row])
+        scale = _lower(root[row]) if full else root[row].diagonal().clone()
+        fine = np.isfinite(value) and bool(torch.isfinite(scale).all())
+        start = GaussianStart(mean[row], scale, value, method, _inverse(hessian[row]))
+        out.append(start if fine else None)
+    return out
+
+
+def _lower(root: Tensor) -> Tensor:
+    """Lower-triangular factor with a positive diagonal of ``root root^T``, without squaring it."""
+    upper = torch.linalg.qr(root.mT)[1]
+    out: Tensor = (upper * upper.diagonal().sign()[:, None]).mT
+    return out
+
+
+def _inverse(hessian: Tensor) -> Tensor | None:
+    """Inverse of a symmetric matrix with its eigenvalues made positive, in coordinates scaled by its diagonal."""
+    diagonal = hessian.diagonal().abs()
+    if not bool(torch.isfinite(hessian).all()) or not bool((diagonal > 0).all()):
+        return None
+    unit = diagonal.rsqrt()
+    values, vectors = torch.linalg.eigh(unit[:, None] * hessian * unit)
+    inverse: Tensor = (vectors / values.abs().clamp_min(1e-6)) @ vectors.mT
+    return unit[:, None] * inverse * unit
+
+
+def _without_hessian(log_density: LogDensity, start: Tensor, noise: Tensor) -> GaussianStart | None:
+    """Mean field on 16, then on all fixed draws, by L-BFGS: for more coordinates than a Hessian is formed for."""
+    # mirror images stay in pairs
+    mean, log_sd = mean_field_fixed_draws(log_density, start, torch.full_like(start, -1.0), noise[:16])
+    mean, log_sd = mean_field_fixed_draws(log_density, mean, log_sd, noise, iterations=100)
+    with torch.no_grad():
+        value = float(log_density(mean + log_sd.exp() * noise).mean() + log_sd.sum())
+    elbo = value + 0.5 * start.shape[0] * (1 + float(np.log(2 * np.pi)))
+    return GaussianStart(mean, log_sd.exp(), elbo, "mean field on fixed draws") if np.isfinite(elbo) else None

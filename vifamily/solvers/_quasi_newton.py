@@ -8,17 +8,51 @@ can be written down at any point and taken up bit for bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Descent", "NotFinite"]
+__all__ = ["Descent", "FirstGuess", "NotFinite", "first_guess"]
+
+FirstGuess = Callable[[np.ndarray], np.ndarray]
+"""A guess at the inverse Hessian, as its product with a vector."""
 
 MEMORY = 50
 _SUFFICIENT = 1e-4
 _CURVATURE = 0.9
 _TRIALS = 25
 _LONGEST = 10.0
+
+
+def first_guess(said: Mapping[str, Any] | None, order: Sequence[tuple[str, int]]) -> FirstGuess | None:
+    """Put together what is known of the inverse Hessian of each parameter.
+
+    Args:
+        said: For each parameter a number (a multiple of the identity) or a matrix, or None.
+        order: Names and sizes of the parameters as they lie in a row.
+
+    Returns:
+        The product with it, or None where a parameter is missing.
+    """
+    if said is None or any(name not in said for name, _ in order):
+        return None
+    blocks = []
+    start = 0
+    for name, size in order:
+        value = said[name]
+        blocks.append((start, start + size, value if isinstance(value, float) else value.double().cpu().numpy()))
+        start += size
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        parts = [
+            value * vector[first:last] if isinstance(value, float) else value @ vector[first:last]
+            for first, last, value in blocks
+        ]
+        out: np.ndarray = np.concatenate(parts) if parts else vector
+        return out
+
+    return product
 
 
 class NotFinite(Exception):  # noqa: N818
@@ -36,6 +70,7 @@ class _Memory:
     steps: np.ndarray
     changes: np.ndarray
     count: int = 0
+    first: FirstGuess | None = None
 
     def clear(self) -> None:
         self.count = 0
@@ -54,7 +89,7 @@ class _Memory:
     def newton(self, gradient: np.ndarray) -> np.ndarray:
         """Approximate inverse Hessian times the gradient, by the two-loop recursion (Nocedal and Wright 2006, 7.4)."""
         if self.count == 0:
-            return gradient.copy()
+            return gradient.copy() if self.first is None else self.first(gradient)
         steps, changes = self.steps[: self.count], self.changes[: self.count]
         products = np.einsum("ij,ij->i", steps, changes)
         out = gradient.copy()
@@ -62,7 +97,10 @@ class _Memory:
         for i in range(self.count - 1, -1, -1):
             weights[i] = steps[i] @ out / products[i]
             out -= weights[i] * changes[i]
-        out *= products[-1] / (changes[-1] @ changes[-1])
+        if self.first is None:
+            out *= products[-1] / (changes[-1] @ changes[-1])
+        else:
+            out = self.first(out) * (products[-1] / (changes[-1] @ self.first(changes[-1])))
         for i in range(self.count):
             out += (weights[i] - changes[i] @ out / products[i]) * steps[i]
         return out
@@ -72,7 +110,7 @@ _ARRAYS = ("x", "gradient", "direction", "low_gradient")
 _NUMBERS = (
     "value", "slope", "t", "low", "high", "low_value", "low_slope", "high_value", "high_slope", "decrement", "gained",
 )  # fmt: skip
-_COUNTS = ("trials", "fresh", "done", "stuck")
+_COUNTS = ("trials", "fresh", "done", "stuck", "guessed")
 
 
 class Descent:
@@ -86,6 +124,7 @@ class Descent:
         goal: Decrease of the function that is no longer worth a step. For a loss in nats it bounds the squared distance
             to the minimum, in standard deviations and halved, so it needs no units.
         resolution: Relative rounding error of the functions' values.
+        first: A guess at the inverse Hessian of each row; without one, steps start along the gradient.
     """
 
     x: np.ndarray
@@ -107,8 +146,11 @@ class Descent:
     fresh: np.ndarray
     done: np.ndarray
     stuck: np.ndarray
+    guessed: np.ndarray
 
-    def __init__(self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16) -> None:
+    def __init__(
+        self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16, first: Sequence[FirstGuess | None] = ()
+    ) -> None:
         rows, size = x.shape
         self.goal, self.resolution = goal, resolution
         for name in _ARRAYS:
@@ -118,8 +160,16 @@ class Descent:
         for name in _COUNTS:
             setattr(self, name, np.zeros(rows, dtype=np.int64))
         self.x = x.astype(np.float64)
-        self.memory = [_Memory(np.zeros((MEMORY, size)), np.zeros((MEMORY, size))) for _ in range(rows)]
+        guesses = first or [None] * rows
+        self.memory = [_Memory(np.zeros((MEMORY, size)), np.zeros((MEMORY, size)), 0, guess) for guess in guesses]
+        self.guessed[:] = [guess is not None for guess in guesses]
         self.renew()
+
+    def _forget(self, row: int) -> None:
+        """Drop what is known of a row's curvature, the guess as well when nothing else is."""
+        if self.memory[row].count == 0:
+            self.memory[row].first, self.guessed[row] = None, 0
+        self.memory[row].clear()
 
     def renew(self) -> None:
         """Start on changed functions from where the points are; what is known of the curvature is kept."""
@@ -173,6 +223,7 @@ class Descent:
         decrement = float(gradient @ step)
         if not (np.isfinite(decrement) and decrement > 0):
             memory.clear()
+            memory.first, self.guessed[row] = None, 0
             step, decrement = gradient.copy(), float(gradient @ gradient)
         self.decrement[row] = decrement
         floor = max(self.goal, self.resolution * abs(self.value[row]))
@@ -180,8 +231,9 @@ class Descent:
             self.done[row] = 1
             return
         self.direction[row], self.slope[row] = -step, -decrement
-        # without a memory the length of the direction means nothing
-        longest = _LONGEST / float(np.abs(step).max()) if memory.count else 1 / decrement**0.5
+        # without a memory or a guess the length of the direction means nothing
+        known = memory.count > 0 or memory.first is not None
+        longest = _LONGEST / float(np.abs(step).max()) if known else 1 / decrement**0.5
         self._begin(row, min(1.0, longest))
 
     def _begin(self, row: int, t: float) -> None:
@@ -224,8 +276,8 @@ class Descent:
             self._accept(row, self.low[row], self.low_value[row], self.low_gradient[row].copy())
         else:
             # the memory may mislead: once more, downhill, from a point that is evaluated anew
-            self.stuck[row] = int(self.memory[row].count == 0)
-            self.memory[row].clear()
+            self.stuck[row] = int(self.memory[row].count == 0 and not self.guessed[row])
+            self._forget(row)
             self.fresh[row] = 1
 
     def _next(self, row: int) -> float:
@@ -274,3 +326,5 @@ class Descent:
         parts = zip(self.memory, arrays["memory_steps"], arrays["memory_changes"], arrays["memory_count"], strict=True)
         for memory, steps, changes, count in parts:
             memory.steps, memory.changes, memory.count = steps.copy(), changes.copy(), int(count)
+        for memory, guessed in zip(self.memory, self.guessed, strict=True):
+            memory.first = memory.first if guessed else None

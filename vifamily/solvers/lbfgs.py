@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError, IncompatibleError, NonFiniteLossError
+from vifamily.errors import ConfigError, IncompatibleError, ModelError, NonFiniteLossError
+from vifamily.numerics.newton import is_numerical
 from vifamily.registry import register
 from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
 from vifamily.solvers._flat import FlatParameters
-from vifamily.solvers._quasi_newton import Descent, NotFinite
+from vifamily.solvers._quasi_newton import Descent, FirstGuess, NotFinite, first_guess
 from vifamily.solvers._watch import bad_parameter, units, watched
 from vifamily.types import Capability, NoiseSpec
 
@@ -52,8 +53,9 @@ class Lbfgs(Solver):
 
     The draws are scrambled Sobol points with their mirror images, scaled to exact second moments, which makes
     Gaussian answers to Gaussian posteriors exact on any number of draws. For objectives that combine several draws
-    (``iwae``, ``renyi``) they are independent, in groups of ``draws``. Restarts are minimised side by side. One step
-    of the fit is one evaluation of the loss and its gradient on all draws.
+    (``iwae``, ``renyi``) they are independent, in groups of ``draws``. Restarts share their draws and are minimised
+    side by side; those that start at the same Gaussian are one calculation. One step of the fit is one
+    evaluation of the loss and its gradient on all draws.
 
     What it refuses before the first step: families whose optimum on fixed draws is unbounded, or fits the draws rather
     than the posterior (flows, implicit families: they need fresh draws); gradient estimators that do not follow the
@@ -166,8 +168,9 @@ class LbfgsRun(Run):
         # a mean that is off by a tenth of the tolerance costs half its square; a hundredth of that, as under strong
         # dependence a factorised family may move by many of its own sds at little cost
         self.descent = Descent(
-            self._held(), goal=0.005 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(options["dtype"]).eps)
-        )
+            self._held(), goal=0.005 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(options["dtype"]).eps),
+            first=self._guesses(),
+        )  # fmt: skip
         self.step_count, self.level, self.level_from = 0, 0, 0
         self.previous: Tensor | None = None
         self.checked: list[Tensor] = []
@@ -201,8 +204,8 @@ class LbfgsRun(Run):
             counts.append(counts[-1] * _GROWTH)
         return counts
 
-    def _draws(self, count: int, level: int, restart: int, check: int = 0) -> Tensor:
-        seed = stream(self.task.seed, level, restart, check)
+    def _draws(self, count: int, level: int, check: int = 0) -> Tensor:
+        seed = stream(self.task.seed, level, 0, check)
         spec: NoiseSpec = self.task.family.noise_spec
         return (balanced_draws if self.task.linear_in_draws else independent_draws)(spec, count, seed)
 
@@ -213,9 +216,21 @@ class LbfgsRun(Run):
 
     def _fix(self) -> None:
         """Take the draws of the level, or another set of as many that judges its minimum."""
-        count, first = self.counts[self.level], self.task.first_restart
-        draws = [self._draws(count, self.level, first + r, len(self.checked)) for r in range(self.task.restarts)]
-        self.loss.fix(draws, self._part(count), self.options)
+        # one set for all restarts: what tells them apart is where they start, not chance
+        count = self.counts[self.level]
+        draws = self._draws(count, self.level, len(self.checked))
+        self.loss.fix([draws] * self.task.restarts, self._part(count), self.options)
+
+    def _guesses(self) -> list[FirstGuess | None]:
+        """What the families know of the curvature before the first evaluation."""
+        if self.model_flat.parameters:
+            return [None] * self.task.restarts
+        family = self.task.family
+        names = {id(p): name for name, p in family.named_parameters()}
+        order = [(names[id(p)], size) for p, size in zip(self.flat.parameters, self.flat.sizes, strict=True)]
+        if hasattr(family, "inverse_curvatures"):
+            return [first_guess(said, order) for said in family.inverse_curvatures()]
+        return [first_guess(getattr(family, "inverse_curvature", lambda: None)(), order)]
 
     # -- parameters ----------------------------------------------------------------------------------------------------
     def _held(self) -> np.ndarray:
@@ -244,7 +259,7 @@ class LbfgsRun(Run):
         descent = self.descent
         try:
             self._set(descent.proposal())
-            values, gradients, terms = self.loss()
+            values, gradients, terms = self._evaluate()
         finally:
             self._set(descent.x)
         packed = self._packed(gradients)
@@ -273,6 +288,16 @@ class LbfgsRun(Run):
         if len(self.checked) == (1 + _CHECKS if len(self.counts) > 1 else 1):
             self._end_level()
         return self._report()
+
+    def _evaluate(self) -> tuple[np.ndarray, list[Tensor | None], dict[str, float]]:
+        try:
+            return self.loss()
+        except ModelError as error:
+            if not is_numerical(error) or bool(self.descent.fresh.any()):
+                raise
+        # a model that cannot be computed at a trial is a wall like any other: the line search backs off
+        nothing: list[Tensor | None] = [torch.full_like(p, torch.nan) for g in self.groups for p in g.parameters]
+        return np.full(self.task.restarts, np.inf), nothing, {}
 
     def _report(self) -> StepReport:
         terms = {name: column[-1] for name, column in self._terms.items()}
@@ -354,7 +379,7 @@ class LbfgsRun(Run):
         # one set of draws for all restarts, none of which was fitted to it
         count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
         fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.task.restarts)
-        draws = self._draws(count, _FRESH, 0)
+        draws = self._draws(count, _FRESH)
         fresh.fix([draws] * self.task.restarts, self._part(count), self.options)
         used = ", ".join(str(n) for n in self.counts[: self.level + 1])
         return {
