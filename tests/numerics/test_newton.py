@@ -83,5 +83,6 @@ def test_other_failures_are_not_hidden():
         tolerant(broken)(torch.zeros(2, 1))
     assert not is_numerical(TypeError())
     wrapped = ModelError("the model raised")
-    wrapped.__cause__ = ValueError("scale must be positive")
+    wrapped.__cause__ = ValueError("Expected parameter scale to satisfy the constraint GreaterThan(lower_bound=0.0)")
     assert is_numerical(wrapped)
+    assert not is_numerical(ValueError("a file is missing"))

@@ -66,7 +66,10 @@ def value_and_gradient(log_density: LogDensity, x: Tensor) -> tuple[Tensor, Tens
 def is_numerical(error: BaseException) -> bool:
     """Whether a model failed because of where it was evaluated: a matrix without a factor, a value out of range."""
     cause = error.__cause__ if isinstance(error, ModelError) else error
-    return isinstance(cause, (LinAlgError, ValueError, ArithmeticError))
+    if isinstance(cause, ValueError):
+        # how torch's distributions refuse parameters and values that overflowed
+        return any(words in str(cause) for words in ("to satisfy the constraint", "to be within the support"))
+    return isinstance(cause, (LinAlgError, ArithmeticError))
 
 
 def tolerant(log_density: LogDensity) -> LogDensity:
