@@ -13,6 +13,7 @@ from vifamily.diagnostics.summary import Summary, summarise
 from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.families._base import Family
 from vifamily.models._base import Model
+from vifamily.posterior._linear_response import linear_response_covariance
 from vifamily.posterior._record import FitRecord
 from vifamily.rng import generator
 from vifamily.supports import Layout
@@ -182,9 +183,36 @@ class PosteriorCore:
         """Posterior standard deviations; arguments and order as in :meth:`mean`."""
         return self._moments(num_draws, seed, unconstrained=unconstrained)[1].diagonal().clamp_min(0).sqrt()
 
-    def covariance(self, *, unconstrained: bool = False, num_draws: int = 4000, seed: int | None = None) -> Tensor:
-        """Posterior covariance, ``(column, column)``; arguments and order as in :meth:`mean`."""
-        return self._moments(num_draws, seed, unconstrained=unconstrained)[1]
+    def covariance(
+        self,
+        *,
+        unconstrained: bool = False,
+        linear_response: bool = False,
+        num_draws: int = 4000,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Posterior covariance, ``(column, column)``.
+
+        Args:
+            unconstrained: Of ``z`` rather than of the constrained parameters.
+            linear_response: Whether to take the covariance from how the fitted means answer to a small push rather
+                than from the family's spread: exact for a Gaussian posterior whatever the Gaussian family, so it gives
+                a mean-field fit the correlations and marginal sds that it lacks. Needs a fit by ``elbo`` at its
+                minimum and a twice differentiable model.
+            num_draws: Draws to take where there is no closed form.
+            seed: Seed of the draws; by default that of the fit.
+
+        Raises:
+            NotAvailableError: If linear responses are asked for and something they need is missing.
+        """
+        if not linear_response:
+            return self._moments(num_draws, seed, unconstrained=unconstrained)[1]
+        check_count("num_draws", num_draws)
+        model = self.require_model("a linear-response covariance")
+        return linear_response_covariance(
+            model, self.family, self.objective, None if unconstrained else self._flat,
+            num_draws=max(num_draws, 2), seed=self.record.seed if seed is None else seed,
+        )  # fmt: skip
 
     @torch.no_grad()
     def _moments(self, num_draws: int, seed: int | None, *, unconstrained: bool) -> tuple[Tensor, Tensor]:
