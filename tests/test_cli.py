@@ -93,7 +93,7 @@ def test_quiet_prints_nothing(call):
 
 
 def test_strict_fails_when_the_stopping_rule_was_not_met(call):
-    arguments = ["banana", "--family", "mean_field", "--quiet", *SHORT]
+    arguments = ["banana", "--family", "mean_field", "--solver", "adam", "--quiet", *SHORT]
     assert call("fit", *arguments, "--strict").exit_code == 1
 
 

@@ -183,7 +183,7 @@ def compare_command(
     families: Annotated[str | None, typer.Option(help="Families, separated by commas.")] = None,
     objectives: Annotated[str | None, typer.Option(help='Objectives, such as elbo,iwae,"renyi(alpha=0.5)".')] = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds; 3 by default.")] = None,
-    solver: Solver = "auto",
+    solver: Solver = "adam",
     steps: Steps = None,
     time_limit: TimeLimit = None,
     draws: Annotated[int | None, typer.Option(help="Draws per step, the same for every objective.")] = None,

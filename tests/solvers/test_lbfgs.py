@@ -289,6 +289,44 @@ def test_what_does_not_settle_is_said():
 # --- restarts, repetition, resuming ---
 
 
+def two_wells(z):
+    left, right = -0.5 * (z[:, 0] + 5) ** 2, -0.5 * (z[:, 0] - 5) ** 2 - 0.5
+    return torch.logaddexp(left, right) - 0.5 * z[:, 1] ** 2
+
+
+def wells_run():
+    run = make_run(Density(two_wells, dim=2), "mean_field", restarts=4)
+    run.flat.set(torch.tensor([[-5.3, 0.1, -1.0, 0.0], [5.1, 0.0, -1.0, 0.0], [4.8, 0.2, -0.5, 0.0],
+                               [-4.9, 0.0, -1.2, 0.0]], dtype=DOUBLE))  # fmt: skip
+    run.descent.x = run._held()
+    return run
+
+
+def test_restarts_that_meet_go_on_as_one():
+    run = wells_run()
+    out = to_the_end(run)
+    assert run.rows == 2
+    assert run.place == [0, 1, 1, 0]
+    assert run.losses.shape[1] == len(out["losses"]) == 4
+    means = [float(member.moments()[0][0].detach()) for member in run.task.family.members()]
+    assert means == pytest.approx([-5.0, 5.0, 5.0, -5.0], abs=0.1)
+    assert means[0] == means[3]
+    assert out["losses"][0] < out["losses"][1]
+
+
+def test_a_run_whose_restarts_have_met_is_taken_up_bit_for_bit():
+    whole, half = wells_run(), wells_run()
+    while half.rows == 4:
+        half.step()
+    tensors, values = half.tensors()
+    rest = wells_run()
+    rest.restore({k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(values)))
+    for run in (whole, rest):
+        to_the_end(run)
+    assert torch.equal(whole.losses, rest.losses)
+    assert torch.equal(whole.whole.value, rest.whole.value)
+
+
 def test_restarts_end_together_at_the_same_place():
     target = targets.linear_regression()
     posterior = fit(target.model, "full_rank", solver="lbfgs", restarts=4, seed=0)

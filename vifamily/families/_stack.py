@@ -123,6 +123,11 @@ class StackedFamily(nn.Module):
         mean, covariance = self._each("moments")
         return mean, covariance
 
+    def subset(self, rows: Sequence[int]) -> Family | StackedFamily:
+        """Some of the members as a stack of their own, or the one member alone; copies."""
+        members = self.members()
+        return members[rows[0]] if len(rows) == 1 else StackedFamily([members[row] for row in rows])
+
     @torch.no_grad()
     def members(self) -> list[Family]:
         """Return the families one by one, as copies."""

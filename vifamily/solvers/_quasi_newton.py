@@ -302,6 +302,12 @@ class Descent:
             part = 0.5
         return float(low + np.clip(part, 0.1, 0.9) * width)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows."""
+        for name in (*_ARRAYS, *_NUMBERS, *_COUNTS):
+            setattr(self, name, getattr(self, name)[list(rows)].copy())
+        self.memory = [self.memory[row] for row in rows]
+
     # -- writing down --------------------------------------------------------------------------------------------------
     def arrays(self) -> dict[str, np.ndarray]:
         """The whole state."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vifamily.types import Space
 
-__all__ = ["bad_parameter", "units", "watched"]
+__all__ = ["bad_parameter", "meetings", "units", "watched"]
 
 MOST_WATCHED = 400
 
@@ -46,6 +46,31 @@ def units(family: Any, row: Tensor) -> Tensor:
         return torch.ones_like(row)
     _, log_sd = row.chunk(2)
     return torch.cat([log_sd.exp(), torch.ones_like(log_sd)])
+
+
+def meetings(row: Tensor, restarts: int, tolerance: float) -> tuple[list[int], list[int]]:
+    """Which restarts stand at one place.
+
+    Args:
+        row: What is watched of all restarts, as :func:`watched` gives it for families with moments.
+        restarts: Their number.
+        tolerance: Largest distance of means (in sds) and of log sds within one place.
+
+    Returns:
+        The first restart at each place, and for each restart the number of its place.
+    """
+    mean, log_sd = row.reshape(2, restarts, -1)
+    kept: list[int] = []
+    place: list[int] = []
+    for i in range(restarts):
+        apart = [
+            torch.maximum(((mean[i] - mean[k]) / log_sd[k].exp()).abs(), (log_sd[i] - log_sd[k]).abs()) for k in kept
+        ]
+        met = [number for number, distance in enumerate(apart) if float(distance.max()) < tolerance]
+        place.append(met[0] if met else len(kept))
+        if not met:
+            kept.append(i)
+    return kept, place
 
 
 def bad_parameter(groups: list[Any], owners: list[Any], packed: list[Tensor]) -> str | None:

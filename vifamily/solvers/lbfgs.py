@@ -18,7 +18,7 @@ from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._quasi_newton import Descent, FirstGuess, NotFinite, first_guess
-from vifamily.solvers._watch import bad_parameter, units, watched
+from vifamily.solvers._watch import bad_parameter, meetings, units, watched
 from vifamily.types import Capability, NoiseSpec
 
 __all__ = ["Lbfgs"]
@@ -147,7 +147,8 @@ class LbfgsRun(Run):
 
     def __init__(self, task: Task, tolerance: float, most_draws: int) -> None:
         self.task, self.tolerance = task, tolerance
-        self.flat = FlatParameters(task.family.parameters(), task.restarts)
+        self.family, self.rows, self.place = task.family, task.restarts, list(range(task.restarts))
+        self.flat = self.whole = FlatParameters(task.family.parameters(), task.restarts)
         own = {id(p) for p in self.flat.parameters}
         self.model_flat = FlatParameters([p for p in task.model.parameters() if id(p) not in own], 1)
         self.groups = [g for g in (self.flat, self.model_flat) if g.parameters]
@@ -159,12 +160,7 @@ class LbfgsRun(Run):
         self.options = options
         self.notes: list[str] = []
         self.counts = self._counts(most_draws)
-        family = task.family if task.linear_in_draws else Grouped(task.family, task.draws)
-        self.loss = FixedLoss(
-            lambda noise: task.objective_loss(family, task.model, noise, None, None),
-            [p for g in self.groups for p in g.parameters],
-            task.restarts,
-        )
+        self.loss = self._fixed_loss()
         # a mean that is off by a tenth of the tolerance costs half its square; a hundredth of that, as under strong
         # dependence a factorised family may move by many of its own sds at little cost
         self.descent = Descent(
@@ -185,13 +181,13 @@ class LbfgsRun(Run):
     # -- draws ---------------------------------------------------------------------------------------------------------
     def _counts(self, most: int) -> list[int]:
         """Numbers of draws of the levels."""
-        if math.prod(self.task.family.noise_spec.shape) == 0:
+        if math.prod(self.family.noise_spec.shape) == 0:
             return [2]
         # groups of the draws that one value combines, and as many of their mirror images
         unit = 2 if self.task.linear_in_draws else 2 * self.task.draws
         first = max(self.task.draws, 2) if self.task.linear_in_draws else 64
         # on just enough draws the optimum is bounded but far off: twice as many
-        fewest = 2 * (_fewest_draws(self.task.family) or 1)
+        fewest = 2 * (_fewest_draws(self.family) or 1)
         # powers of two are what Sobol points are made for, and can be evaluated a part at a time
         count = 2 ** math.ceil(math.log2(max(first, fewest)))
         if first < fewest:
@@ -206,26 +202,35 @@ class LbfgsRun(Run):
 
     def _draws(self, count: int, level: int, check: int = 0) -> Tensor:
         seed = stream(self.task.seed, level, 0, check)
-        spec: NoiseSpec = self.task.family.noise_spec
+        spec: NoiseSpec = self.family.noise_spec
         return (balanced_draws if self.task.linear_in_draws else independent_draws)(spec, count, seed)
 
     def _part(self, count: int) -> int:
         # a group is never cut
         unit = 1 if self.task.linear_in_draws or count % self.task.draws else self.task.draws
-        return unit * part_size(count // unit, unit * self.task.restarts, getattr(self.task.model, "num_data", None))
+        return unit * part_size(count // unit, unit * self.rows, getattr(self.task.model, "num_data", None))
+
+    def _fixed_loss(self) -> FixedLoss:
+        task = self.task
+        family = self.family if task.linear_in_draws else Grouped(self.family, task.draws)
+        return FixedLoss(
+            lambda noise: task.objective_loss(family, task.model, noise, None, None),
+            [p for g in self.groups for p in g.parameters],
+            self.rows,
+        )
 
     def _fix(self) -> None:
         """Take the draws of the level, or another set of as many that judges its minimum."""
         # one set for all restarts: what tells them apart is where they start, not chance
         count = self.counts[self.level]
         draws = self._draws(count, self.level, len(self.checked))
-        self.loss.fix([draws] * self.task.restarts, self._part(count), self.options)
+        self.loss.fix([draws] * self.rows, self._part(count), self.options)
 
     def _guesses(self) -> list[FirstGuess | None]:
         """What the families know of the curvature before the first evaluation."""
         if self.model_flat.parameters:
-            return [None] * self.task.restarts
-        family = self.task.family
+            return [None] * self.rows
+        family = self.family
         names = {id(p): name for name, p in family.named_parameters()}
         order = [(names[id(p)], size) for p, size in zip(self.flat.parameters, self.flat.sizes, strict=True)]
         if hasattr(family, "inverse_curvatures"):
@@ -274,7 +279,7 @@ class LbfgsRun(Run):
                 raise self._failure(values, terms, packed) from error
             self._set(descent.x)
         self.step_count += 1
-        self._losses.append(descent.value.tolist())
+        self._losses.append(self._spread_out(descent.value.tolist()))
         self._step_sizes.append(taken)
         for name, term in terms.items():
             column = self._terms.setdefault(name, [])
@@ -297,18 +302,25 @@ class LbfgsRun(Run):
                 raise
         # a model that cannot be computed at a trial is a wall like any other: the line search backs off
         nothing: list[Tensor | None] = [torch.full_like(p, torch.nan) for g in self.groups for p in g.parameters]
-        return np.full(self.task.restarts, np.inf), nothing, {}
+        return np.full(self.rows, np.inf), nothing, {}
 
     def _report(self) -> StepReport:
         terms = {name: column[-1] for name, column in self._terms.items()}
         step_size = self._step_sizes[-1] if self._step_sizes else 1.0
         phase = f"{self.counts[self.level]} fixed draws" + (", checking" if self.checked else "")
-        return StepReport(self.step_count, tuple(self.descent.value.tolist()), terms, step_size, self.finished, phase)
+        return StepReport(
+            self.step_count,
+            tuple(self._spread_out(self.descent.value.tolist())),
+            terms,
+            step_size,
+            self.finished,
+            phase,
+        )
 
     def _failure(self, values: np.ndarray, terms: Mapping[str, float], packed: list[Tensor]) -> NonFiniteLossError:
         bad = [name for name, term in terms.items() if not math.isfinite(term)]
         term = bad[0] if bad else "the gradient" if bool(np.isfinite(values).all()) else "the loss"
-        owners = [self.task.family if g is self.flat else self.task.model for g in self.groups]
+        owners = [self.family if g is self.flat else self.task.model for g in self.groups]
         parameter = bad_parameter(self.groups, owners, packed)
         where = f", first seen in the parameter {parameter!r}" if parameter else ""
         return NonFiniteLossError(
@@ -322,7 +334,11 @@ class LbfgsRun(Run):
 
     # -- levels --------------------------------------------------------------------------------------------------------
     def _watched(self) -> Tensor:
-        return watched(self.task.family, self.task.monitor_noise, self.flat.value)
+        noise = self.task.monitor_noise
+        if self.flat is not self.whole:
+            # the noise is the same for all restarts
+            noise = noise[0] if self.rows == 1 else noise[: self.rows]
+        return watched(self.family, noise, self.flat.value)
 
     def _check(self, gradient: np.ndarray) -> None:
         """Note where the minimum on another set of draws lies, to first order."""
@@ -332,7 +348,7 @@ class LbfgsRun(Run):
         self._fix()
 
     def _end_level(self) -> None:
-        row, unit = self.checked[0], units(self.task.family, self.checked[0])
+        row, unit = self.checked[0], units(self.family, self.checked[0])
         if len(self.counts) > 1:
             spread = torch.stack(self.checked).std(0) / unit
             # a loss that is not finite on other draws has no error to speak of
@@ -354,11 +370,39 @@ class LbfgsRun(Run):
                     "(posterior sds or log sds): allow more with lbfgs(most_draws=...), or use adam"
                 )
         if self.finished is None:
+            if self.rows > 1 and self.at_minimum:
+                row = self._merge(row)
             self.previous = row
             self.level += 1
             self.level_from = self.step_count
             self._fix()
             self.descent.renew()
+
+    # -- restarts that meet --------------------------------------------------------------------------------------------
+    def _spread_out(self, values: list[float]) -> list[float]:
+        """Numbers of the rows, as those of all restarts."""
+        return [values[row] for row in self.place]
+
+    def _merge(self, row: Tensor) -> Tensor:
+        """Go on with one of the restarts that met at one minimum of the draws they share; returns what is watched."""
+        if Capability.REPARAMETERISED not in self.family.capabilities or row.numel() % (2 * self.rows):
+            return row
+        kept, new = meetings(row, self.rows, 0.5 * self.tolerance)
+        if len(kept) == self.rows:
+            return row
+        columns = row.reshape(2, self.rows, -1)[:, kept]
+        self._keep(kept, [new[i] for i in self.place])
+        return columns.reshape(-1)
+
+    def _keep(self, rows: list[int], place: list[int]) -> None:
+        """Go on with some rows; ``place`` says for each restart which of them is its own."""
+        self.family = self.family.subset(rows)
+        self.descent.keep(rows)
+        self.rows, self.place = len(rows), place
+        self.flat = FlatParameters(self.family.parameters(), self.rows)
+        self.groups = [self.flat]
+        self.loss = self._fixed_loss()
+        self._set(self.descent.x)
 
     def _at_minimum(self) -> bool:
         """Whether every row is as near its minimum as rounding allows; notes where it is not."""
@@ -376,14 +420,16 @@ class LbfgsRun(Run):
     def output(self) -> Mapping[str, Any]:
         """Leave the minimum in the family (see :class:`~vifamily.solvers._base.Run`)."""
         self._set(self.descent.x)
+        if self.flat is not self.whole:
+            self.whole.set(self.flat.value[self.place])
         # one set of draws for all restarts, none of which was fitted to it
         count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
-        fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.task.restarts)
+        fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.rows)
         draws = self._draws(count, _FRESH)
-        fresh.fix([draws] * self.task.restarts, self._part(count), self.options)
+        fresh.fix([draws] * self.rows, self._part(count), self.options)
         used = ", ".join(str(n) for n in self.counts[: self.level + 1])
         return {
-            "losses": fresh.values().mean(0).tolist(),
+            "losses": self._spread_out(fresh.values().mean(0).tolist()),
             "rhat": float("nan"),
             "mcse": self.error,
             "gradient_snr": None,
@@ -404,12 +450,15 @@ class LbfgsRun(Run):
         values = {
             "step": self.step_count, "level": self.level, "level_from": self.level_from, "finished": self.finished,
             "change": _plain(self.change), "error": _plain(self.error), "notes": list(self.notes),
-            "at_minimum": self.at_minimum,
+            "at_minimum": self.at_minimum, "place": self.place,
         }  # fmt: skip
         return out, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
+        place = [int(v) for v in values["place"]]
+        if len(set(place)) < self.rows:
+            self._keep([place.index(row) for row in range(len(set(place)))], place)
         prefix = "descent/"
         own = {k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)}
         self.descent.restore(own)
