@@ -31,7 +31,9 @@ def client():
     distributed = pytest.importorskip("distributed", reason="needs the extra 'dask'")
     cloudpickle = pytest.importorskip("cloudpickle")
     cloudpickle.register_pickle_by_value(fake)
-    with warnings.catch_warnings():
+    dask = pytest.importorskip("dask")
+    # a task may lose one worker, not three, so that the one that kills them all is found sooner
+    with warnings.catch_warnings(), dask.config.set({"distributed.scheduler.allowed-failures": 1}):
         warnings.simplefilter("ignore")  # about sockets and ports of other clusters
         cluster = distributed.LocalCluster(
             processes=True, n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
@@ -134,6 +136,18 @@ def test_object_that_cannot_be_sent(client, tmp_path):
     cells = [Cell("p", "f", "o", seed, given={"problem": threading.Lock()}) for seed in range(2)]
     with pytest.raises(ConfigError, match="jobs=1"):
         run_grid(cells, fake.FakeRunner(str(tmp_path / "log")), client=client)
+
+
+def test_what_a_worker_cannot_load_is_told(client, tmp_path):
+    spec = importlib.util.spec_from_file_location("only_in_this_process", HERE / "fake.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        with pytest.raises(ConfigError, match="cannot load what it was sent.*only_in_this_process"):
+            run_grid(fake.cells(seeds=1), module.FakeRunner(str(tmp_path / "log")), client=client)
+    finally:
+        del sys.modules[spec.name]
 
 
 def test_wrong_cluster():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pickle import PicklingError
 from typing import Any
@@ -71,9 +72,10 @@ def run_on(
         jobs: Most tasks at once; None or -1 leaves it to the cluster.
 
     Raises:
-        ConfigError: If an object cannot be sent to a worker.
+        ConfigError: If an object cannot be sent to a worker, or a worker cannot load it.
         Exception: What ``run`` raised in a worker.
     """
+    import cloudpickle
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
@@ -83,12 +85,14 @@ def run_on(
 
     def submit() -> None:
         try:
-            future = client.submit(run, waiting.pop(), *arguments, pure=False)
+            # written by value where it must be, and read in the task: what a worker cannot load is an error of the task
+            task = cloudpickle.dumps((run, (waiting.pop(), *arguments)))
         except (PicklingError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"an object of the comparison cannot be sent to another process ({' '.join(str(error).split())}). "
                 "Leave cluster out and pass jobs=1 to run every cell in this process."
             ) from error
+        future = client.submit(_call, task, pure=False)
         running.add(future)
         done.add(future)
 
@@ -106,3 +110,15 @@ def run_on(
                 submit()
     finally:
         client.cancel(list(running))
+
+
+def _call(task: bytes) -> Any:
+    """Run a task in a worker."""
+    try:
+        run, arguments = pickle.loads(task)
+    except Exception as error:
+        raise ConfigError(
+            f"a worker cannot load what it was sent ({type(error).__name__}: {' '.join(str(error).split())}). Install "
+            "the same packages there, and put modules of your own where it can import them."
+        ) from None
+    return run(*arguments)
