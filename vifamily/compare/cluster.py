@@ -75,7 +75,7 @@ def run_on(
         ConfigError: If an object cannot be sent to a worker, or a worker cannot load it.
         Exception: What ``run`` raised in a worker.
     """
-    import cloudpickle
+    import cloudpickle  # type: ignore[import-untyped]
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
