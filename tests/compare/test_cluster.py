@@ -87,6 +87,7 @@ def test_a_lost_workers_cells_run_again_and_nothing_computed_is_lost(client, tmp
     assert len(list((tmp_path / "cells").glob("*.json"))) == 6
 
 
+@pytest.mark.slow  # four workers are started anew
 def test_a_cell_that_kills_every_worker_costs_only_itself(client, tmp_path):
     cells = fake.cells(["good", "dies"], seeds=1)
     outcomes = run_grid(cells, fake.FakeRunner(str(tmp_path / "log")), client=client, folder=tmp_path / "cells")
