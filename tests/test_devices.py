@@ -71,7 +71,7 @@ def test_fit(device, solver, family, objective, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"restarts": 2}])
 def test_likelihood_model(device, options, tmp_path):
-    check_posterior(fit(likelihood(device), "mean_field", steps=20, **options), device, tmp_path)
+    check_posterior(fit(likelihood(device), "mean_field", solver="adam", steps=20, **options), device, tmp_path)
 
 
 def test_pyro_model(device, tmp_path):
@@ -108,7 +108,9 @@ def test_resume(device, solver, tmp_path):
 def test_seeds_side_by_side(device):
     model = Density(normal, dim=3, device=device)
     for seed, posterior in enumerate(fit_seeds(model, "full_rank", seeds=(0, 1), steps=12)):
-        torch.testing.assert_close(posterior.draws(10), fit(model, "full_rank", seed=seed, steps=12).draws(10))
+        torch.testing.assert_close(
+            posterior.draws(10), fit(model, "full_rank", solver="adam", seed=seed, steps=12).draws(10)
+        )
 
 
 # --- on the meta device: no tensor is made in the wrong place ---

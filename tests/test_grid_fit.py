@@ -1,17 +1,20 @@
 """Fits of several seeds side by side are the fits of the seeds: same draws, same steps, same ends."""
 
+import functools
 import math
 
 import pytest
 import torch
 
 from vifamily.errors import ConfigError, ConvergenceWarning, NonFiniteLossError
-from vifamily.fit import fit
+from vifamily.fit import fit as fit_with
 from vifamily.grid_fit import SeedGrid, fit_seeds, why_one_by_one
 from vifamily.models import Density, LikelihoodModel
-from vifamily.plan import plan
+from vifamily.plan import plan as plan_with
 
 DOUBLE = torch.float64
+fit = functools.partial(fit_with, solver="adam")
+plan = functools.partial(plan_with, solver="adam")
 FAMILIES = ("mean_field", "full_rank", "low_rank(rank=1)", "mixture(components=2)")
 
 

@@ -38,7 +38,7 @@ def why_one_by_one(planned: Plan) -> str | None:
 
     Example:
         >>> from vifamily.plan import plan
-        >>> why_one_by_one(plan("banana", "mean_field"))
+        >>> why_one_by_one(plan("banana", "mean_field", solver="adam"))
         >>> why_one_by_one(plan("banana", "mean_field", solver="lbfgs"))
         'the solver is not adam'
     """
@@ -78,7 +78,7 @@ class SeedGrid:
 
     Example:
         >>> from vifamily.plan import plan
-        >>> grid = SeedGrid(plan("banana", "mean_field"), seeds=[3, 5], steps=20)
+        >>> grid = SeedGrid(plan("banana", "mean_field", solver="adam"), seeds=[3, 5], steps=20)
         >>> grid.advance()
         >>> [grid.finish(i).record.seed for i in range(2)]
         [3, 5]
