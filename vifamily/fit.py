@@ -23,6 +23,7 @@ from vifamily.trackers import Tracker
 __all__ = ["fit", "plan"]
 
 _MOST_STEPS = 50_000
+"""Steps after which a fit ends even where its stopping rule is not met."""
 
 
 def fit(
@@ -114,15 +115,20 @@ def fit(
     loop = FitLoop(planned, seed=seed, most_steps=steps or _MOST_STEPS, restarts=restarts, init=init, folder=folder,
                  every=checkpoint_every, encoder=encoder, local_family=local_family)  # fmt: skip
     posterior = loop.run(calls, tracker, FitProgress(show=progress, most_steps=steps or _MOST_STEPS), time_limit)
+    warn_if_unfinished(posterior, steps)
+    return posterior
+
+
+def warn_if_unfinished(posterior: Posterior, steps: int | None) -> None:
+    """Warn where a fit that was left to its stopping rule ended before the rule was met."""
     record = posterior.record
     if steps is None and record.stop_reason in ("max_steps", "smallest_step", "most_draws"):
         warnings.warn(
             f"the fit stopped after {record.steps} steps ({record.stop_reason}) before its averages settled: look at "
             "posterior.diagnose(), and try more draws=, another family, or init= this posterior to go on.",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return posterior
 
 
 def _check_numbers(seed: int, steps: int | None, restarts: int, every: int, time_limit: float | None) -> None:

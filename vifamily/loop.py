@@ -224,6 +224,10 @@ class FitLoop:
             with contextlib.suppress(VifamilyError):
                 error.posterior = self._posterior(["non_finite"], non_finite=1)
 
+    def count_time(self, seconds: float) -> None:
+        """Set the time spent so far; what follows is added."""
+        self.began, self.seconds_before = time.monotonic(), seconds
+
     def _seconds(self) -> float:
         return time.monotonic() - self.began + self.seconds_before
 

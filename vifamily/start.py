@@ -187,7 +187,8 @@ def _given_point(model: Model, init: Mapping[str, Any] | Tensor | np.ndarray) ->
 def _curvature_scale(model: Model, point: Tensor) -> Tensor:
     if model.dim > 300:
         return torch.ones_like(point)
-    diagonal = negative_curvature(model.log_joint, point).diagonal()
+    # the steps as a tensor where the point lives: a plain number would become one on the CPU
+    diagonal = negative_curvature(model.log_joint, point, torch.full_like(point, 1e-4)).diagonal()
     positive = torch.isfinite(diagonal) & (diagonal > 0)
     return torch.where(positive, diagonal.clamp_min(1e-30).rsqrt(), torch.ones_like(point))
 

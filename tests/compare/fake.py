@@ -27,6 +27,10 @@ class FakeRunner:
             raise RuntimeError("the family\nraised")
         if cell.family == "impossible":
             raise IncompatibleError("it needs a log density.", missing=("family: log density",))
+        died = Path(f"{self.log}.died")
+        if cell.family == "dies once" and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         if cell.family == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if cell.family == "interrupts":

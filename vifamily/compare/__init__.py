@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 
 from vifamily import registry
 from vifamily.compare.cells import Cell, Outcome, plain
+from vifamily.compare.cluster import client_of
 from vifamily.compare.grid import run_grid
 from vifamily.compare.labels import Item, items, split_specs
-from vifamily.compare.measure import MEASURES, Target, as_problem, fingerprint, fit_cell, target_of
+from vifamily.compare.measure import MEASURES, Target, as_problem, fingerprint, fit_cell, fit_cells, target_of
 from vifamily.compare.reporting import Report, reporter
 from vifamily.compare.result import Comparison
 from vifamily.errors import ConfigError, SpecError, VifamilyError
@@ -47,6 +49,8 @@ def compare(
     solver: str = "adam",
     progress: bool | Report | None = None,
     resume: bool = True,
+    vectorise: bool = True,
+    cluster: Any = None,
 ) -> Comparison:
     """Fit every combination of problem, family, objective and seed, and measure each against what is known.
 
@@ -71,6 +75,11 @@ def compare(
         progress: True for a progress line, None for one on a terminal only, or a function called with each outcome, the
             number done and the number of cells.
         resume: Take finished cells from ``out``.
+        vectorise: Step the seeds of a cell side by side in one program where that can be (``adam``, all data, no
+            ``time_limit``); each gets what it gets alone, up to rounding, and ``seconds`` is its share of the time.
+            False fits them one by one.
+        cluster: A ``dask.distributed`` client or cluster, or a scheduler's address: its workers run the cells. None
+            runs them here, or on the cluster of ``joblib.parallel_config(backend="dask")`` around the call.
 
     Returns:
         The comparison: prints as a table, and gives figures, JSON, CSV and an HTML page.
@@ -80,6 +89,7 @@ def compare(
         SpecError: If a spec cannot be read or its arguments do not fit.
         ConfigError: If an axis is empty or names something twice, a number is out of range, or ``out`` cannot be
             written to.
+        MissingExtraError: If ``cluster`` is given and ``dask.distributed`` is not installed.
 
     Example:
         >>> result = compare("banana", "mean_field", "elbo", seeds=1, steps=30, jobs=1)
@@ -97,7 +107,7 @@ def compare(
     config: dict[str, Any] = {kind: [item.label for item in chosen] for kind, chosen in axes.items()}
     versions = _versions()
     config |= {"seeds": numbers, **settings, "versions": versions}
-    with reporter(progress, len(cells)) as report:
+    with reporter(progress, len(cells)) as report, _client(cluster) as client:
         outcomes = run_grid(
             cells,
             _Runner(broken),
@@ -105,6 +115,8 @@ def compare(
             versions=versions,
             jobs=jobs,
             resume=resume,
+            vectorise=vectorise,
+            client=client,
             report=report,
         )
     comparison = Comparison(tuple(outcomes), plain(config), targets)
@@ -123,6 +135,20 @@ class _Runner:
         if cell.problem in self.broken:
             raise VifamilyError(self.broken[cell.problem])
         return fit_cell(cell)
+
+    def together(self, cells: Sequence[Cell]) -> Sequence[Callable[[Cell], Outcome]]:
+        """Begin cells that differ in their seed alone, and return what finishes each."""
+        return [self] * len(cells) if cells[0].problem in self.broken else fit_cells(cells)
+
+
+@contextlib.contextmanager
+def _client(cluster: Any) -> Iterator[Any]:
+    client, ours = client_of(cluster)
+    try:
+        yield client
+    finally:
+        if ours:
+            client.close()
 
 
 def _versions() -> dict[str, str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from vifamily.compare.cells import Cell, Outcome
 from vifamily.diagnostics.moments import distances, moment_errors
 from vifamily.errors import ConfigError
 from vifamily.fit import fit
+from vifamily.grid_fit import SeedGrid, why_one_by_one
 from vifamily.models import Model
+from vifamily.plan import make_plan
+from vifamily.posterior import Posterior
 from vifamily.problems._base import Problem
 from vifamily.rng import generator
 
-__all__ = ["MEASURES", "Measure", "Target", "as_problem", "fingerprint", "fit_cell", "target_of"]
+__all__ = ["MEASURES", "Measure", "Target", "as_problem", "fingerprint", "fit_cell", "fit_cells", "target_of"]
 
 MOMENT_DRAWS = 40_000
 """Draws behind means and standard deviations: their own error is then half a hundredth of a standard deviation."""
@@ -170,6 +174,44 @@ def _log_density(model: Model) -> Callable[[Array], Array]:
     return evaluate
 
 
+def fit_cells(cells: Sequence[Cell]) -> list[Callable[[Cell], Outcome]]:
+    """Fit cells that differ in their seed alone side by side.
+
+    Args:
+        cells: The cells.
+
+    Returns:
+        For each cell the function that finishes its fit and measures it; :func:`fit_cell` for all of them where the
+        fits cannot run side by side.
+
+    Raises:
+        VifamilyError: What ended all of them, for example a start that cannot be made. Run alone, each cell meets its
+            own reason.
+    """
+    one_by_one: list[Callable[[Cell], Outcome]] = [fit_cell] * len(cells)
+    first, settings = cells[0], dict(cells[0].settings)
+    # a limit of time is one fit's own, and side by side none has the time to itself
+    if len(cells) < 2 or settings.pop("time_limit", None) is not None:
+        return one_by_one
+    problem = as_problem(first.given.get("problem", first.problem))
+    steps = settings.pop("steps", None)
+    planned = make_plan(
+        problem.model,
+        first.given.get("family", first.family),
+        first.given.get("objective", first.objective),
+        settings.pop("solver"),
+        draws=settings.pop("draws"),
+        batch_size=None,
+        device=None,
+        dtype=None,
+    )
+    if settings or why_one_by_one(planned) is not None:
+        return one_by_one
+    grid = SeedGrid(planned, [cell.seed for cell in cells], steps=steps)
+    grid.advance()
+    return [functools.partial(_measured, fitted=functools.partial(grid.finish, i)) for i in range(len(cells))]
+
+
 def fit_cell(cell: Cell) -> Outcome:
     """Fit one cell and measure it.
 
@@ -183,17 +225,26 @@ def fit_cell(cell: Cell) -> Outcome:
         KeyboardInterrupt: If the fit was interrupted; half a fit is not a result.
         VifamilyError: Whatever the fit raises.
     """
-    problem = as_problem(cell.given.get("problem", cell.problem))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        posterior = fit(
-            problem.model,
+
+    def fitted() -> Posterior:
+        return fit(
+            as_problem(cell.given.get("problem", cell.problem)).model,
             cell.given.get("family", cell.family),
             cell.given.get("objective", cell.objective),
             seed=cell.seed,
             progress=False,
             **cell.settings,
         )
+
+    return _measured(cell, fitted)
+
+
+def _measured(cell: Cell, fitted: Callable[[], Posterior]) -> Outcome:
+    """Measure what a fit of the cell returns."""
+    problem = as_problem(cell.given.get("problem", cell.problem))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = fitted()
         record = posterior.record
         if record.stop_reason == "interrupted":
             raise KeyboardInterrupt

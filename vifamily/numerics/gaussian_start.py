@@ -96,7 +96,7 @@ def negative_curvature(log_density: LogDensity, x: Tensor, step: Tensor | float 
         >>> [round(float(v), 6) for v in h.diagonal()]
         [4.0, 4.0]
     """
-    steps = torch.as_tensor(step, dtype=x.dtype).expand(x.shape[0])
+    steps = torch.as_tensor(step, dtype=x.dtype, device=x.device).expand(x.shape[0])
     offsets = torch.diag(steps)
     _, gradient = value_and_gradient(log_density, torch.cat([x + offsets, x - offsets]))
     up, down = gradient.chunk(2)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from vifamily.types import Space
 
-__all__ = ["bad_parameter", "meetings", "units", "watched"]
+__all__ = ["bad_parameter", "has_moments", "meetings", "units", "watched"]
 
 MOST_WATCHED = 400
 
 
-def _has_moments(family: Any) -> bool:
+def has_moments(family: Any) -> bool:
+    """Whether means and sds of the family's coordinates are what is watched."""
     latent = getattr(family, "latent", None)
     return latent is not None and latent.dim > 0 and latent.space is Space.REAL
 
@@ -31,7 +32,7 @@ def watched(family: Any, noise: Tensor, parameters: Tensor) -> Tensor:
     Returns:
         ``(quantity,)``: all means, then all log sds.
     """
-    if not _has_moments(family):
+    if not has_moments(family):
         return parameters[:, :MOST_WATCHED].reshape(-1).clone()
     draw = family(noise)
     z, weight = draw.z[..., :MOST_WATCHED], draw.log_weight.exp().unsqueeze(-1)
@@ -42,7 +43,7 @@ def watched(family: Any, noise: Tensor, parameters: Tensor) -> Tensor:
 
 def units(family: Any, row: Tensor) -> Tensor:
     """Unit of each watched quantity: posterior sds for means, one for log sds."""
-    if not _has_moments(family):
+    if not has_moments(family):
         return torch.ones_like(row)
     _, log_sd = row.chunk(2)
     return torch.cat([log_sd.exp(), torch.ones_like(log_sd)])
