@@ -86,6 +86,7 @@ class Descent:
         goal: Decrease of the function that is no longer worth a step. For a loss in nats it bounds the squared distance
             to the minimum, in standard deviations and halved, so it needs no units.
         resolution: Relative rounding error of the functions' values.
+        memory: Most pairs of differences to keep for each row.
     """
 
     x: np.ndarray
@@ -108,7 +109,9 @@ class Descent:
     done: np.ndarray
     stuck: np.ndarray
 
-    def __init__(self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16) -> None:
+    def __init__(
+        self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16, memory: int = MEMORY
+    ) -> None:
         rows, size = x.shape
         self.goal, self.resolution = goal, resolution
         for name in _ARRAYS:
@@ -118,7 +121,7 @@ class Descent:
         for name in _COUNTS:
             setattr(self, name, np.zeros(rows, dtype=np.int64))
         self.x = x.astype(np.float64)
-        self.memory = [_Memory(np.zeros((MEMORY, size)), np.zeros((MEMORY, size))) for _ in range(rows)]
+        self.memory = [_Memory(np.zeros((memory, size)), np.zeros((memory, size))) for _ in range(rows)]
         self.renew()
 
     def renew(self) -> None:
