@@ -66,7 +66,7 @@ class FitLoop:
         family = plan.entry.build(plan.latent, generator=source)
         family.spec = describe(plan.entry)
         how = initialise(family, plan.entry, plan.model, init, seed=self.seed, restart=restart,
-                         minibatches=plan.batch_size is not None)  # fmt: skip
+                         minibatches=plan.batch_size is not None, search=not plan.solver.own_start)  # fmt: skip
         if restart == 0:
             self.notes.append(f"started {how}")
         return self._with_locals(family, source) if self.local else family
@@ -306,6 +306,7 @@ class FitLoop:
             gradient_snr=out["gradient_snr"],
             rhat_iterates=_number_or_none(out["rhat"]),
             mcse_iterates=_number_or_none(out["mcse"]),
+            k_hat=out.get("k_hat"),
             dropped_per_epoch=getattr(self.batches, "dropped_per_epoch", 0),
             notes=tuple(self.notes),
             versions=versions(),

@@ -49,8 +49,9 @@ class Plan:
 
     @property
     def estimator(self) -> str | None:
-        """Gradient estimator that will be used."""
-        return getattr(self.objective, "estimator", None)
+        """Gradient estimator that will be used, or None where there is no choice or no gradient."""
+        chosen = getattr(self.objective, "estimator", None)
+        return None if chosen == "auto" else chosen
 
     def __str__(self) -> str:
         """Return the plan in a few lines."""
@@ -121,9 +122,12 @@ def latent_of(model: Model) -> LatentSpec:
     return LatentSpec(model.dim, model.space, model.num_categories, None, model.dtype, model.device)
 
 
-def _family_choice(family: Any, model: Model, notes: list[str]) -> FamilyEntry:
+def _family_choice(family: Any, model: Model, solver: Solver, notes: list[str]) -> FamilyEntry:
     if isinstance(family, str) and family == "auto":
-        if model.space is Space.DISCRETE:
+        own = solver.default_family()
+        if own is not None:
+            family = own
+        elif model.space is Space.DISCRETE:
             family = "categorical"
         else:
             family = "full_rank" if model.dim <= _LARGEST_FULL_RANK else "mean_field"
@@ -257,12 +261,13 @@ def make_plan(
     way = _solver_choice(solver, loss, notes)
     if way.fixed_draws:
         loss = loss.for_fixed_draws(registry.entry_name(way))
-    entry = _family_choice(family, found, notes)
+    entry = _family_choice(family, found, way, notes)
     latent = latent_of(found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
-    loss = check_pair(loss, found, built, entry)
+    if not way.writes(built):
+        loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
-    way.check(model=found, family=built, batch_size=batch_size)
+    way.check(model=found, family=built, batch_size=batch_size, objective=loss)
     if draws is None:
         draws = way.default_draws if way.default_draws and loss.linear_in_draws else loss.default_draws
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
