@@ -103,8 +103,6 @@ class FitRecord:
         values: dict[str, Any] = {}
         for name, (kind, optional) in _FIELDS.items():
             values[name] = field(plain, name, kind, optional=optional)
-        # written by fits whose draws carry weights; older files do not have it
-        values["k_hat"] = field(plain, "k_hat", float, optional=True) if "k_hat" in plain else None
         losses, notes = field(plain, "restart_losses", list), field(plain, "notes", list)
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in losses):
             raise CheckpointError("the saved entry 'restart_losses' must be a list of numbers; the file is damaged.")
@@ -144,5 +142,6 @@ _FIELDS: dict[str, tuple[type, bool]] = {
     "gradient_snr": (float, True),
     "rhat_iterates": (float, True),
     "mcse_iterates": (float, True),
+    "k_hat": (float, True),
     "dropped_per_epoch": (int, False),
 }

@@ -106,7 +106,7 @@ class Pathfinder(Solver):
 
     def check(self, *, model: Any, family: Any, batch_size: int | None = None, objective: Any = None) -> None:
         """Refuse what no Gaussian and no set of points can answer (see :class:`~vifamily.solvers._base.Solver`)."""
-        holds = frozenset() if self.writes(family) else frozenset({Capability.GAUSSIAN})
+        holds = frozenset({Capability.FINITE if self.writes(family) else Capability.GAUSSIAN})
         refuse("pathfinder", model, family, batch_size, objective, holds=holds)
 
     def start(self, task: Task) -> PathfinderRun:
