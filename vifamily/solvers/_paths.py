@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vifamily.errors import ModelError
 from vifamily.numerics.gaussian_start import value_and_gradient
 from vifamily.numerics.pathfinder import PathGaussians, path_gaussians
 from vifamily.numerics.psis import FEWEST_DRAWS, Psis, psis
@@ -100,14 +101,37 @@ def evaluate(log_density: Callable[[Tensor], Tensor], request: Request, like: Te
     part = max(1, _LARGEST_PART // max(1, num_data or 1, request.points.shape[1]))
     values, gradients = [], []
     for points in request.points.to(like).split(part):
-        if request.gradient:
-            value, gradient = value_and_gradient(log_density, points)
-            gradients.append(gradient.detach().cpu().double())
-        else:
-            with torch.no_grad():
-                value = log_density(points)
+        value, gradient = _parted(log_density, points, gradient=request.gradient)
         values.append(value.detach().cpu().double())
+        gradients.append(gradient.detach().cpu().double())
     return Answer(torch.cat(values), torch.cat(gradients) if request.gradient else None)
+
+
+def _parted(log_density: Callable[[Tensor], Tensor], points: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Evaluate points; where the model raises for some of them (a failed factorisation), these are NaN.
+
+    Raises:
+        ModelError: If it raises for every one of them.
+    """
+    try:
+        if gradient:
+            return value_and_gradient(log_density, points)
+        with torch.no_grad():
+            return log_density(points), points
+    except ModelError:
+        if len(points) == 1:
+            raise
+    found: list[tuple[Tensor, Tensor]] = []
+    error: ModelError | None = None
+    for part in points.split(-(-len(points) // 2)):
+        try:
+            found.append(_parted(log_density, part, gradient=gradient))
+        except ModelError as raised:
+            error = raised
+            found.append((part.new_full((len(part),), torch.nan), torch.full_like(part, torch.nan)))
+    if error is not None and all(bool(torch.isnan(value).all()) for value, _ in found):
+        raise error
+    return torch.cat([value for value, _ in found]), torch.cat([slope for _, slope in found])
 
 
 def drive(
@@ -182,9 +206,7 @@ class _Path:
     at_mode: bool = False
 
 
-def _first_points(
-    starts: Tensor, paths: int, seed: int
-) -> Generator[Request, Answer, np.ndarray]:
+def _first_points(starts: Tensor, paths: int, seed: int) -> Generator[Request, Answer, np.ndarray]:
     """Choose start points where the log density is finite and not already flat."""
     answer = yield Request(starts, True, "start points")
     assert answer.gradient is not None  # noqa: S101 - asked for one line above
@@ -199,9 +221,7 @@ def _first_points(
     return moved
 
 
-def _walk(
-    starts: Tensor, paths: int, seed: int, resolution: float
-) -> Generator[Request, Answer, list[_Path]]:
+def _walk(starts: Tensor, paths: int, seed: int, resolution: float) -> Generator[Request, Answer, list[_Path]]:
     """Climb from every start point, all paths in one request at a time."""
     x = yield from _first_points(starts, paths, seed)
     descent = Descent(x, goal=_GOAL, resolution=resolution, memory=_MEMORY)
@@ -244,7 +264,9 @@ def _to_judge(count: int) -> np.ndarray:
     if count <= _MOST_JUDGED:
         return np.arange(count)
     last = _MOST_JUDGED // 3
-    return np.unique(np.append(np.linspace(0, count - 1 - last, _MOST_JUDGED - last), np.arange(count - last, count)).astype(int))
+    return np.unique(
+        np.append(np.linspace(0, count - 1 - last, _MOST_JUDGED - last), np.arange(count - last, count)).astype(int)
+    )
 
 
 def _judge(
@@ -308,9 +330,7 @@ def _moments(z: Tensor, weights: Psis) -> tuple[Tensor, Tensor] | None:
     return None if int(info) else (mean, factor)
 
 
-def _better(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], seed: int
-) -> Generator[Request, Answer, bool]:
+def _better(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], seed: int) -> Generator[Request, Answer, bool]:
     """Whether the second Gaussian has the higher ELBO, on common draws."""
     dim = len(first[0])
     noise = balanced_draws(NoiseSpec((dim,)), _JUDGE_DRAWS, split(seed, "pathfinder/choice"))

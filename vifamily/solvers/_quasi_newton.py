@@ -109,9 +109,7 @@ class Descent:
     done: np.ndarray
     stuck: np.ndarray
 
-    def __init__(
-        self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16, memory: int = MEMORY
-    ) -> None:
+    def __init__(self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16, memory: int = MEMORY) -> None:
         rows, size = x.shape
         self.goal, self.resolution = goal, resolution
         for name in _ARRAYS:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import IncompatibleError, NonFiniteLossError, NotAvailableError
-from vifamily.numerics.gaussian_start import laplace
+from vifamily.numerics.gaussian_start import laplace, value_and_gradient
 from vifamily.registry import register
 from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._gaussian_answer import fresh_losses, members_of, refuse, start_of, write_back, write_gaussian
@@ -33,8 +33,9 @@ class Laplace(Solver):
     on unconstrained space, where the mode includes the Jacobian of the supports. The mode is found by L-BFGS from the
     start point and finished by Newton steps, until half the squared Newton decrement, the log density still to be
     gained, is below 5e-11. Exact for Gaussian posteriors; in general its error falls with the number of data, and it
-    knows nothing of skewness or of other modes. Where no curvature is there (a funnel, a posterior without a mode) it
-    raises rather than answer.
+    knows nothing of skewness or of other modes. Where the curvature is not positive definite (a flat direction, a
+    posterior without a mode) it raises rather than answer; a funnel can have a proper mode where it has no mass, which
+    k-hat shows.
 
     ``full_rank`` takes the Gaussian as it is. A family that cannot hold it gets the nearer, in
     :math:`\mathrm{KL}(q \| N)`, of two: the best fit to the covariance, and the sds of each coordinate given all
@@ -125,6 +126,11 @@ class LaplaceRun(Run):
         if at_mode is None:
             return False
         mode, factor = at_mode
+        # the curvature is at hand: one more Newton step squares what is left of the error
+        value, gradient = value_and_gradient(density, mode.unsqueeze(0))
+        moved = mode + factor @ (factor.mT @ gradient[0])
+        if bool(torch.isfinite(moved).all()) and float(density(moved.unsqueeze(0))) >= float(value):
+            mode = moved
         write_gaussian(member, mode, factor, torch.cholesky_inverse(factor).diagonal().rsqrt())
         return True
 
@@ -137,8 +143,8 @@ class LaplaceRun(Run):
                 term="log_joint",
             )
         raise NotAvailableError(
-            "the Laplace approximation does not exist here: no mode with positive definite curvature was found (a "
-            "funnel, a flat direction, or a posterior without a mode). Use solver='pathfinder' or 'lbfgs', which need "
+            "the Laplace approximation does not exist here: no mode with positive definite curvature was found (a flat "
+            "direction, or a posterior without a mode). Use solver='pathfinder' or 'lbfgs', which need "
             "none, or non-centred parameters."
         )
 

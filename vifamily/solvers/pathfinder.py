@@ -289,5 +289,7 @@ class PathfinderRun(Run):
 def _systematic(weight: Tensor, count: int, source: torch.Generator) -> Tensor:
     """Positions chosen by weight, each as often as its expected number rounded down or up."""
     at = (torch.arange(count, dtype=torch.float64) + torch.rand((), generator=source, dtype=torch.float64)) / count
-    edges = weight.double().cumsum(0)
-    return torch.searchsorted(edges / edges[-1], at).clamp_max(len(weight) - 1)
+    # draws of the paths take turns: in that order a regular comb could meet those of one path alone
+    order = torch.randperm(len(weight), generator=source)
+    edges = weight.double()[order].cumsum(0)
+    return order[torch.searchsorted(edges / edges[-1], at).clamp_max(len(weight) - 1)]
