@@ -40,8 +40,8 @@ def initialise(
         family: The family, changed in place.
         entry: Its entry.
         model: The model.
-        init: ``"auto"``, ``"laplace"``, ``"pathfinder"``, ``"prior"``, a mapping of named constrained values, an unconstrained point
-            ``(dim,)``, or a posterior.
+        init: ``"auto"``, ``"laplace"``, ``"pathfinder"``, ``"prior"``, a mapping of named constrained values, an
+            unconstrained point ``(dim,)``, or a posterior.
         seed: Root seed.
         restart: Index of the restart; each has its own start point.
         minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the
@@ -57,8 +57,8 @@ def initialise(
     known = isinstance(init, str) and init in ("auto", "laplace", "pathfinder", "prior")
     if not (from_posterior or known or isinstance(init, (Mapping, Tensor, np.ndarray))):
         raise ConfigError(
-            "init must be 'auto', 'laplace', 'pathfinder', 'prior', named values, an unconstrained point or a posterior, "
-            f"got {init!r:.80}."
+            "init must be 'auto', 'laplace', 'pathfinder', 'prior', named values, an unconstrained point or a "
+            f"posterior, got {init!r:.80}."
         )
     if entry.given and known and init == "auto":
         return "from the given family as it stands"

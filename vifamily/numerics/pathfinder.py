@@ -66,7 +66,8 @@ class PathGaussians:
         along = r @ self.basis
         solved = torch.linalg.solve_triangular(self.inner, along.mT, upper=False).mT
         square = r.square().sum(-1) - along.square().sum(-1) + solved.square().sum(-1)
-        return -0.5 * square - self._log_det()[:, None] - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+        out: Tensor = -0.5 * square - self._log_det()[:, None] - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+        return out
 
     def log_prob_of_draws(self, noise: Tensor) -> Tensor:
         """Log density of the draws made from noise, by their own law, ``(law, draw)``."""
@@ -106,8 +107,8 @@ def _next_diagonal(diagonal: np.ndarray, step: np.ndarray, change: np.ndarray, p
 def path_gaussians(points: np.ndarray, gradients: np.ndarray, history: int) -> tuple[PathGaussians, np.ndarray]:
     r"""Gaussians at the points of one path.
 
-    At each point the inverse Hessian of :math:`f = -\log p` is estimated from the last ``history`` differences of points
-    :math:`S` and gradients :math:`Z` in the compact form of Byrd, Nocedal and Schnabel (1994),
+    At each point the inverse Hessian of :math:`f = -\log p` is estimated from the last ``history`` differences of
+    points :math:`S` and gradients :math:`Z` in the compact form of Byrd, Nocedal and Schnabel (1994),
 
     .. math:: \Sigma = \mathrm{diag}(\alpha) + \beta \gamma \beta^\top, \qquad
         \beta = [\mathrm{diag}(\alpha) Z, S], \qquad

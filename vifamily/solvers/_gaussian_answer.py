@@ -117,7 +117,8 @@ def write_gaussian(member: Any, mean: Tensor, factor: Tensor | None, conditional
 def _in_standard(member: Any, scale: Tensor) -> Tensor:
     """Write sds, or a factor of a covariance, in the standardised coordinates of a family."""
     if member.scale.dim() == 1:
-        return scale / (member.scale if scale.dim() == 1 else member.scale[:, None])
+        divided: Tensor = scale / (member.scale if scale.dim() == 1 else member.scale[:, None])
+        return divided
     matrix = torch.diag(scale) if scale.dim() == 1 else scale
     solved: Tensor = torch.linalg.solve_triangular(member.scale, matrix, upper=False)
     return solved

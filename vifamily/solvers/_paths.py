@@ -208,7 +208,7 @@ class _Path:
 
 def _first_points(starts: Tensor, paths: int, seed: int) -> Generator[Request, Answer, np.ndarray]:
     """Choose start points where the log density is finite and not already flat."""
-    answer = yield Request(starts, True, "start points")
+    answer = yield Request(starts, gradient=True, phase="start points")
     assert answer.gradient is not None  # noqa: S101 - asked for one line above
     good = torch.isfinite(answer.value) & torch.isfinite(answer.gradient).all(-1)
     if not bool(good.any()):
@@ -231,12 +231,12 @@ def _walk(starts: Tensor, paths: int, seed: int, resolution: float) -> Generator
         active = np.flatnonzero(descent.done == 0)
         if not len(active):
             break
-        answer = yield Request(torch.from_numpy(descent.proposal()[active]), True, "paths")
+        answer = yield Request(torch.from_numpy(descent.proposal()[active]), gradient=True, phase="paths")
         assert answer.gradient is not None  # noqa: S101 - asked for one line above
         value, gradient = np.full(len(x), np.inf), np.full(x.shape, np.inf)
         value[active], gradient[active] = -answer.value.numpy(), -answer.gradient.numpy()
         _take(descent, value, gradient, lost)
-        for row in active:
+        for row in active.tolist():
             path = walked[row]
             fresh = descent.fresh[row] or row in lost
             if not fresh and (not path.points or not np.array_equal(path.points[-1], descent.x[row])):
@@ -290,7 +290,7 @@ def _judge(
     bounds = []
     for start in range(0, len(every), block):
         laws = every[slice(start, start + block)]
-        answer = yield Request(laws.draw(noise).flatten(0, 1), False, "judging Gaussians")
+        answer = yield Request(laws.draw(noise).flatten(0, 1), gradient=False, phase="judging Gaussians")
         ratio = answer.value.reshape(len(laws), -1) - laws.log_prob_of_draws(noise)
         bounds.append(torch.where(torch.isfinite(ratio).all(-1), ratio.mean(-1), -torch.inf))
     elbo = torch.cat(bounds)
@@ -314,7 +314,7 @@ def _weighted(laws: PathGaussians, draws: int, seed: int) -> Generator[Request, 
     noise = torch.randn(len(laws), each, laws.mean.shape[1], generator=source, dtype=torch.float64)
     # one draw of each law in turn, so that any first part of them is shared out evenly too
     z = laws.draw(noise).transpose(0, 1).flatten(0, 1)[:draws]
-    answer = yield Request(z, False, "weighing draws")
+    answer = yield Request(z, gradient=False, phase="weighing draws")
     mixture = laws.log_prob(z).logsumexp(0) - np.log(len(laws))
     return z, answer.value - mixture
 
@@ -335,7 +335,7 @@ def _better(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], seed: i
     dim = len(first[0])
     noise = balanced_draws(NoiseSpec((dim,)), _JUDGE_DRAWS, split(seed, "pathfinder/choice"))
     points = torch.cat([mean + noise @ factor.mT for mean, factor in (first, second)])
-    answer = yield Request(points, False, "choosing a Gaussian")
+    answer = yield Request(points, gradient=False, phase="choosing a Gaussian")
     bounds = [
         value.mean() + factor.diagonal().log().sum()
         for value, (_, factor) in zip(answer.value.chunk(2), (first, second), strict=True)

@@ -29,7 +29,7 @@ _NO_WEIGHT = -1e4
 @register("solvers", "pathfinder")
 @dataclasses.dataclass(frozen=True)
 class Pathfinder(Solver):
-    r"""Pathfinder: Gaussians along quasi-Newton paths towards the mode, chosen by ELBO, their draws importance-weighted.
+    r"""Pathfinder: Gaussians along quasi-Newton paths, chosen by ELBO, their draws importance-weighted.
 
     L-BFGS climbs the log joint from ``paths`` start points at once. At every point :math:`x` that it accepts, its
     inverse-Hessian estimate gives a Gaussian :math:`N(x + \Sigma \nabla \log p(x), \Sigma)`,
@@ -39,9 +39,9 @@ class Pathfinder(Solver):
     with a diagonal that is updated where the curvature is positive and a factor of rank :math:`2 J` from the last
     :math:`J` steps. Its ELBO is estimated on draws that are common to all, and each path keeps the Gaussian with the
     highest: near the mode where that has mass, before it where it has none (a funnel). Draws of all paths then get the
-    weights :math:`p(z) / \tfrac1I \sum_i q_i(z)`, Pareto-smoothed. The mixture in the denominator (the balance heuristic
-    of Veach and Guibas 1995, where the paper divides by each draw's own law) makes a mode count once, however many paths
-    end in it. Walls, where the log joint is not finite, are backed away from. No objective is descended.
+    weights :math:`p(z) / \tfrac1I \sum_i q_i(z)`, Pareto-smoothed. The mixture in the denominator (the balance
+    heuristic of Veach and Guibas 1995, where the paper divides by each draw's own law) makes a mode count once, however many
+    paths end in it. Walls, where the log joint is not finite, are backed away from. No objective is descended.
 
     What the posterior is, by family:
 
