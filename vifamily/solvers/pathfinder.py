@@ -40,7 +40,8 @@ class Pathfinder(Solver):
     :math:`J` steps. Its ELBO is estimated on draws that are common to all, and each path keeps the Gaussian with the
     highest: near the mode where that has mass, before it where it has none (a funnel). Draws of all paths then get the
     weights :math:`p(z) / \tfrac1I \sum_i q_i(z)`, Pareto-smoothed. The mixture in the denominator (the balance
-    heuristic of Veach and Guibas 1995, where the paper divides by each draw's own law) makes a mode count once, however many
+    heuristic of Veach and Guibas 1995, where the paper divides by each draw's own law) makes a mode count once,
+    however many
     paths end in it. Walls, where the log joint is not finite, are backed away from. No objective is descended.
 
     What the posterior is, by family:
