@@ -128,6 +128,8 @@ class LaplaceRun(Run):
         mode, factor = at_mode
         # the curvature is at hand: one more Newton step squares what is left of the error
         value, gradient = value_and_gradient(density, mode.unsqueeze(0))
+        if not bool(torch.isfinite(gradient).all() and torch.isfinite(value).all()):
+            return False
         moved = mode + factor @ (factor.mT @ gradient[0])
         if bool(torch.isfinite(moved).all()) and float(density(moved.unsqueeze(0))) >= float(value):
             mode = moved
