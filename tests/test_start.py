@@ -135,7 +135,7 @@ def test_named_values_are_constrained_ones():
         (torch.zeros(1, 3), ShapeError, "got the shape (1, 3)"),
         (torch.full((3,), torch.nan), ConfigError, "not finite at the given init point"),
         (np.array(["a", "b", "c"]), ConfigError, "init cannot be read as numbers"),
-        ("lapalce", ConfigError, "init must be 'auto', 'laplace', 'prior'"),
+        ("lapalce", ConfigError, "init must be 'auto', 'laplace', 'pathfinder', 'prior'"),
         (3, ConfigError, "init must be"),
         (None, ConfigError, "init must be"),
         ([0.0, 0.0, 0.0], ConfigError, "init must be"),

@@ -64,7 +64,8 @@ def fit(
         restarts: Fits from different start points, run as one; the best is returned, the others are kept and compared.
         draws: Draws per step; None takes the objective's default.
         batch_size: Data per step; None means all.
-        init: ``"auto"`` (the best of a few cheap Gaussian approximations), ``"laplace"``, ``"prior"``, named
+        init: ``"auto"`` (the best of a few cheap Gaussian approximations), ``"laplace"``, ``"pathfinder"`` (the best
+            Gaussian on four paths), ``"prior"``, named
             values, an unconstrained point, or another posterior to continue from.
         callbacks: One or several functions, called with each :class:`~vifamily.solvers.StepReport`; a true result ends
             the fit.

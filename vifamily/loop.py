@@ -58,8 +58,10 @@ class FitLoop:
         # local latents are drawn for the data of a batch, so all data are one batch
         self.batch_size = planned.model.num_data if self.local and planned.batch_size is None else planned.batch_size
         self.batches = planned.model.batches(self.batch_size, seed=seed)
-        starts = gaussian_starts(planned.entry, planned.model, init, seed=seed, restarts=restarts,
-                                 minibatches=planned.batch_size is not None)  # fmt: skip
+        starts = None
+        if not planned.solver.own_start:
+            starts = gaussian_starts(planned.entry, planned.model, init, seed=seed, restarts=restarts,
+                                     minibatches=planned.batch_size is not None)  # fmt: skip
         self.families = [self._build(r, init, starts) for r in range(restarts)]
         # on fixed draws that all restarts share, those that start at one Gaussian are one calculation
         self.place = starts[1] if starts is not None and self._shares_draws() else list(range(restarts))
@@ -81,7 +83,7 @@ class FitLoop:
         family = plan.entry.build(plan.latent, generator=source)
         family.spec = describe(plan.entry)
         how = initialise(family, plan.entry, plan.model, init, seed=self.seed, restart=restart,
-                         minibatches=plan.batch_size is not None,
+                         minibatches=plan.batch_size is not None, search=not plan.solver.own_start,
                          gaussian=None if starts is None else starts[0][starts[1][restart]])  # fmt: skip
         if restart == 0:
             self.notes.append(f"started {how}")
@@ -335,6 +337,7 @@ class FitLoop:
             gradient_snr=out["gradient_snr"],
             rhat_iterates=_number_or_none(out["rhat"]),
             mcse_iterates=_number_or_none(out["mcse"]),
+            k_hat=out.get("k_hat"),
             dropped_per_epoch=getattr(self.batches, "dropped_per_epoch", 0),
             notes=tuple(self.notes),
             versions=versions(),

@@ -51,8 +51,9 @@ class Plan:
 
     @property
     def estimator(self) -> str | None:
-        """Gradient estimator that will be used."""
-        return getattr(self.objective, "estimator", None)
+        """Gradient estimator that will be used, or None where there is no choice or no gradient."""
+        chosen = getattr(self.objective, "estimator", None)
+        return None if chosen == "auto" else chosen
 
     def __str__(self) -> str:
         """Return the plan in a few lines."""
@@ -123,9 +124,12 @@ def latent_of(model: Model) -> LatentSpec:
     return LatentSpec(model.dim, model.space, model.num_categories, None, model.dtype, model.device)
 
 
-def _family_choice(family: Any, model: Model, notes: list[str]) -> FamilyEntry:
+def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list[str]) -> FamilyEntry:
     if isinstance(family, str) and family == "auto":
-        if model.space is Space.DISCRETE:
+        own = None if solver is None else solver.default_family()
+        if own is not None:
+            family = own
+        elif model.space is Space.DISCRETE:
             family = "categorical"
         else:
             family = "full_rank" if model.dim <= _LARGEST_FULL_RANK else "mean_field"
@@ -133,24 +137,29 @@ def _family_choice(family: Any, model: Model, notes: list[str]) -> FamilyEntry:
     return as_entry(family, model=model)
 
 
-def _solver_choice(
-    solver: Any, objective: Objective, model: Model, family: Family, batch_size: int | None, notes: list[str]
-) -> Solver:
-    """Return the solver asked for, or the one that suits; refuses a solver that cannot drive the objective."""
-    own = objective.own_solver
-    if isinstance(solver, str) and solver == "auto":
-        solver, why = _automatic(objective, model, family, batch_size)
-        notes.append(f"solver {solver} chosen: {why}")
+def _named_solver(solver: Any) -> Solver:
     way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
     if not isinstance(way, Solver):
         raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
-    if own is not None and registry.entry_name(way) != own:
+    return way
+
+
+def _solver_choice(
+    named: Solver | None, objective: Objective, model: Model, family: Family, batch_size: int | None, notes: list[str]
+) -> Solver:
+    """Return the solver asked for, or the one that suits; refuses a solver that cannot drive the objective."""
+    if named is None:
+        name, why = _automatic(objective, model, family, batch_size)
+        notes.append(f"solver {name} chosen: {why}")
+        named = _named_solver(name)
+    own = objective.own_solver
+    if own is not None and registry.entry_name(named) != own:
         raise IncompatibleError(
             f"the objective {describe(objective)!r} is not the descent of a loss: its steps are the solver {own!r}'s, "
-            f"not {registry.entry_name(way)!r}'s. Leave solver out, or use solver={own!r}.",
+            f"not {registry.entry_name(named)!r}'s. Leave solver out, or use solver={own!r}.",
             missing=(f"the solver {own!r}",),
         )
-    return way
+    return named
 
 
 def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
@@ -283,15 +292,17 @@ def make_plan(
     loss = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
     if not isinstance(loss, Objective):
         raise ConfigError(f"an objective is a name such as 'elbo' or an Objective, got {type(loss).__name__}.")
-    entry = _family_choice(family, found, notes)
+    named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
+    entry = _family_choice(family, found, named, notes)
     latent = latent_of(found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
-    way = _solver_choice(solver, loss, found, built, batch_size, notes)
+    way = _solver_choice(named, loss, found, built, batch_size, notes)
     if way.fixed_draws:
         loss = loss.for_fixed_draws(registry.entry_name(way))
-    loss = check_pair(loss, found, built, entry)
+    if not way.writes(built):
+        loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
-    way.check(model=found, family=built, batch_size=batch_size)
+    way.check(model=found, family=built, batch_size=batch_size, objective=loss)
     if draws is None:
         draws = way.default_draws if way.default_draws and loss.linear_in_draws else loss.default_draws
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:

@@ -13,43 +13,54 @@ from vifamily.errors import ConfigError, NotAvailableError, ShapeError, Vifamily
 from vifamily.families import Family, FamilyEntry
 from vifamily.models import Model
 from vifamily.numerics.gaussian_start import GaussianStart, best_starts, laplace, negative_curvature, value_and_gradient
-from vifamily.rng import generator
+from vifamily.rng import generator, split
+from vifamily.solvers._paths import NoGaussian, drive, find
 from vifamily.types import Capability, Space
 
 __all__ = ["gaussian_starts", "initialise"]
 
 _LARGEST_DATA = 200_000
+_PATHS = 4
 
 
 def initialise(
-    family: Family, entry: FamilyEntry, model: Model, init: Any, *, seed: int, restart: int, minibatches: bool,
+    family: Family,
+    entry: FamilyEntry,
+    model: Model,
+    init: Any,
+    *,
+    seed: int,
+    restart: int,
+    minibatches: bool,
+    search: bool = True,
     gaussian: GaussianStart | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Set a family's coordinates, and so its first distribution; returns how, in words.
 
     Args:
         family: The family, changed in place.
         entry: Its entry.
         model: The model.
-        init: ``"auto"``, ``"laplace"``, ``"prior"``, a mapping of named constrained values, an unconstrained point
-            ``(dim,)``, or a posterior.
+        init: ``"auto"``, ``"laplace"``, ``"pathfinder"``, ``"prior"``, a mapping of named constrained values, an
+            unconstrained point ``(dim,)``, or a posterior.
         seed: Root seed.
         restart: Index of the restart; each has its own start point.
         minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the
             data are few).
+        search: Whether ``"auto"`` looks for a Gaussian; without, it stays at a start point.
         gaussian: What :func:`gaussian_starts` found for this restart, where it was called.
 
     Raises:
         ConfigError: If ``init`` is none of these.
-        NotAvailableError: If the Laplace approximation was asked for and the mode is degenerate, or the prior and
-            it cannot be drawn from.
+        NotAvailableError: If the Laplace approximation was asked for and the mode is degenerate, Pathfinder was and
+            finds no Gaussian, or the prior was and it cannot be drawn from.
     """
     from_posterior = hasattr(init, "draws") and hasattr(init, "family")
-    known = isinstance(init, str) and init in ("auto", "laplace", "prior")
+    known = isinstance(init, str) and init in ("auto", "laplace", "pathfinder", "prior")
     if not (from_posterior or known or isinstance(init, (Mapping, Tensor, np.ndarray))):
         raise ConfigError(
-            "init must be 'auto', 'laplace', 'prior', named values, an unconstrained point or a posterior, "
-            f"got {init!r:.80}."
+            "init must be 'auto', 'laplace', 'pathfinder', 'prior', named values, an unconstrained point or a "
+            f"posterior, got {init!r:.80}."
         )
     if entry.given and known and init == "auto":
         return "from the given family as it stands"
@@ -79,6 +90,9 @@ def initialise(
     if minibatches and (model.num_data or 0) > _LARGEST_DATA:
         family.precondition(point, torch.ones_like(point))
         return "at a prior draw"
+    if init == "auto" and not search:
+        family.precondition(point, torch.ones_like(point))
+        return "at a start point, from where the solver goes its own way"
     return _gaussian(family, model, point, init, seed=seed, restart=restart, restrict=restrict)
 
 
@@ -95,6 +109,8 @@ def _gaussian(
         mode, factor = at_mode
         scale = torch.cholesky_inverse(factor).diagonal().rsqrt() if restrict else factor
         found = GaussianStart(mode, scale, float("nan"), "laplace", factor @ factor.T)
+    elif init == "pathfinder":
+        found = _pathfinder(model, point, seed=seed, restart=restart, restrict=restrict)
     else:
         found = _found(model, point[None], seed=seed, restrict=restrict)[0][0]
     if found is None:
@@ -136,6 +152,20 @@ def gaussian_starts(
     found, which = _found(model, points, seed=seed, restrict=entry.restrict_scale)
     fine = [start for start in found if start is not None]
     return (fine, which) if len(fine) == len(found) else None
+
+
+def _pathfinder(model: Model, point: Tensor, *, seed: int, restart: int, restrict: bool) -> GaussianStart:
+    others = model.start(4 * _PATHS, generator=generator(seed, "start/paths", restart)).to(point)
+    dialogue = find(
+        torch.cat([point.unsqueeze(0), others]).cpu().double(), _PATHS, history=6, elbo_draws=16, draws=0,
+        seed=split(seed, "start/pathfinder", restart), resolution=float(torch.finfo(point.dtype).eps),
+    )  # fmt: skip
+    try:
+        found = drive(dialogue, model.log_joint, point, model.num_data)
+    except NoGaussian as error:
+        raise NotAvailableError(f"Pathfinder has no start here: {error}. Use init='auto' or a point.") from error
+    scale = found.conditional_sd if restrict or found.factor is None else found.factor
+    return GaussianStart(found.mean.to(point), scale.to(point), float(found.elbo.max()), "pathfinder")
 
 
 def _from_posterior(family: Family, posterior: Any, *, restrict: bool) -> str:

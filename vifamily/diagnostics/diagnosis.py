@@ -255,6 +255,8 @@ def _richer(subject: Subject) -> str:
         return "try full_rank" if subject.dim <= 200 else "try low_rank(rank=10)"
     if subject.family in ("full_rank", "low_rank", "mixture"):
         return "try flow"
+    if subject.family == "ensemble":
+        return "try more paths, or fit a family from here with init= this posterior"
     if subject.family == "flow":
         return "try a longer fit or a larger flow, or parameters that are less dependent on each other a priori"
     return "try a richer family such as flow"

@@ -40,6 +40,8 @@ def diagnose(posterior: Posterior, num_draws: int, seed: int | None) -> Diagnosi
         figures.update(_weights(posterior, num_draws, seed))
     else:
         figures["k_hat_note"] = note
+        if record.k_hat is not None:
+            figures["k_hat"] = record.k_hat
         figures["stein"] = _stein(posterior, seed)
     figures.update(_agreement(posterior, num_draws, seed))
     found = Diagnosis(

@@ -58,6 +58,7 @@ class FitRecord:
         gradient_snr: Signal-to-noise ratio of the gradient at the end, or None.
         rhat_iterates: Worst R-hat of the iterates at the end, or None.
         mcse_iterates: Worst Monte-Carlo error of the averaged iterates in posterior standard deviations, or None.
+        k_hat: Pareto k-hat of the importance weights that the draws carry, for solvers that weigh them, or None.
         dropped_per_epoch: Data left over in each epoch of minibatches.
         notes: What a reader should know: how the fit was started, what was chosen for the user.
         versions: Versions of the packages that made it.
@@ -81,6 +82,7 @@ class FitRecord:
     gradient_snr: float | None = None
     rhat_iterates: float | None = None
     mcse_iterates: float | None = None
+    k_hat: float | None = None
     dropped_per_epoch: int = 0
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -140,5 +142,6 @@ _FIELDS: dict[str, tuple[type, bool]] = {
     "gradient_snr": (float, True),
     "rhat_iterates": (float, True),
     "mcse_iterates": (float, True),
+    "k_hat": (float, True),
     "dropped_per_epoch": (int, False),
 }

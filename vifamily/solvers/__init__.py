@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers.adam import Adam
+from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
+from vifamily.solvers.pathfinder import Pathfinder
 
-__all__ = ["Adam", "Lbfgs", "Run", "Solver", "StepReport", "Task"]
+__all__ = ["Adam", "Laplace", "Lbfgs", "Pathfinder", "Run", "Solver", "StepReport", "Task"]

@@ -130,7 +130,20 @@ class Solver(abc.ABC):
     default_draws: ClassVar[int | None] = None
     """Draws to take where the loss is a mean over draws; None leaves it to the objective."""
 
-    def check(self, *, model: Any, family: Any, batch_size: int | None = None) -> None:  # noqa: B027
+    own_start: ClassVar[bool] = False
+    """Whether it finds its own way from a start point, so that ``init="auto"`` looks for no Gaussian beforehand."""
+
+    def default_family(self) -> str | None:
+        """Spec of the family that ``"auto"`` stands for with this solver; None leaves it to the dimension."""
+        return None
+
+    def writes(self, family: Any) -> bool:
+        """Whether it fills this family without evaluating the objective on it, so that their needs do not matter."""
+        return False
+
+    def check(  # noqa: B027
+        self, *, model: Any, family: Any, batch_size: int | None = None, objective: Any = None
+    ) -> None:
         """Refuse what it cannot do; called before the first step, with the family that will be fitted.
 
         Raises:

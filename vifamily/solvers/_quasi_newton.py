@@ -125,6 +125,7 @@ class Descent:
             to the minimum, in standard deviations and halved, so it needs no units.
         resolution: Relative rounding error of the functions' values.
         first: A guess at the inverse Hessian of each row; without one, steps start along the gradient.
+        memory: Most pairs of differences to keep for each row.
     """
 
     x: np.ndarray
@@ -149,7 +150,13 @@ class Descent:
     guessed: np.ndarray
 
     def __init__(
-        self, x: np.ndarray, *, goal: float, resolution: float = 2.2e-16, first: Sequence[FirstGuess | None] = ()
+        self,
+        x: np.ndarray,
+        *,
+        goal: float,
+        resolution: float = 2.2e-16,
+        first: Sequence[FirstGuess | None] = (),
+        memory: int = MEMORY,
     ) -> None:
         rows, size = x.shape
         self.goal, self.resolution = goal, resolution
@@ -161,7 +168,7 @@ class Descent:
             setattr(self, name, np.zeros(rows, dtype=np.int64))
         self.x = x.astype(np.float64)
         guesses = first or [None] * rows
-        self.memory = [_Memory(np.zeros((MEMORY, size)), np.zeros((MEMORY, size)), 0, guess) for guess in guesses]
+        self.memory = [_Memory(np.zeros((memory, size)), np.zeros((memory, size)), 0, guess) for guess in guesses]
         self.guessed[:] = [guess is not None for guess in guesses]
         self.renew()
 

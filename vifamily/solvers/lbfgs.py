@@ -90,7 +90,7 @@ class Lbfgs(Solver):
         if isinstance(self.most_draws, bool) or not isinstance(self.most_draws, int) or self.most_draws < 2:
             raise ConfigError(f"lbfgs(most_draws=...) must be an integer of at least 2, got {self.most_draws!r}.")
 
-    def check(self, *, model: Any, family: Any, batch_size: int | None = None) -> None:
+    def check(self, *, model: Any, family: Any, batch_size: int | None = None, objective: Any = None) -> None:
         """Refuse what has no bounded optimum on fixed draws (see :class:`~vifamily.solvers._base.Solver`)."""
         capabilities = frozenset(family.capabilities)
         name = getattr(family, "spec", None) or type(family).__name__

@@ -89,17 +89,25 @@ def _reports(solver: Solver) -> None:
     """Steps are counted and losses reported, one per restart."""
     for restarts in (1, 3):
         run = solver.start(_task(targets.linear_regression().model, restarts))
-        for expected in (1, 2, 3):
+        count = 0
+        rows = 0
+        while rows < 3:
+            rows += 1
             report = run.step()
-            if report.step != expected or run.step_count != expected or len(report.loss) != restarts:
+            # a step of one evaluation counts one; a solver that ends in a single step counts its evaluations
+            right = report.step == run.step_count and (report.step == count + 1 or report.finished is not None)
+            if not right or report.step <= count or len(report.loss) != restarts:
                 raise Broken(
                     got=f"step {report.step}, count {run.step_count}, {len(report.loss)} losses",
-                    expected=f"step and count {expected}, {restarts} losses",
+                    expected=f"step and count {count + 1}, {restarts} losses",
                 )
+            count = report.step
             if not all(math.isfinite(v) for v in report.loss) or not all(map(math.isfinite, report.terms.values())):
                 raise Broken(got=f"losses {report.loss}, terms {dict(report.terms)}", expected="finite numbers")
-        if tuple(run.losses.shape) != (3, restarts) or run.step_sizes.shape[0] != 3:
-            raise Broken(got=f"a record of shape {tuple(run.losses.shape)}", expected=f"(3, {restarts})")
+            if report.finished is not None:
+                break
+        if tuple(run.losses.shape) != (rows, restarts) or run.step_sizes.shape[0] != rows:
+            raise Broken(got=f"a record of shape {tuple(run.losses.shape)}", expected=f"({rows}, {restarts})")
         if len(run.output()["losses"]) != restarts:
             raise Broken(got=f"{len(run.output()['losses'])} final losses", expected=f"{restarts}, one per restart")
 
@@ -145,14 +153,16 @@ def _resumes(solver: Solver) -> None:
     whole = solver.start(_task(model))
     _drive(whole, 23)
     half = solver.start(_task(model))
-    _drive(half, 11)
+    # a run that ends sooner is written down half-way all the same, or as finished where it is a single step
+    _drive(half, min(11, (whole.losses.shape[0] + 1) // 2))
     tensors, values = half.tensors()
 
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     values = json.loads(json.dumps(values, allow_nan=False))
     rest = solver.start(_task(model))
     rest.restore(tensors, values)
-    _drive(rest, 12)
+    if rest.finished is None:
+        _drive(rest, 23 - half.losses.shape[0])
     if rest.step_count != whole.step_count or not torch.equal(rest.losses, whole.losses):
         raise Broken(got="another run after resuming", expected="the losses of the uninterrupted run, bit for bit")
     a, b = (run.tensors()[0] for run in (whole, rest))
@@ -165,12 +175,15 @@ def _resumes(solver: Solver) -> None:
 
 def _non_finite(solver: Solver) -> None:
     """A loss that is not finite stops it at the last finite state, and says where."""
-    calls = [0]
+    calls, last = [0], [10**9]
 
     def log_prob(z: Tensor) -> Tensor:
         calls[0] += 1
-        return -0.5 * z.square().sum(-1) * (math.nan if calls[0] > 6 else 1.0)
+        return -0.5 * z.square().sum(-1) * (math.nan if calls[0] > last[0] else 1.0)
 
+    _drive(solver.start(_task(Density(log_prob, dim=2))), 50)
+    # early enough for solvers that need few evaluations
+    last[0], calls[0] = min(6, calls[0] // 2), 0
     task = _task(Density(log_prob, dim=2))
     run = solver.start(task)
     try:
