@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +337,7 @@ class FitLoop:
             gradient_snr=out["gradient_snr"],
             rhat_iterates=_number_or_none(out["rhat"]),
             mcse_iterates=_number_or_none(out["mcse"]),
+            mean_errors=_errors_of(out, best if len(outputs) == 1 else 0),
             k_hat=out.get("k_hat"),
             dropped_per_epoch=getattr(self.batches, "dropped_per_epoch", 0),
             notes=tuple(self.notes),
@@ -360,6 +361,12 @@ def _local_loss(objective: Any) -> Callable[..., Loss]:
         return result
 
     return loss
+
+
+def _errors_of(out: Mapping[str, Any], restart: int) -> tuple[float, ...]:
+    rows = out.get("mean_errors") or []
+    chosen = rows[restart] if restart < len(rows) else []
+    return tuple(chosen) if all(math.isfinite(v) for v in chosen) else ()
 
 
 def _number_or_none(value: float | None) -> float | None:

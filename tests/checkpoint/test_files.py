@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -280,7 +281,9 @@ def test_a_huge_json_is_not_read(tmp_path, monkeypatch):
 def test_no_pickle_is_ever_loaded():
     for path in (ROOT / "vifamily").rglob("*.py"):
         text = path.read_text("utf-8")
-        assert "import pickle" not in text, path
+        assert (
+            re.search(r"(import|from) c?(loud)?pickle\b.*loads?\b|pickle\.loads?\(|^import pickle$", text, re.M) is None
+        ), path
         assert "torch.load(" not in text, path
         assert "allow_pickle=True" not in text, path
 

@@ -145,7 +145,7 @@ def test_what_a_worker_cannot_load_is_told(client, tmp_path):
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        with pytest.raises(ConfigError, match="cannot load what it was sent.*only_in_this_process"):
+        with pytest.raises(ConfigError, match="cannot load what it would be sent.*only_in_this_process"):
             run_grid(fake.cells(seeds=1), module.FakeRunner(str(tmp_path / "log")), client=client)
     finally:
         del sys.modules[spec.name]

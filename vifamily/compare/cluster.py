@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import importlib.util
+import pickletools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pickle import PicklingError
 from typing import Any
@@ -83,16 +85,29 @@ def run_on(
     running: set[Any] = set()
     done = as_completed(loop=client.loop)
 
-    def submit() -> None:
+    present: set[str] = set()
+
+    def check(cells: Sequence[Cell]) -> None:
         try:
-            # written by value where it must be, and read in the task: what a worker cannot load is an error of the task
-            task = cloudpickle.dumps((run, (waiting.pop(), *arguments)))
+            named = _modules_named(cloudpickle.dumps((run, cells, arguments))) - present
+            named -= set(cloudpickle.list_registry_pickle_by_value())
         except (PicklingError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"an object of the comparison cannot be sent to another process ({' '.join(str(error).split())}). "
                 "Leave cluster out and pass jobs=1 to run every cell in this process."
             ) from error
-        future = client.submit(_call, task, pure=False)
+        lacking = sorted(set().union(*client.run(_lacking, sorted(named)).values())) if named else []
+        if lacking:
+            raise ConfigError(
+                f"a worker cannot load what it would be sent: it has no module {', '.join(map(repr, lacking))}. "
+                "Install the same packages there, and put modules of your own where it can import them."
+            )
+        present.update(named)
+
+    def submit() -> None:
+        cells = waiting.pop()
+        check(cells)
+        future = client.submit(run, cells, *arguments, pure=False)
         running.add(future)
         done.add(future)
 
@@ -112,13 +127,19 @@ def run_on(
         client.cancel(list(running))
 
 
-def _call(task: bytes) -> Any:
-    """Run a task in a worker."""
-    try:
-        run, arguments = pickle.loads(task)
-    except Exception as error:
-        raise ConfigError(
-            f"a worker cannot load what it was sent ({type(error).__name__}: {' '.join(str(error).split())}). Install "
-            "the same packages there, and put modules of your own where it can import them."
-        ) from None
-    return run(*arguments)
+def _modules_named(written: bytes) -> set[str]:
+    """Modules that a serialised object may name: its texts that are modules here; the object is not read."""
+    texts = {argument for _, argument, _ in pickletools.genops(written) if isinstance(argument, str)}
+    return {text for text in texts if text in sys.modules and text != "__main__"}
+
+
+def _lacking(names: Sequence[str]) -> list[str]:
+    """Modules that a worker cannot find."""
+
+    def there(name: str) -> bool:
+        try:
+            return name in sys.modules or importlib.util.find_spec(name) is not None
+        except (ImportError, ValueError, AttributeError):
+            return False
+
+    return [name for name in names if not there(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from vifamily.types import Capability
 __all__ = ["PosteriorCore", "check_count"]
 
 _CHUNK = 256
+_MOVED, _MOST_MOVED = 500, 400
+"""Draws that are moved to carry an error of the fit over to constrained parameters, and most coordinates of them."""
 """Draws given to the model at once, to bound the memory of likelihoods per datum."""
 
 
@@ -236,6 +239,10 @@ class PosteriorCore:
     ) -> Summary:
         """Mean, standard deviation, quantiles and Monte-Carlo error of each parameter.
 
+        The Monte-Carlo error of a mean is that of the draws of this table and that of the fit together: a solver that
+        minimises on fixed draws says for each coordinate how far the mean may have moved by their chance; of others the
+        largest error of the averaged iterates counts for every mean.
+
         Args:
             num_draws: Number of draws.
             seed: Seed of the draws; by default that of the fit.
@@ -244,7 +251,23 @@ class PosteriorCore:
         Returns:
             A table: prints, shows in a notebook, and gives ``.to_dict()``.
         """
-        return summarise(self.columns(num_draws, seed=seed), self.layout.columns(), probabilities=probabilities)
+        z = self.draws(num_draws, seed=seed)
+        table = summarise(self._flat(z), self.layout.columns(), probabilities=probabilities)
+        return dataclasses.replace(table, mcse=torch.hypot(table.mcse, self._fit_error(z[:_MOVED], table.sd)))
+
+    @torch.no_grad()
+    def _fit_error(self, z: Tensor, sd: Tensor) -> Tensor:
+        """Monte-Carlo error of the fit in the mean of each column."""
+        errors = self.record.mean_errors
+        if len(errors) != self.dim or self.dim > _MOST_MOVED:
+            return (self.record.mcse_iterates or 0.0) * sd
+        # each coordinate moved by its error moves the means of the columns that depend on it
+        here, total = self._flat(z), torch.zeros_like(sd)
+        for i, error in enumerate(errors):
+            moved = z.clone()
+            moved[:, i] += error
+            total += (self._flat(moved) - here).mean(0).to(sd).square()
+        return total.sqrt()
 
     # -- importance weights --------------------------------------------------------------------------------------------
     @torch.no_grad()

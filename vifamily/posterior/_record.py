@@ -59,6 +59,8 @@ class FitRecord:
         rhat_iterates: Worst R-hat of the iterates at the end, or None.
         mcse_iterates: Worst Monte-Carlo error of the averaged iterates in posterior standard deviations, or None.
         k_hat: Pareto k-hat of the importance weights that the draws carry, for solvers that weigh them, or None.
+        mean_errors: Monte-Carlo error of the mean of each unconstrained coordinate, in its own units, where the solver
+            gives one; empty otherwise.
         dropped_per_epoch: Data left over in each epoch of minibatches.
         notes: What a reader should know: how the fit was started, what was chosen for the user.
         versions: Versions of the packages that made it.
@@ -82,6 +84,7 @@ class FitRecord:
     gradient_snr: float | None = None
     rhat_iterates: float | None = None
     mcse_iterates: float | None = None
+    mean_errors: tuple[float, ...] = ()
     k_hat: float | None = None
     dropped_per_epoch: int = 0
     notes: tuple[str, ...] = ()
@@ -104,6 +107,9 @@ class FitRecord:
         for name, (kind, optional) in _FIELDS.items():
             values[name] = field(plain, name, kind, optional=optional)
         losses, notes = field(plain, "restart_losses", list), field(plain, "notes", list)
+        errors = field(plain, "mean_errors", list) if "mean_errors" in plain else []
+        if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in errors):
+            raise CheckpointError("the saved entry 'mean_errors' must be a list of numbers; the file is damaged.")
         if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in losses):
             raise CheckpointError("the saved entry 'restart_losses' must be a list of numbers; the file is damaged.")
         if any(not isinstance(v, str) for v in notes):
@@ -119,6 +125,7 @@ class FitRecord:
         return cls(
             **values,
             restart_losses=tuple(float(v) for v in losses),
+            mean_errors=tuple(float(v) for v in errors),
             notes=tuple(notes),
             versions=dict(packages),
             trace={key: value.numpy() for key, value in trace.items()},

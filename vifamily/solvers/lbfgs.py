@@ -18,7 +18,7 @@ from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._quasi_newton import Descent, FirstGuess, NotFinite, first_guess
-from vifamily.solvers._watch import bad_parameter, meetings, units, watched
+from vifamily.solvers._watch import bad_parameter, has_moments, meetings, units, watched
 from vifamily.types import Capability, NoiseSpec
 
 __all__ = ["Lbfgs"]
@@ -171,6 +171,7 @@ class LbfgsRun(Run):
         self.previous: Tensor | None = None
         self.checked: list[Tensor] = []
         self.change, self.error = float("nan"), float("nan")
+        self.mean_errors: list[list[float]] = []
         self._losses: list[list[float]] = []
         self._step_sizes: list[float] = []
         self._terms: dict[str, list[float]] = {}
@@ -350,7 +351,10 @@ class LbfgsRun(Run):
     def _end_level(self) -> None:
         row, unit = self.checked[0], units(self.family, self.checked[0])
         if len(self.counts) > 1:
-            spread = torch.stack(self.checked).std(0) / unit
+            spread = torch.stack(self.checked).std(0)
+            if has_moments(self.family) and row.numel() == 2 * self.rows * self.family.latent.dim:
+                self.mean_errors = spread.chunk(2)[0].reshape(self.rows, -1).tolist()
+            spread = spread / unit
             # a loss that is not finite on other draws has no error to speak of
             self.error = float(spread.max()) if bool(torch.isfinite(spread).all()) else math.inf
         if self.previous is not None:
@@ -390,6 +394,7 @@ class LbfgsRun(Run):
         kept, new = meetings(row, self.rows, 0.5 * self.tolerance)
         if len(kept) == self.rows:
             return row
+        self.mean_errors = [self.mean_errors[i] for i in kept] if self.mean_errors else []
         columns = row.reshape(2, self.rows, -1)[:, kept]
         self._keep(kept, [new[i] for i in self.place])
         return columns.reshape(-1)
@@ -432,6 +437,7 @@ class LbfgsRun(Run):
             "losses": self._spread_out(fresh.values().mean(0).tolist()),
             "rhat": float("nan"),
             "mcse": self.error,
+            "mean_errors": [self.mean_errors[row] for row in self.place] if self.mean_errors else [],
             "gradient_snr": None,
             "notes": (*self.notes, f"minimised on {used} fixed draws in turn"),
             "change": self.change,
@@ -450,7 +456,7 @@ class LbfgsRun(Run):
         values = {
             "step": self.step_count, "level": self.level, "level_from": self.level_from, "finished": self.finished,
             "change": _plain(self.change), "error": _plain(self.error), "notes": list(self.notes),
-            "at_minimum": self.at_minimum, "place": self.place,
+            "at_minimum": self.at_minimum, "place": self.place, "mean_errors": self.mean_errors,
         }  # fmt: skip
         return out, values
 
@@ -466,7 +472,7 @@ class LbfgsRun(Run):
         self.finished, self.notes = values["finished"], list(values["notes"])
         # infinity is written as a word, which float reads
         self.change, self.error = (float("nan" if values[k] is None else values[k]) for k in ("change", "error"))
-        self.at_minimum = bool(values["at_minimum"])
+        self.at_minimum, self.mean_errors = bool(values["at_minimum"]), values["mean_errors"]
         self.previous = tensors.get("previous")
         self.checked = list(tensors["checked"]) if "checked" in tensors else []
         self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
