@@ -49,6 +49,7 @@ class Capability(enum.StrEnum):
     LOG_Q = "log density"
     ENTROPY = "closed-form entropy"
     GAUSSIAN = "closed-form Gaussian moments"
+    FULL_GAUSSIAN = "any mean and covariance"
     CONDITIONAL = "conditional on a context"
     FINITE = "finite ensemble of points"
     ENUMERATED = "weights that carry the gradient"
