@@ -107,11 +107,11 @@ class ClosedFormRun(GaussianRun):
         if step % _REFRESH == 0:
             self.renew()
         mean, factor, e = self.mean, self.factor, self.noise(step)
-        _, score = value_and_gradient(self.log_joint(step), mean.unsqueeze(-2) + e @ factor.mT)
+        value, score = value_and_gradient(self.log_joint(step), mean.unsqueeze(-2) + e @ factor.mT)
         h = score.double() @ factor
         loss = self.task.objective.divergence(e, h)
-        terms = {"score": score.abs().amax((-2, -1))}
-        if not bool(torch.isfinite(score).all()):
+        terms = {"log_joint": value.mean(-1), "largest_score": score.abs().amax((-2, -1)).double()}
+        if not all(bool(torch.isfinite(term).all()) for term in terms.values()):
             return loss, terms
         shift, basis, inner = self.task.objective.move(e, h, self.step_size)
         self.mean = mean + (factor @ shift.unsqueeze(-1)).squeeze(-1)
