@@ -50,6 +50,7 @@ class Capability(enum.StrEnum):
     ENTROPY = "closed-form entropy"
     GAUSSIAN = "closed-form Gaussian moments"
     FULL_GAUSSIAN = "any mean and covariance"
+    FACTORISED_GAUSSIAN = "any means and variances of independent normal coordinates"
     CONDITIONAL = "conditional on a context"
     FINITE = "finite ensemble of points"
     ENUMERATED = "weights that carry the gradient"

@@ -7,6 +7,7 @@ from vifamily.solvers.adam import Adam
 from vifamily.solvers.closed_form import ClosedFormUpdates
 from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
+from vifamily.solvers.natural_gradient import NaturalGradient
 from vifamily.solvers.pathfinder import Pathfinder
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ClosedFormUpdates",
     "Laplace",
     "Lbfgs",
+    "NaturalGradient",
     "Pathfinder",
     "Run",
     "Solver",
