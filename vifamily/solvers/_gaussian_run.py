@@ -8,6 +8,7 @@ fresh draws each time, it is a fixed point, and nothing is left to average.
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,7 +61,7 @@ class GaussianRun(Run):
         self.mean = (mean if stacked else mean.unsqueeze(0)).detach().double()
         self.begin((covariance if stacked else covariance.unsqueeze(0)).detach().double())
         self.step_count, self.stage, self.still = 0, 0, 0
-        self.monitor = StageMonitor(rule, 0, rule.rough)
+        self.monitor = StageMonitor(self._stage_rule(), 0, rule.rough)
         self.sums = (torch.zeros_like(self.mean), torch.zeros_like(self.matrix))
         self.snapshots: list[tuple[int, tuple[Tensor, Tensor]]] = [(0, self.sums)]
         self.previous: Tensor | None = None
@@ -156,6 +157,14 @@ class GaussianRun(Run):
         return StepReport(self.step_count, tuple(loss), terms, used, self.finished, phase)
 
     # -- stages --------------------------------------------------------------------------------------------------------
+    def _stage_rule(self) -> StoppingRule:
+        """Thresholds for the step size: the state forgets over ``1 / step_size`` steps, so it is watched as rarely."""
+        every = max(1, round(0.5 / self.step_size))
+        base = self.rule
+        return dataclasses.replace(
+            base, every=every, window=every * base.window, check=every * base.check, stage=every * base.stage
+        )
+
     def _watched(self) -> Tensor:
         mean = self.mean[:, :_MOST_WATCHED].reshape(-1)
         return torch.cat([mean, 0.5 * self.variances()[:, :_MOST_WATCHED].reshape(-1).log()])
@@ -172,9 +181,9 @@ class GaussianRun(Run):
             self.finished = "converged"
             return
         since = self.step_count - self.monitor.first_step
-        if since % self.rule.every == 0:
+        if since % self.monitor.rule.every == 0:
             self.monitor.add(row)
-        if since % self.rule.check == 0:
+        if since % self.monitor.rule.check == 0:
             self.snapshots.append((self.step_count, self.sums))
             if len(self.snapshots) > _SNAPSHOTS:
                 self.snapshots = [self.snapshots[0], *self.snapshots[1:-1:2], self.snapshots[-1]]
@@ -201,7 +210,7 @@ class GaussianRun(Run):
         if verdict == "slow":
             settled = self.monitor.stationary_from is not None
             what = "were not averaged well enough" if settled else "did not become stationary"
-            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
+            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.monitor.rule.stage} steps")
         row = self._watched()
         if self.previous is not None:
             self.change = float(((row - self.previous).abs() / self._unit(row)).max())
@@ -219,7 +228,8 @@ class GaussianRun(Run):
         self.previous, self.previous_error = row, self.monitor.error
         self.step_size *= self.rule.shrink
         near = self.change < max(4 * self.rule.tolerance, noise)
-        self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        goal = self.rule.mcse if near else self.rule.rough
+        self.monitor = StageMonitor(self._stage_rule(), self.step_count, goal)
         self.snapshots = [(self.step_count, self.sums)]
 
     # -- output --------------------------------------------------------------------------------------------------------
@@ -287,7 +297,7 @@ class GaussianRun(Run):
             (int(at), (tensors[f"snapshot/{i}/mean"].clone(), tensors[f"snapshot/{i}/matrix"].clone()))
             for i, at in enumerate(values["snapshots"])
         ]
-        self.monitor = StageMonitor(self.rule, int(values["first_step"]), float(values["goal"]))
+        self.monitor = StageMonitor(self._stage_rule(), int(values["first_step"]), float(values["goal"]))
         self.monitor.stationary_from = values["stationary_from"]
         self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
         self.monitor.rows = list(tensors["monitor"]) if "monitor" in tensors else []

@@ -80,7 +80,7 @@ class ClosedFormUpdates(Solver):
     def start(self, task: Task) -> ClosedFormRun:
         """Begin a run."""
         self.check_objective(task.objective)
-        rule = StoppingRule(every=1, window=60, check=20, tolerance=self.tolerance, mcse=self.mcse, stage=3000)
+        rule = StoppingRule(every=1, window=40, check=20, tolerance=self.tolerance, mcse=self.mcse, stage=400)
         return ClosedFormRun(task, rule, self.step)
 
 

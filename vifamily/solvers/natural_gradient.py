@@ -61,7 +61,8 @@ class NaturalGradient(Solver):
     curvature in units of that precision: without it, correlated coordinates overshoot together.
 
     Args:
-        step: First step size; None takes 0.2, and 0.1 with inexact Hessians or minibatches without an anchor.
+        step: First step size; None takes 0.5 on minibatches with an anchor, 0.2 on all data, 0.1 with
+            inexact Hessians or minibatches without an anchor.
         anchor: Whether minibatches correct an expansion of all data.
         tolerance: Largest change on halving the step, in posterior sds and log sds.
         mcse: Largest Monte-Carlo error of the averaged iterates, in the same units.
@@ -81,7 +82,7 @@ class NaturalGradient(Solver):
     tolerance: float = 0.02
     mcse: float = 0.02
 
-    default_draws: ClassVar[int | None] = 8
+    default_draws: ClassVar[int | None] = 4
 
     def __post_init__(self) -> None:
         for name in ("step", "tolerance", "mcse"):
@@ -133,7 +134,7 @@ class NaturalGradient(Solver):
     def start(self, task: Task) -> NaturalGradientRun:
         """Begin a run."""
         self.check(model=task.model, family=task.family)
-        rule = StoppingRule(every=1, window=60, check=20, tolerance=self.tolerance, mcse=self.mcse, stage=3000)
+        rule = StoppingRule(every=1, window=40, check=20, tolerance=self.tolerance, mcse=self.mcse, stage=400)
         return NaturalGradientRun(task, rule, self.step, anchored=self.anchor)
 
 
@@ -151,7 +152,7 @@ class NaturalGradientRun(GaussianRun):
         twice = Capability.SECOND_ORDER in frozenset(task.model.capabilities)
         self.exact = twice and dim <= _LARGEST_HESSIAN
         self.anchored = anchored and self.exact and first is not None and task.model.num_data is not None
-        usual = 0.2 if self.exact and (self.anchored or first is None) else 0.1
+        usual = 0.1 if not self.exact else 0.5 if self.anchored else 0.2 if first is None else 0.1
         super().__init__(task, rule, step or usual)
         with torch.no_grad():
             entropy = task.family.entropy().double().reshape(-1)
