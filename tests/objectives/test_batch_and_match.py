@@ -143,7 +143,9 @@ def test_its_answer_minimises_the_divergence_on_draws_held_fixed():
         other = math.exp(2 * x[1])
         return float((other * (-(z - x[0]) / other - score).square()).mean())
 
-    found = scipy.optimize.minimize(divergence, [0.2, 0.1], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12})
+    found = scipy.optimize.minimize(
+        divergence, [0.2, 0.1], method="Nelder-Mead", options={"xatol": 1e-7, "fatol": 1e-12}
+    )
     assert found.x[0] == pytest.approx(mean, abs=2e-3)
     assert math.exp(found.x[1]) == pytest.approx(sd, abs=2e-3)
 

@@ -51,7 +51,9 @@ def test_no_other_matching_gaussian_is_closer():
     def distance(x):
         lower = torch.tensor([[math.exp(x[0]), 0.0], [x[2], math.exp(x[1])]], dtype=DOUBLE)
         at = z[0] + lower @ lower.T @ g[0]
-        return float(torch.distributions.kl_divergence(current, torch.distributions.MultivariateNormal(at, scale_tril=lower)))
+        return float(
+            torch.distributions.kl_divergence(current, torch.distributions.MultivariateNormal(at, scale_tril=lower))
+        )
 
     options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
     found = scipy.optimize.minimize(distance, np.zeros(3), method="Nelder-Mead", options=options)

@@ -41,7 +41,9 @@ def begun(model, solver, *, batch_size=None, family="full_rank", draws=4, seed=0
     fixed = draw_noise(built.noise_spec, (16,), torch.Generator().manual_seed(1))
     batches = model.batches(batch_size, seed=seed)
     at = stream.at if noise is None else lambda step: noise
-    return solver.start(Task(Elbo("entropy").loss, model, built, at, batches.at, fixed, 1, 0.05, None, objective=Elbo()))
+    return solver.start(
+        Task(Elbo("entropy").loss, model, built, at, batches.at, fixed, 1, 0.05, None, objective=Elbo())
+    )
 
 
 def moments(posterior):
@@ -118,8 +120,6 @@ def test_the_anchor_takes_most_of_the_noise_of_minibatches_away():
     assert spread[1] < 0.2 * spread[0]
 
 
-
-
 def test_without_second_derivatives_the_estimate_is_unbiased():
     """Stein's identity against exact Hessians, within five standard errors."""
     model = Density(lambda z: -torch.cosh(z).sum(-1), dim=2)
@@ -161,7 +161,9 @@ def test_it_ends_at_the_optimum_of_the_family(family, batch_size):
 
 def test_mean_field_on_a_correlated_normal_has_the_conditional_sds():
     target = targets.correlated_normal(0.9)
-    found = vf.fit(target.model, "mean_field", solver="natural_gradient", init=torch.tensor([2.0, -1.0]).double(), seed=0)
+    found = vf.fit(
+        target.model, "mean_field", solver="natural_gradient", init=torch.tensor([2.0, -1.0]).double(), seed=0
+    )
     mean, covariance = moments(found)
     assert torch.allclose(covariance.diagonal().sqrt(), torch.full((2,), math.sqrt(0.19), dtype=DOUBLE), rtol=1e-3)
     assert float(mean.abs().max()) < 0.01
@@ -170,11 +172,17 @@ def test_mean_field_on_a_correlated_normal_has_the_conditional_sds():
 def test_precisions_stay_positive_where_the_curvature_is_negative():
     assert bool((positive(torch.linspace(-1e6, 3, 1001, dtype=DOUBLE)) >= 0.25).all())
     step = 1e-6
-    slope = (positive(torch.tensor(-0.5 + step, dtype=DOUBLE)) - positive(torch.tensor(-0.5 - step, dtype=DOUBLE))) / (2 * step)
+    slope = (positive(torch.tensor(-0.5 + step, dtype=DOUBLE)) - positive(torch.tensor(-0.5 - step, dtype=DOUBLE))) / (
+        2 * step
+    )
     assert float(slope) == pytest.approx(1.0, abs=1e-4)
     # between two modes the log density is convex
-    found = vf.fit(targets.two_normals().model, "full_rank", solver="natural_gradient", init=torch.zeros(1).double(), seed=0)
-    assert float(moments(found)[1]) == pytest.approx(2.74**2, rel=0.06) or float(moments(found)[1]) == pytest.approx(1.02**2, rel=0.06)
+    found = vf.fit(
+        targets.two_normals().model, "full_rank", solver="natural_gradient", init=torch.zeros(1).double(), seed=0
+    )
+    assert float(moments(found)[1]) == pytest.approx(2.74**2, rel=0.06) or float(moments(found)[1]) == pytest.approx(
+        1.02**2, rel=0.06
+    )
 
 
 def test_restarts_side_by_side_equal_single_ones():

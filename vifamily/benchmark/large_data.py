@@ -175,7 +175,7 @@ def _one(rows: int, dim: int, *, batch_size: int, family: str, seed: int) -> dic
     memory = _peak_megabytes()
     began = time.perf_counter()
     mode, covariance = newton(source)
-    mean, own = (part.double() for part in posterior.family.moments())  # type: ignore[operator]
+    mean, own = (part.double() for part in posterior.family.moments())
     sd = covariance.diagonal().sqrt()
     return {
         "rows": rows, "dim": dim, "batch_size": batch_size, "family": family,

@@ -60,9 +60,7 @@ class BatchAndMatch(ClosedForm):
         inner = solve_quadratic(slope @ slope.mT, eye + at @ at.mT)
         mean_e, mean_h = e.mean(-2), h.mean(-2)
         # the mean score lies in the span, where the covariance is `inner`
-        spread = (
-            _apply(inner, mean_h) if basis is None else _apply(basis, _apply(inner, _apply(basis.mT, mean_h)))
-        )
+        spread = _apply(inner, mean_h) if basis is None else _apply(basis, _apply(inner, _apply(basis.mT, mean_h)))
         return step / (1 + step) * (spread + mean_e), basis, inner
 
 
@@ -96,4 +94,5 @@ def solve_quadratic(u: Tensor, v: Tensor) -> Tensor:
     factor = torch.linalg.cholesky(v)
     values, vectors = torch.linalg.eigh(factor.mT @ u @ factor)
     root = factor @ vectors * (2 / (1 + (1 + 4 * values.clamp_min(0)).sqrt())).sqrt().unsqueeze(-2)
-    return root @ root.mT
+    solution: Tensor = root @ root.mT
+    return solution

@@ -32,6 +32,7 @@ _MOST_WATCHED = 400
 def factor_of(matrix: Tensor) -> Tensor:
     """Lower-triangular factor of symmetric matrices; those that rounding made indefinite are lifted first."""
     symmetric = 0.5 * (matrix + matrix.mT)
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(symmetric)
     if not bool((info > 0).any()) or not bool(torch.isfinite(symmetric).all()):
         return factor
@@ -210,7 +211,9 @@ class GaussianRun(Run):
         if verdict == "slow":
             settled = self.monitor.stationary_from is not None
             what = "were not averaged well enough" if settled else "did not become stationary"
-            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.monitor.rule.stage} steps")
+            self.notes.append(
+                f"the iterates at step size {self.step_size:.3g} {what} within {self.monitor.rule.stage} steps"
+            )
         row = self._watched()
         if self.previous is not None:
             self.change = float(((row - self.previous).abs() / self._unit(row)).max())
@@ -289,7 +292,11 @@ class GaussianRun(Run):
         if tensors["mean"].shape != self.mean.shape:
             raise ValueError(f"the means have the shape {tuple(self.mean.shape)}, the saved ones have not")
         self.step_count, self.stage, self.still = (int(values[k]) for k in ("step", "stage", "still"))
-        self.step_size, self.notes, self.finished = float(values["step_size"]), list(values["notes"]), values["finished"]
+        self.step_size, self.notes, self.finished = (
+            float(values["step_size"]),
+            list(values["notes"]),
+            values["finished"],
+        )
         self.change, self.previous_error = _number(values["change"]), _number(values["previous_error"])
         self.mean, self.matrix = tensors["mean"].clone(), tensors["matrix"].clone()
         self.sums = (tensors["sum/mean"].clone(), tensors["sum/matrix"].clone())

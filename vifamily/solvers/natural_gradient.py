@@ -112,8 +112,8 @@ class NaturalGradient(Solver):
         if not capabilities & {Capability.FULL_GAUSSIAN, Capability.FACTORISED_GAUSSIAN}:
             name = getattr(family, "spec", None) or type(family).__name__
             raise IncompatibleError(
-                f"the solver 'natural_gradient' needs a Gaussian family that takes any covariance, or any variances, and "
-                f"{name!r} does not: use family='full_rank' or 'mean_field', or solver='adam'.",
+                f"the solver 'natural_gradient' needs a Gaussian family that takes any covariance, or any variances, "
+                f"and {name!r} does not: use family='full_rank' or 'mean_field', or solver='adam'.",
                 missing=(str(Capability.FULL_GAUSSIAN),),
                 works_with={"families": ["full_rank", "mean_field"]},
             )
@@ -266,7 +266,7 @@ class NaturalGradientRun(GaussianRun):
             # each is an estimate for all data: weighted by size they average to that of all the rows seen
             slope, bend, seen = slope + size * gradient[:, 0], bend + size * hessian[:, 0], seen + size
         self.anchor = (at, slope / seen, bend / seen)
-        self.notes.append(f"gradient and Hessian of {seen} of {total} data summed at the start of step {self.step_count}")
+        self.notes.append(f"gradient and Hessian of {seen} of {total} data summed before step {self.step_count}")
 
     def _end_stage(self, verdict: str) -> None:
         super()._end_stage(verdict)
@@ -287,7 +287,9 @@ class NaturalGradientRun(GaussianRun):
             self.anchor = (at, slope, bend)
 
 
-def derivatives(log_density: Callable[[Tensor], Tensor], points: Tensor, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def derivatives(
+    log_density: Callable[[Tensor], Tensor], points: Tensor, rows: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values, gradients and exact Hessians of a log density at points.
 
     Args:
@@ -342,4 +344,5 @@ def positive(change: Tensor) -> Tensor:
 def _bounded(move: Tensor) -> Tensor:
     """Shorten moves beyond ten sds per coordinate."""
     longest = _MOST_SDS * move.shape[-1] ** 0.5
-    return move * (longest / move.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
+    shortened: Tensor = move * (longest / move.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
+    return shortened

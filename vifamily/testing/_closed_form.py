@@ -37,7 +37,8 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _factor(dim: int, seed: int, *leading: int) -> Tensor:
     root = _random(*leading, dim, 2 * dim, seed=seed)
-    return torch.linalg.cholesky(root @ root.mT / dim)
+    factor: Tensor = torch.linalg.cholesky(root @ root.mT / dim)
+    return factor
 
 
 def _update(objective: Any, model: Any, mean: Tensor, factor: Tensor, e: Tensor, step: float) -> tuple[Tensor, Tensor]:
@@ -143,5 +144,5 @@ def _mode_weights(objective: Any) -> None:
     if same is not bool(objective.blind_to_mode_weights):
         raise Broken(
             got="the same step" if same else "another step",
-            expected=f"what blind_to_mode_weights={objective.blind_to_mode_weights} says, at other weights of the modes",
+            expected=f"what blind_to_mode_weights={objective.blind_to_mode_weights} says, at other mode weights",
         )
