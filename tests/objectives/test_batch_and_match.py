@@ -93,7 +93,7 @@ def test_one_step_without_regularisation_is_exact_on_a_gaussian():
 
 
 def test_the_value_has_the_known_minima_on_two_modes(tools):
-    """Quadrature: E (s_p - s_q)^2 is 0.0329 at (3.04, 0.98) and 2.457 at (0, 2.63); ours is weighted by the variance."""
+    """E (s_p - s_q)^2 by quadrature: 0.0329 at (3.04, 0.98), 2.457 at (0, 2.63); ours is weighted by the variance."""
     model = targets.two_normals().model
     for mean, sd, known in ((3.04, 0.98, 0.0329), (0.0, 2.63, 2.457)):
         family = tools.gaussian([mean], [sd], "full_rank")

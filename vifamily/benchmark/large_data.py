@@ -157,7 +157,7 @@ def run(
         ConfigError: If a number is not positive.
 
     Example:
-        >>> [row] = run(4000, 3, batch_size=500)
+        >>> [row] = run(4000, 2, batch_size=1000)
         >>> row["rows"], row["stop_reason"], row["largest_mean_error"] < 0.2
         (4000, 'converged', True)
     """

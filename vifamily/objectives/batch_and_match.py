@@ -88,7 +88,7 @@ def solve_quadratic(u: Tensor, v: Tensor) -> Tensor:
 
     Example:
         >>> u, v = 2 * torch.eye(2), 3 * torch.eye(2)
-        >>> solve_quadratic(u, v).diagonal().tolist()
+        >>> [round(x, 4) for x in solve_quadratic(u, v).diagonal().tolist()]
         [1.0, 1.0]
     """
     factor = torch.linalg.cholesky(v)

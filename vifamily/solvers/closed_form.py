@@ -28,15 +28,15 @@ _REFRESH = 64
 class ClosedFormUpdates(Solver):
     r"""Drives objectives whose steps are formulas (``batch_and_match``, ``gsm``).
 
-    A step takes ``draws`` draws of the current Gaussian, evaluates the score of the log joint at each, and replaces mean
-    and covariance by what the objective's formula gives; no gradient passes through the family. The reported loss is
-    the Fisher divergence weighted by the covariance, estimated on the same draws.
+    A step takes ``draws`` draws of the current Gaussian, evaluates the score of the log joint at each, and replaces
+    mean and covariance by what the objective's formula gives; no gradient passes through the family. The reported
+    loss is the Fisher divergence weighted by the covariance, estimated on the same draws.
 
     Where the posterior is Gaussian the state stops moving, and the fit ends after ten steps in which it moved by less
     than 1e-7 posterior sds. Elsewhere the iterates keep moving with their draws: means and covariances are averaged
     once stationary (split R-hat), until the Monte-Carlo error of every mean (in posterior sds) and log sd is below
-    ``mcse``, and the step (the regularisation lambda of ``batch_and_match``, a damping for ``gsm``) is halved until that
-    changes none by more than ``tolerance``.
+    ``mcse``, and the step (the regularisation lambda of ``batch_and_match``, a damping for ``gsm``) is halved until
+    that changes none by more than ``tolerance``.
 
     It needs a family that takes any mean and covariance (``full_rank``). The state is held in float64, in the family's
     standardised coordinates. The factor from which draws are made is updated in ``O(dim^2 draws)`` where the objective

@@ -40,8 +40,8 @@ class NaturalGradient(Solver):
               m' = m + \rho\, P'^{-1} E_q[\nabla \log p(x, z)],
 
     a Newton step averaged over q. On a Gaussian target one step of size 1 on all data gives the exact posterior. The
-    right-hand sides are linear in the log joint, so they are unbiased on minibatches. Expectations over q are means over
-    mirrored pairs of draws. Where a step would leave an eigenvalue of :math:`P^{-1/2} P' P^{-1/2}` below 1/2, that
+    right-hand sides are linear in the log joint, so they are unbiased on minibatches. Expectations over q are means
+    over mirrored pairs of draws. Where a step would leave an eigenvalue of :math:`P^{-1/2} P' P^{-1/2}` below 1/2, that
     eigenvalue follows a continuation that stays above 1/4 instead (a retraction, in place of that of Lin, Schmidt and
     Khan 2020, which is positive everywhere but exact nowhere); a mean moves by at most ten sds per coordinate in one
     step.
@@ -53,8 +53,8 @@ class NaturalGradient(Solver):
     epochs for a few hundredths of an sd. So gradient and Hessian of all data at the start point are first summed in one
     streaming pass, and each minibatch only corrects that second-order expansion (control variates, Baker, Fearnhead,
     Fox and Nemeth 2019); the estimates stay unbiased, and their noise falls with the square of the distance to the
-    anchor. The anchor is moved, by another pass, where a stage ends more than three posterior sds from it. The cost of a
-    step does not depend on N, nor does the memory.
+    anchor. The anchor is moved, by another pass, where a stage ends more than three posterior sds from it. The cost of
+    a step does not depend on N, nor does the memory.
 
     The step is halved until that changes nothing, with averages of mean and precision, as in the solver ``adam``. For
     ``mean_field`` the precision is diagonal and the step of the mean is divided by the largest eigenvalue of the
