@@ -169,6 +169,16 @@ def test_mean_field_on_a_correlated_normal_has_the_conditional_sds():
     assert float(mean.abs().max()) < 0.01
 
 
+def test_the_means_of_mean_field_are_those_of_reverse_kl_where_the_curvature_varies():
+    """Steps must not depend on the draws of their own slope: this posterior shows it in its means."""
+    wanted = vf.fit("eight_schools", "mean_field", solver="lbfgs", seed=0)
+    found = vf.fit("eight_schools", "mean_field", solver="natural_gradient(tolerance=0.05, mcse=0.05)", seed=0)
+    (mean, covariance), (other, other_covariance) = moments(found), moments(wanted)
+    sd, other_sd = covariance.diagonal().sqrt(), other_covariance.diagonal().sqrt()
+    assert float(((mean - other) / other_sd).abs().max()) < 0.09
+    assert float((sd / other_sd).log().abs().max()) < 0.09
+
+
 def test_precisions_stay_positive_where_the_curvature_is_negative():
     assert bool((positive(torch.linspace(-1e6, 3, 1001, dtype=DOUBLE)) >= 0.25).all())
     step = 1e-6

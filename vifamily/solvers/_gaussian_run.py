@@ -62,6 +62,7 @@ class GaussianRun(Run):
         self.mean = (mean if stacked else mean.unsqueeze(0)).detach().double()
         self.begin((covariance if stacked else covariance.unsqueeze(0)).detach().double())
         self.step_count, self.stage, self.still = 0, 0, 0
+        self.slowness = 1.0
         self.monitor = StageMonitor(self._stage_rule(), 0, rule.rough)
         self.sums = (torch.zeros_like(self.mean), torch.zeros_like(self.matrix))
         self.snapshots: list[tuple[int, tuple[Tensor, Tensor]]] = [(0, self.sums)]
@@ -159,8 +160,8 @@ class GaussianRun(Run):
 
     # -- stages --------------------------------------------------------------------------------------------------------
     def _stage_rule(self) -> StoppingRule:
-        """Thresholds for the step size: the state forgets over ``1 / step_size`` steps, so it is watched as rarely."""
-        every = max(1, round(0.5 / self.step_size))
+        """Thresholds for the step size: the state forgets over ``slowness / step_size`` steps and is watched as rarely."""
+        every = max(1, round(0.5 * self.slowness / self.step_size))
         base = self.rule
         return dataclasses.replace(
             base, every=every, window=every * base.window, check=every * base.check, stage=every * base.stage
@@ -278,7 +279,8 @@ class GaussianRun(Run):
             out["previous"] = self.previous
         out.update({f"term/{name}": column for name, column in self.terms.items()})
         values = {
-            "step": self.step_count, "stage": self.stage, "still": self.still, "step_size": self.step_size,
+            "step": self.step_count, "stage": self.stage, "still": self.still,
+            "slowness": self.slowness, "step_size": self.step_size,
             "change": _plain(self.change), "previous_error": _plain(self.previous_error), "notes": list(self.notes),
             "finished": self.finished, "snapshots": [at for at, _ in self.snapshots],
             "first_step": self.monitor.first_step, "goal": self.monitor.goal,
@@ -297,6 +299,7 @@ class GaussianRun(Run):
             list(values["notes"]),
             values["finished"],
         )
+        self.slowness = float(values["slowness"])
         self.change, self.previous_error = _number(values["change"]), _number(values["previous_error"])
         self.mean, self.matrix = tensors["mean"].clone(), tensors["matrix"].clone()
         self.sums = (tensors["sum/mean"].clone(), tensors["sum/matrix"].clone())

@@ -25,6 +25,7 @@ _MOST_NUMBERS = 10_000_000
 """Log likelihoods held at once while Hessians are formed."""
 _MOST_SDS = 10.0
 _MOVED_SDS = 3.0
+_MOST_SLOWNESS = 20.0
 
 
 @register("solvers", "natural_gradient")
@@ -158,6 +159,7 @@ class NaturalGradientRun(GaussianRun):
             entropy = task.family.entropy().double().reshape(-1)
         self.constant = entropy - self._log_det()
         self.anchor: tuple[Tensor, Tensor, Tensor] | None = None
+        self.largest: Tensor | None = None
 
     # -- the Gaussian --------------------------------------------------------------------------------------------------
     def begin(self, covariance: Tensor) -> None:
@@ -213,7 +215,10 @@ class NaturalGradientRun(GaussianRun):
             grown = positive(rho * (diagonal - 1))
             unit = grown.rsqrt()
             largest = torch.linalg.eigvalsh(unit.unsqueeze(-1) * curvature * unit.unsqueeze(-2)).amax(-1, keepdim=True)
-            self.mean = self.mean + self.factor * _bounded(rho * slope / grown / largest.clamp_min(1.0))
+            # that of the steps before: one from the same draws as the slope would bias its mean
+            before = largest if self.largest is None else self.largest
+            self.largest = before + rho * (largest - before)
+            self.mean = self.mean + self.factor * _bounded(rho * slope / grown / before.clamp_min(1.0))
             self.matrix = self.matrix * grown
         self.renew()
         return -value - entropy, terms
@@ -269,6 +274,9 @@ class NaturalGradientRun(GaussianRun):
         self.notes.append(f"gradient and Hessian of {seen} of {total} data summed before step {self.step_count}")
 
     def _end_stage(self, verdict: str) -> None:
+        # the mean of a factorised Gaussian takes steps that much shorter
+        if self.largest is not None:
+            self.slowness = float(self.largest.clamp(1.0, _MOST_SLOWNESS).max())
         super()._end_stage(verdict)
         if self.anchor is None or self.finished is not None:
             return
@@ -277,11 +285,13 @@ class NaturalGradientRun(GaussianRun):
             self._set_anchor()
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """Return the anchor."""
-        return {} if self.anchor is None else {f"anchor/{i}": part for i, part in enumerate(self.anchor)}
+        """Return the anchor, and the running largest eigenvalue."""
+        out = {} if self.anchor is None else {f"anchor/{i}": part for i, part in enumerate(self.anchor)}
+        return out if self.largest is None else {**out, "largest": self.largest}
 
     def take_extra(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up the anchor."""
+        """Take up :meth:`extra_tensors`."""
+        self.largest = tensors["largest"].clone() if "largest" in tensors else None
         if "anchor/0" in tensors:
             at, slope, bend = (tensors[f"anchor/{i}"].clone() for i in range(3))
             self.anchor = (at, slope, bend)
