@@ -160,7 +160,7 @@ class GaussianRun(Run):
 
     # -- stages --------------------------------------------------------------------------------------------------------
     def _stage_rule(self) -> StoppingRule:
-        """Thresholds for the step size: the state forgets over ``slowness / step_size`` steps and is watched as rarely."""
+        """Thresholds for the step size: the state forgets over ``slowness / step_size`` steps, watched as rarely."""
         every = max(1, round(0.5 * self.slowness / self.step_size))
         base = self.rule
         return dataclasses.replace(
