@@ -107,7 +107,7 @@ class NaturalGradient(Solver):
                 works_with={"objectives": ["elbo"]},
             )
 
-    def check(self, *, model: Any, family: Any, batch_size: int | None = None) -> None:
+    def check(self, *, model: Any, family: Any, batch_size: int | None = None, objective: Any = None) -> None:
         """Refuse families without natural parameters of their own, and models beyond gradients."""
         capabilities = frozenset(family.capabilities)
         if not capabilities & {Capability.FULL_GAUSSIAN, Capability.FACTORISED_GAUSSIAN}:
