@@ -232,8 +232,13 @@ def test_many_data_in_minibatches_are_not_read_whole_to_start():
         calls.append(y.shape[0])
         return -0.5 * (y - theta["mu"].unsqueeze(-1)) ** 2
 
-    data = torch.zeros(200_001, dtype=DOUBLE)
+    data = torch.randn(200_001, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     model = LikelihoodModel((0.0, 1.0), log_likelihood, data=data, parameters={"mu": "real"})
     calls.clear()
-    assert begun(model, "mean_field", minibatches=True)[1] == "at a prior draw"
-    assert calls == []
+    family, how = begun(model, "mean_field", minibatches=True)
+    assert "on 10000 of 200001 data" in how
+    assert max(calls) == 10_000
+    # the spread is that of all data, the mean is as good as 10,000 of them make it
+    mean, covariance = moments(family)
+    assert float(covariance[0, 0]) == pytest.approx(1 / 200_002, rel=1e-3)
+    assert abs(float(mean[0])) < 5 / 100

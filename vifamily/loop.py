@@ -145,6 +145,7 @@ class FitLoop:
                 objective.linear_in_draws,
                 self.seed,
                 group[0],
+                objective,
             )  # fmt: skip
         )
 

@@ -297,6 +297,7 @@ def make_plan(
     latent = latent_of(found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
     way = _solver_choice(named, loss, found, built, batch_size, notes)
+    way.check_objective(loss)
     if way.fixed_draws:
         loss = loss.for_fixed_draws(registry.entry_name(way))
     if not way.writes(built):

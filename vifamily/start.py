@@ -12,7 +12,14 @@ from torch import Tensor
 from vifamily.errors import ConfigError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.families import Family, FamilyEntry
 from vifamily.models import Model
-from vifamily.numerics.gaussian_start import GaussianStart, best_starts, laplace, negative_curvature, value_and_gradient
+from vifamily.numerics.gaussian_start import (
+    GaussianStart,
+    LogDensity,
+    best_starts,
+    laplace,
+    negative_curvature,
+    value_and_gradient,
+)
 from vifamily.rng import generator, split
 from vifamily.solvers._paths import NoGaussian, drive, find
 from vifamily.types import Capability, Space
@@ -20,6 +27,7 @@ from vifamily.types import Capability, Space
 __all__ = ["gaussian_starts", "initialise"]
 
 _LARGEST_DATA = 200_000
+_SUBSET = 10_000
 _PATHS = 4
 
 
@@ -45,8 +53,8 @@ def initialise(
             unconstrained point ``(dim,)``, or a posterior.
         seed: Root seed.
         restart: Index of the restart; each has its own start point.
-        minibatches: Whether the fit sees minibatches (then the log joint of all data is only evaluated when the
-            data are few).
+        minibatches: Whether the fit sees minibatches (then, where the data are many, a Gaussian is found on some
+            10,000 of them, their likelihood scaled to all).
         search: Whether ``"auto"`` looks for a Gaussian; without, it stays at a start point.
         gaussian: What :func:`gaussian_starts` found for this restart, where it was called.
 
@@ -87,21 +95,41 @@ def initialise(
         family.precondition(point, torch.ones_like(point))
         return "at a prior draw"
     point = model.start(1, generator=generator(seed, "start", restart))[0]
-    if minibatches and (model.num_data or 0) > _LARGEST_DATA:
-        family.precondition(point, torch.ones_like(point))
-        return "at a prior draw"
+    many = minibatches and (model.num_data or 0) > _LARGEST_DATA
+    if many and (init != "auto" or search):
+        density, rows = _subset_density(model, generator(seed, "start/rows", restart))
+        how = _gaussian(family, model, density, rows, point, init, seed=seed, restart=restart, restrict=restrict)
+        return f"{how}, on {rows} of {model.num_data} data"
     if init == "auto" and not search:
         family.precondition(point, torch.ones_like(point))
         return "at a start point, from where the solver goes its own way"
-    return _gaussian(family, model, point, init, seed=seed, restart=restart, restrict=restrict)
+    rows = model.num_data or 1
+    return _gaussian(family, model, model.log_joint, rows, point, init, seed=seed, restart=restart, restrict=restrict)
+
+
+def _subset_density(model: Model, source: torch.Generator) -> tuple[LogDensity, int]:
+    """Log joint on some of the data, scaled to all of them, and their number; reads no other data."""
+    size = model.own_batch_size or _SUBSET
+    # a loader is read from the beginning of an epoch, in its own order
+    stream = model.batches(size, seed=int(torch.randint(2**62, (), generator=source)))
+    found = (stream.at(step) for step in range(-(-_SUBSET // size)))
+    batches = [batch for batch in found if batch is not None]
+    rows = sum(batch.size for batch in batches)
+
+    def density(z: Tensor) -> Tensor:
+        # each is an estimate for all data: weighted by size they average to that of all the rows read
+        return torch.stack([batch.size / rows * model.log_joint(z, batch) for batch in batches]).sum(0)
+
+    return density, rows
 
 
 def _gaussian(
-    family: Family, model: Model, point: Tensor, init: str, *, seed: int, restart: int, restrict: bool
-) -> str:
+    family: Family, model: Model, density: LogDensity, rows: int, point: Tensor, init: str, *,
+    seed: int, restart: int, restrict: bool,
+) -> str:  # fmt: skip
     found: GaussianStart | None
     if init == "laplace":
-        at_mode = laplace(model.log_joint, point)
+        at_mode = laplace(density, point)
         if at_mode is None:
             raise NotAvailableError(
                 "the Laplace approximation does not exist here: the mode found is degenerate. Use init='auto'."
@@ -110,9 +138,9 @@ def _gaussian(
         scale = torch.cholesky_inverse(factor).diagonal().rsqrt() if restrict else factor
         found = GaussianStart(mode, scale, float("nan"), "laplace", factor @ factor.T)
     elif init == "pathfinder":
-        found = _pathfinder(model, point, seed=seed, restart=restart, restrict=restrict)
+        found = _pathfinder(model, density, rows, point, seed=seed, restart=restart, restrict=restrict)
     else:
-        found = _found(model, point[None], seed=seed, restrict=restrict)[0][0]
+        found = _found(density, point[None], seed=seed, restrict=restrict, work=float(rows) * model.dim)[0][0]
     if found is None:
         family.precondition(point, torch.ones_like(point))
         return "at a prior draw (no Gaussian approximation was finite)"
@@ -120,10 +148,11 @@ def _gaussian(
     return f"at a Gaussian approximation ({found.method})"
 
 
-def _found(model: Model, points: Tensor, *, seed: int, restrict: bool) -> tuple[list[GaussianStart | None], list[int]]:
-    work = float(model.num_data or 1) * model.dim
+def _found(
+    density: LogDensity, points: Tensor, *, seed: int, restrict: bool, work: float
+) -> tuple[list[GaussianStart | None], list[int]]:
     source = generator(seed, "start/noise")
-    return best_starts(model.log_joint, points, generator=source, full=not restrict, work=work)
+    return best_starts(density, points, generator=source, full=not restrict, work=work)
 
 
 def gaussian_starts(
@@ -149,19 +178,22 @@ def gaussian_starts(
     if minibatches and (model.num_data or 0) > _LARGEST_DATA:
         return None
     points = torch.cat([model.start(1, generator=generator(seed, "start", r)) for r in range(restarts)])
-    found, which = _found(model, points, seed=seed, restrict=entry.restrict_scale)
+    work = float(model.num_data or 1) * model.dim
+    found, which = _found(model.log_joint, points, seed=seed, restrict=entry.restrict_scale, work=work)
     fine = [start for start in found if start is not None]
     return (fine, which) if len(fine) == len(found) else None
 
 
-def _pathfinder(model: Model, point: Tensor, *, seed: int, restart: int, restrict: bool) -> GaussianStart:
+def _pathfinder(
+    model: Model, density: LogDensity, rows: int, point: Tensor, *, seed: int, restart: int, restrict: bool
+) -> GaussianStart:
     others = model.start(4 * _PATHS, generator=generator(seed, "start/paths", restart)).to(point)
     dialogue = find(
         torch.cat([point.unsqueeze(0), others]).cpu().double(), _PATHS, history=6, elbo_draws=16, draws=0,
         seed=split(seed, "start/pathfinder", restart), resolution=float(torch.finfo(point.dtype).eps),
     )  # fmt: skip
     try:
-        found = drive(dialogue, model.log_joint, point, model.num_data)
+        found = drive(dialogue, density, point, rows)
     except NoGaussian as error:
         raise NotAvailableError(f"Pathfinder has no start here: {error}. Use init='auto' or a point.") from error
     scale = found.conditional_sd if restrict or found.factor is None else found.factor

@@ -49,6 +49,8 @@ class Capability(enum.StrEnum):
     LOG_Q = "log density"
     ENTROPY = "closed-form entropy"
     GAUSSIAN = "closed-form Gaussian moments"
+    FULL_GAUSSIAN = "any mean and covariance"
+    FACTORISED_GAUSSIAN = "any means and variances of independent normal coordinates"
     CONDITIONAL = "conditional on a context"
     FINITE = "finite ensemble of points"
     ENUMERATED = "weights that carry the gradient"

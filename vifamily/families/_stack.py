@@ -128,6 +128,24 @@ class StackedFamily(nn.Module):
         members = self.members()
         return members[rows[0]] if len(rows) == 1 else StackedFamily([members[row] for row in rows])
 
+    def standard_moments(self) -> tuple[Tensor, Tensor]:
+        """Closed-form means and covariances in standardised coordinates, with a leading restart axis."""
+        mean, covariance = self._each("standard_moments")
+        return mean, covariance
+
+    def to_latent(self, u: Tensor) -> Tensor:
+        """Map standardised coordinates ``(restart, ..., dim)`` to ``z``."""
+        out: Tensor = self._each("to_latent", u)
+        return out
+
+    @torch.no_grad()
+    def start_at(self, mean: Tensor, scale: Tensor) -> None:
+        """Set each member to a Gaussian in standardised coordinates, ``(restart, dim)`` and ``(restart, ...)``."""
+        for r, member in enumerate(self.members()):
+            member.start_at(mean[r], scale[r])
+            for i, name in enumerate(self._names):
+                getattr(self, f"p{i}")[r] = member.get_parameter(name)
+
     @torch.no_grad()
     def members(self) -> list[Family]:
         """Return the families one by one, as copies."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from vifamily.families._base import uniform_log_weight
 from vifamily.families._elliptical import EllipticalEntry, EllipticalFamily, Radial
 from vifamily.registry import register
-from vifamily.types import Draw, LatentSpec, NoiseSpec
+from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
 __all__ = ["FullRank", "FullRankFamily", "strict_lower", "whiten"]
 
@@ -43,6 +43,7 @@ class FullRank(EllipticalEntry):
         [[1.0, 0.5], [0.5, 4.25]]
     """
 
+    capabilities = EllipticalEntry.capabilities | {Capability.FULL_GAUSSIAN}
     student_t: int | None = None
     hidden: Sequence[int] = ()
 
@@ -95,6 +96,8 @@ class FullRankFamily(EllipticalFamily):
         size = dim * (dim - 1) // 2
         super().__init__(latent, radial, {"loc": (dim,), "log_diagonal": (dim,), "lower": (size,)})
         self.noise_spec = NoiseSpec((dim + radial.extra,))
+        if radial.df is None:
+            self.capabilities = self.capabilities | {Capability.FULL_GAUSSIAN}
         rows, columns = torch.tril_indices(dim, dim, -1)
         position = torch.full((dim, dim), size, dtype=torch.long)
         position[rows, columns] = torch.arange(size)

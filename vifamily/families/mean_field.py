@@ -12,7 +12,7 @@ from torch import Tensor
 from vifamily.families._base import uniform_log_weight
 from vifamily.families._elliptical import EllipticalEntry, EllipticalFamily, Radial
 from vifamily.registry import register
-from vifamily.types import Draw, LatentSpec, NoiseSpec
+from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
 __all__ = ["MeanField", "MeanFieldFamily"]
 
@@ -44,6 +44,7 @@ class MeanField(EllipticalEntry):
         ([1.0, 2.0], [0.25, 9.0])
     """
 
+    capabilities = EllipticalEntry.capabilities | {Capability.FACTORISED_GAUSSIAN}
     student_t: int | None = None
     hidden: Sequence[int] = ()
     restrict_scale = True
@@ -70,6 +71,8 @@ class MeanFieldFamily(EllipticalFamily):
     def __init__(self, latent: LatentSpec, radial: Radial) -> None:
         super().__init__(latent, radial, {"loc": (latent.dim,), "log_scale": (latent.dim,)})
         self.noise_spec = NoiseSpec((latent.dim * (1 + radial.extra),))
+        if radial.df is None:
+            self.capabilities = self.capabilities | {Capability.FACTORISED_GAUSSIAN}
 
     def inverse_curvature(self) -> dict[str, float | Tensor] | None:
         """The means depend on one another as the posterior's do; in log sds the bound's curvature is 2."""

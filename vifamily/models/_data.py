@@ -204,6 +204,9 @@ class _Loader(DataSource):
         self.loader, self._dtype, self._device = loader, dtype, device
         self._whole: Any = None
         self.own_batch_size = loader.batch_size
+        if loader.batch_size is None and size is None:
+            # a stream of ready-made batches: the first says how large they are
+            self.own_batch_size = min(next((count for _, count in self.epoch(0, 0)), 0), self.num_data) or None
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> None:
         # what arrives in another precision is refused there, as for a model made in this one
@@ -244,7 +247,7 @@ class _Loader(DataSource):
         return take_rows(self.whole(), index)
 
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
-        own = self.loader.batch_size
+        own = self.own_batch_size
         if batch_size is not None and batch_size != own:
             raise ConfigError(f"the DataLoader makes batches of {own}: leave batch_size out, or set it there.")
         return _LoaderBatches(self, rng.check_seed(seed))

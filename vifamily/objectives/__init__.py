@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
+from vifamily.objectives._closed_form import ClosedForm
+from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.elbo import Elbo
+from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.renyi import Renyi
 
-__all__ = ["Elbo", "Estimator", "Iwae", "Objective", "Renyi", "log_ratio_parts", "weighted_sum"]
+__all__ = [
+    "BatchAndMatch",
+    "ClosedForm",
+    "Elbo",
+    "Estimator",
+    "Gsm",
+    "Iwae",
+    "Objective",
+    "Renyi",
+    "log_ratio_parts",
+    "weighted_sum",
+]

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers.adam import Adam
+from vifamily.solvers.closed_form import ClosedFormUpdates
 from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
+from vifamily.solvers.natural_gradient import NaturalGradient
 from vifamily.solvers.pathfinder import Pathfinder
 
-__all__ = ["Adam", "Laplace", "Lbfgs", "Pathfinder", "Run", "Solver", "StepReport", "Task"]
+__all__ = [
+    "Adam",
+    "ClosedFormUpdates",
+    "Laplace",
+    "Lbfgs",
+    "NaturalGradient",
+    "Pathfinder",
+    "Run",
+    "Solver",
+    "StepReport",
+    "Task",
+]

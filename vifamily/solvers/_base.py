@@ -36,6 +36,7 @@ class Task:
         linear_in_draws: Whether the loss is a plain mean over draws.
         seed: Root seed, for solvers that make draws of their own.
         first_restart: Index of the first restart in the stack.
+        objective: The objective itself, for solvers that drive it by more than its loss.
     """
 
     objective_loss: Callable[[FamilyLike, ModelLike, Tensor, Batch | None, Any], Loss]
@@ -51,6 +52,7 @@ class Task:
     linear_in_draws: bool = True
     seed: int = 0
     first_restart: int = 0
+    objective: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,6 +147,13 @@ class Solver(abc.ABC):
         self, *, model: Any, family: Any, batch_size: int | None = None, objective: Any = None
     ) -> None:
         """Refuse what it cannot do; called before the first step, with the family that will be fitted.
+
+        Raises:
+            IncompatibleError: Naming why, and what would work.
+        """
+
+    def check_objective(self, objective: Any) -> None:  # noqa: B027
+        """Refuse an objective that it cannot drive; called before the first step.
 
         Raises:
             IncompatibleError: Naming why, and what would work.

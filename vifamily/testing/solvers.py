@@ -67,14 +67,25 @@ def _family(seed: int = 0) -> Family:
     return family
 
 
-def _task(model: Any, restarts: int = 1) -> Any:
+def _objective_for(solver: Solver) -> Any:
+    """The first registered objective that only this solver can drive, or the ELBO."""
+    own = registry.entry_name(solver)
+    for name in registry.names("objectives"):
+        if registry.lookup("objectives", name).own_solver == own:
+            return registry.build("objectives", name)
+    return Elbo("reparameterised")
+
+
+def _task(solver: Solver, model: Any, restarts: int = 1) -> Any:
+    objective = _objective_for(solver)
     members = [_family(10 * r) for r in range(restarts)]
     family: Any = members[0] if restarts == 1 else StackedFamily(members)
     stream = NoiseStream(0, family.noise_spec, draws=_DRAWS, restarts=restarts)
     fixed = draw_noise(family.noise_spec, (32,), seeded(1))
     if restarts > 1:
         fixed = fixed.expand(restarts, *fixed.shape)
-    return Task(Elbo("reparameterised").loss, model, family, stream.at, lambda step: None, fixed, restarts, 0.05, None)
+    return Task(objective.loss, model, family, stream.at, lambda step: None, fixed, restarts, 0.05, None,
+                draws=_DRAWS, objective=objective)  # fmt: skip
 
 
 def _drive(run: Run, steps: int) -> str | None:
@@ -88,7 +99,7 @@ def _drive(run: Run, steps: int) -> str | None:
 def _reports(solver: Solver) -> None:
     """Steps are counted and losses reported, one per restart."""
     for restarts in (1, 3):
-        run = solver.start(_task(targets.linear_regression().model, restarts))
+        run = solver.start(_task(solver, targets.linear_regression().model, restarts))
         count = 0
         rows = 0
         while rows < 3:
@@ -128,7 +139,7 @@ def _near(family: Any, target: targets.Target) -> None:
 def _converges(solver: Solver) -> None:
     """It ends by itself at the exact posterior of a conjugate model."""
     target = targets.linear_regression()
-    task = _task(target.model)
+    task = _task(solver, target.model)
     run = solver.start(task)
     if _drive(run, _MOST_STEPS) is None:
         raise Broken(got=f"no end after {_MOST_STEPS} steps", expected="an end by its own rule")
@@ -139,7 +150,7 @@ def _converges(solver: Solver) -> None:
 def _restarts(solver: Solver) -> None:
     """Several restarts at once each end at the exact posterior."""
     target = targets.linear_regression()
-    task = _task(target.model, 2)
+    task = _task(solver, target.model, 2)
     run = solver.start(task)
     _drive(run, _MOST_STEPS)
     run.output()
@@ -150,16 +161,16 @@ def _restarts(solver: Solver) -> None:
 def _resumes(solver: Solver) -> None:
     """Written down after some steps and taken up by a new run, it goes on bit for bit."""
     model = targets.linear_regression().model
-    whole = solver.start(_task(model))
+    whole = solver.start(_task(solver, model))
     _drive(whole, 23)
-    half = solver.start(_task(model))
+    half = solver.start(_task(solver, model))
     # a run that ends sooner is written down half-way all the same, or as finished where it is a single step
     _drive(half, min(11, (whole.losses.shape[0] + 1) // 2))
     tensors, values = half.tensors()
 
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     values = json.loads(json.dumps(values, allow_nan=False))
-    rest = solver.start(_task(model))
+    rest = solver.start(_task(solver, model))
     rest.restore(tensors, values)
     if rest.finished is None:
         _drive(rest, 23 - half.losses.shape[0])
@@ -181,10 +192,10 @@ def _non_finite(solver: Solver) -> None:
         calls[0] += 1
         return -0.5 * z.square().sum(-1) * (math.nan if calls[0] > last[0] else 1.0)
 
-    _drive(solver.start(_task(Density(log_prob, dim=2))), 50)
+    _drive(solver.start(_task(solver, Density(log_prob, dim=2))), 50)
     # early enough for solvers that need few evaluations
     last[0], calls[0] = min(6, calls[0] // 2), 0
-    task = _task(Density(log_prob, dim=2))
+    task = _task(solver, Density(log_prob, dim=2))
     run = solver.start(task)
     try:
         _drive(run, 50)
