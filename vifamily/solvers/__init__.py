@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._compiled import worth_compiling
 from vifamily.solvers.adam import Adam
 from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
 from vifamily.solvers.pathfinder import Pathfinder
 
-__all__ = ["Adam", "Laplace", "Lbfgs", "Pathfinder", "Run", "Solver", "StepReport", "Task"]
+__all__ = ["Adam", "Laplace", "Lbfgs", "Pathfinder", "Run", "Solver", "StepReport", "Task", "worth_compiling"]
