@@ -45,10 +45,15 @@ def trace(function: Callable[..., Any], examples: Sequence[Tensor]) -> fx.GraphM
         UnsupportedError: If it cannot be traced: values decide what is run, or the tracer is not there.
     """
     try:
-        from torch._decomp import core_aten_decompositions
+        from torch._decomp import core_aten_decompositions, get_decompositions
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        module: fx.GraphModule = make_fx(function, decomposition_table=core_aten_decompositions())(*examples)
+        aten = torch.ops.aten
+        table = {**core_aten_decompositions(), **get_decompositions([aten._softmax, aten._log_softmax])}
+        module: fx.GraphModule = make_fx(function, decomposition_table=table)(*examples)
+        if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in module.graph.nodes):
+            pure = torch.func.functionalize(module, remove="mutations")
+            module = make_fx(pure, decomposition_table=table)(*examples)
     except UnsupportedError:
         raise
     except Exception as error:

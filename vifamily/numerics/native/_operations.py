@@ -14,6 +14,7 @@ C_TYPES = {
     torch.float32: "float",
     torch.int64: "int64_t",
     torch.int32: "int32_t",
+    torch.uint8: "uint8_t",
     torch.bool: "uint8_t",
 }
 

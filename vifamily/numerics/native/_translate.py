@@ -253,6 +253,8 @@ class Translator:
                 operands[k] = self.store(v)
         if name == "pow" and isinstance(operands[1], Array):
             make: Callable[..., str] = lambda kind, a, b: f"pow{'f' if kind == 'float' else ''}({a}, {b})"  # noqa: E731
+        elif name == "_to_copy" and node.meta["val"].dtype is torch.bool:
+            make = lambda kind, a: f"(({a}) != 0)"  # noqa: E731
         else:
             make = ELEMENTWISE[name]
         lazy = _Lazy(kind, shape, make, operands)
@@ -385,6 +387,20 @@ class Translator:
             place = dataclasses.replace(out, shape=part.shape, offset=start * out.strides[dim])
             self.store(part, place)
             start += part.shape[dim]
+        return out
+
+    def _op_constant_pad_nd(
+        self, kind: str, shape: tuple[int, ...], source: Any, pad: Sequence[int], number: float = 0
+    ) -> Array:
+        if any(p < 0 for p in pad):
+            raise UnsupportedError("padding by less than nothing")
+        out = self.buffer(kind, shape)
+        self._nest(shape, lambda i: self.lines.append(f"{out.at(i)} = {literal(number)};"))
+        before = [0] * len(shape)
+        for k in range(len(pad) // 2):
+            before[len(shape) - 1 - k] = pad[2 * k]
+        offset = sum(p * s for p, s in zip(before, out.strides, strict=True))
+        self.store(source, dataclasses.replace(out, shape=tuple(source.shape), offset=offset))
         return out
 
     def _op_slice_scatter(
