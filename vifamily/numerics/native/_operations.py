@@ -116,6 +116,12 @@ def _extreme(sign: str) -> Callable[..., str]:
     return lambda kind, a, b: f"(({a}) != ({a}) || ({a}) {sign} ({b}) ? ({kind})({a}) : ({kind})({b}))"
 
 
+def _remainder(kind: str, a: str, b: str) -> str:
+    if kind in ("double", "float"):
+        return f"(({a}) - ({b}) * floor(({a}) / ({b})))"
+    return f"(((({a}) % ({b})) + ({b})) % ({b}))"
+
+
 ELEMENTWISE: dict[str, Callable[..., str]] = {
     "add": _scaled("+"),
     "sub": _scaled("-"),
@@ -161,6 +167,8 @@ ELEMENTWISE: dict[str, Callable[..., str]] = {
     "addcdiv": lambda kind, a, b, c, value="1": f"(({a}) + ({value}) * (({b}) / ({c})))",
     "lerp": lambda kind, a, b, w: f"(({a}) + ({w}) * (({b}) - ({a})))",
     "atan2": _function("atan2"),
+    "copy": lambda kind, a, b: f"({kind})({b})",
+    "remainder": _remainder,
 }  # fmt: skip
 _LIBRARY = (
     "exp log log1p expm1 sqrt sin cos tan tanh sinh cosh asin acos atan asinh acosh atanh "

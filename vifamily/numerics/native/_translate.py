@@ -197,6 +197,8 @@ class Translator:
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
             raise UnsupportedError(f"random numbers drawn by the model or the family (aten.{name})")
+        if name == "_linalg_check_errors":
+            return None  # a factor that does not exist is NaN, which stops the loop
         folded = self._folded(node, args, kwargs)
         if folded is not None:
             return folded
@@ -392,8 +394,15 @@ class Translator:
     def _op_constant_pad_nd(
         self, kind: str, shape: tuple[int, ...], source: Any, pad: Sequence[int], number: float = 0
     ) -> Array:
-        if any(p < 0 for p in pad):
-            raise UnsupportedError("padding by less than nothing")
+        source, pad = self._array(source), list(pad)
+        for k in range(len(pad) // 2):  # padding by less than nothing cuts off
+            dim = len(shape) - 1 - k
+            low, high = -min(0, pad[2 * k]), -min(0, pad[2 * k + 1])
+            short = tuple(n - low - high if j == dim else n for j, n in enumerate(source.shape))
+            source = dataclasses.replace(
+                source, shape=short, offset=source.offset + low * source.strides[dim], constant=None
+            )
+            pad[2 * k] = max(0, pad[2 * k])
         out = self.buffer(kind, shape)
         self._nest(shape, lambda i: self.lines.append(f"{out.at(i)} = {literal(number)};"))
         before = [0] * len(shape)
@@ -501,6 +510,33 @@ class Translator:
         self._nest(inner, lambda i: self.lines.append(f"{out.at(where(i))} {sign} {new.at(i)};"), "")
         return out
 
+    def _op_gather(self, kind: str, shape: tuple[int, ...], source: Any, dim: int, index: Any, **_: Any) -> Array:
+        held, positions, out = self._array(source), self._array(index), self.buffer(kind, shape)
+        dim = dim % max(1, len(shape))
+
+        def body(i: list[str]) -> None:
+            self.lines.append(f"{out.at(i)} = {held.at(self._along(i, dim, positions.at(i), held.shape[dim]))};")
+
+        self._nest(shape, body, "")
+        return out
+
+    def _op_scatter_add(
+        self, kind: str, shape: tuple[int, ...], source: Any, dim: int, index: Any, new: Any
+    ) -> Array:
+        out, positions, new = self.store(source), self._array(index), self._array(new)
+        dim = dim % max(1, len(shape))
+
+        def body(i: list[str]) -> None:
+            self.lines.append(f"{out.at(self._along(i, dim, positions.at(i), shape[dim]))} += {new.at(i)};")
+
+        self._nest(positions.shape, body, "")
+        return out
+
+    def _along(self, index: list[str], dim: int, position: str, size: int) -> list[str]:
+        name = self._fresh()
+        self.lines.append(f"int64_t {name} = {position}; {name} = {name} < 0 ? 0 : {name} >= {size} ? {size - 1} : {name};")
+        return [name if k == dim else v for k, v in enumerate(index)]
+
     def _op_cumsum(self, kind: str, shape: tuple[int, ...], source: Any, dim: int, **_: Any) -> Array:
         held, out, dim = self._array(source), self.buffer(kind, shape), dim % len(shape)
 
@@ -528,24 +564,67 @@ class Translator:
     def _op_triu(self, *args: Any) -> Array:
         return self._triangle(">=", *args)
 
+    def _op_repeat(self, kind: str, shape: tuple[int, ...], source: Any, times: Sequence[int]) -> Array:
+        held, out = self._array(source), self.buffer(kind, shape)
+        lead = len(shape) - len(held.shape)
+
+        def body(i: list[str]) -> None:
+            where = [f"({v} % {n})" if n > 1 else "0" for v, n in zip(i[lead:], held.shape, strict=True)]
+            self.lines.append(f"{out.at(i)} = {held.at(where)};")
+
+        self._nest(shape, body, "")
+        return out
+
     def _op_linalg_solve_triangular(
         self, kind: str, shape: tuple[int, ...], matrix: Any, right: Any, *, upper: bool, left: bool = True,
         unitriangular: bool = False,
     ) -> Array:  # fmt: skip
-        a, b = self._array(matrix), self._array(right)
-        if len(a.shape) != 2 or len(shape) != 2 or not left:
-            raise UnsupportedError("a triangular solve of several matrices at once, or from the right")
-        out, n = self.store(b), a.shape[0]
+        a, out = self._array(matrix), self.buffer(kind, shape)
+        b = self._array(right)
+        self.store(b, out) if tuple(b.shape) == shape else self._nest(
+            shape, lambda i: self.lines.append(f"{out.at(i)} = {b.at(i)};")
+        )
+
+        def solve(a: Array, x: Array) -> None:
+            if len(x.shape) > 2:
+                for r in range(x.shape[0]):
+                    solve(_sub(a, 0 if a.shape[0] == 1 else r) if len(a.shape) == len(x.shape) else a, _sub(x, r))
+            elif left:
+                self._solve(a, x, upper=upper, unit=unitriangular)
+            else:
+                self._solve(_turned(a), _turned(x), upper=not upper, unit=unitriangular)
+
+        solve(a, out)
+        return out
+
+    def _solve(self, a: Array, x: Array, *, upper: bool, unit: bool) -> None:
+        """Forward or backward substitution in place."""
+        n, columns = x.shape
         i, k, j = (self._fresh() for _ in range(3))
         row, inner = (f"({n - 1} - {i})", f"({n - 1} - {k})") if upper else (i, k)
         write = self.lines.append
         write(f"for (int64_t {i} = 0; {i} < {n}; {i}++) {{")
-        write(f"for (int64_t {k} = 0; {k} < {i}; {k}++) for (int64_t {j} = 0; {j} < {shape[1]}; {j}++)")
-        write(f"{out.at([row, j])} -= {a.at([row, inner])} * {out.at([inner, j])};")
-        if not unitriangular:
-            write(f"for (int64_t {j} = 0; {j} < {shape[1]}; {j}++) {out.at([row, j])} /= {a.at([row, row])};")
+        write(f"for (int64_t {k} = 0; {k} < {i}; {k}++) for (int64_t {j} = 0; {j} < {columns}; {j}++)")
+        write(f"{x.at([row, j])} -= {a.at([row, inner])} * {x.at([inner, j])};")
+        if not unit:
+            write(f"for (int64_t {j} = 0; {j} < {columns}; {j}++) {x.at([row, j])} /= {a.at([row, row])};")
         write("}")
-        return out
+
+    def _op_linalg_cholesky_ex(self, kind: str, shape: tuple[int, ...], matrix: Any, **options: Any) -> list[Any]:
+        held = self._array(matrix)
+        if options.get("upper") or len(held.shape) != 2:
+            raise UnsupportedError("a Cholesky factor of several matrices at once, or an upper one")
+        n, out = held.shape[0], self.buffer(held.kind, held.shape)
+        self._nest(held.shape, lambda i: self.lines.append(f"{out.at(i)} = 0;"))
+        i, j, k, s = (self._fresh() for _ in range(4))
+        write = self.lines.append
+        write(f"for (int64_t {j} = 0; {j} < {n}; {j}++) for (int64_t {i} = {j}; {i} < {n}; {i}++) {{")
+        write(f"double {s} = {held.at([i, j])};")
+        write(f"for (int64_t {k} = 0; {k} < {j}; {k}++) {s} -= {out.at([i, k])} * {out.at([j, k])};")
+        # a matrix that is not positive definite gives NaN, which stops the loop
+        write(f"{out.at([i, j])} = {i} == {j} ? sqrt({s}) : {s} / {out.at([j, j])};")
+        write("}")
+        return [out, self.constant(torch.zeros((), dtype=torch.int32))]
 
 
 def _kind(dtype: torch.dtype) -> str:
