@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,9 +97,8 @@ class AdamLoop:
 
 def _corrections(begun: int, count: int) -> Tensor:
     """What the first steps of the running means are divided by, ``(count, 2)``, in float64 as torch takes them."""
-    steps = [float(begun + k) for k in range(1, count + 1)]
-    rows = [[1 - BETA1**k, (1 - BETA2**k) ** 0.5] for k in steps]
-    return torch.tensor(rows, dtype=torch.float64)
+    steps = np.arange(begun + 1, begun + count + 1, dtype=np.float64)
+    return torch.from_numpy(np.stack([1 - BETA1**steps, np.sqrt(1 - BETA2**steps)], axis=1))
 
 
 def _span(run: AdamRun, first: int, count: int) -> Tensor:

@@ -160,7 +160,8 @@ class AdamRun(Run):
 
     def _block(self, loop: AdamLoop) -> StepReport | None:
         """Take compiled steps up to the next judgement; None where the first is not finite, for torch to say why."""
-        count = self.rule.check - (self.step_count - self.monitor.first_step) % self.rule.check
+        since = self.step_count - self.monitor.first_step
+        count = self.rule.next_check(since) - since
         if self.horizon is not None:
             count = max(1, min(count, self.horizon - self.step_count))
         taken, losses, terms, rows = loop(self, count)
@@ -211,7 +212,7 @@ class AdamRun(Run):
         since = step - self.monitor.first_step
         if watch and since % self.rule.every == 0:
             self.monitor.add(self.watch())
-        if since % self.rule.check == 0:
+        if since == self.rule.next_check(since - 1):
             self._snapshot()
             verdict = self.monitor.judge(step, self._unit(self.monitor.rows[-1]))
             if verdict is not None:

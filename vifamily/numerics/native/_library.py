@@ -14,8 +14,10 @@ from pathlib import Path
 
 __all__ = ["NoCompilerError", "cache_folder", "load"]
 
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 120
+_LONG = 3000
+"""Lines from which a source is compiled with less effort: the time of a compiler grows faster than the source."""
 
 
 class NoCompilerError(Exception):
@@ -88,7 +90,7 @@ def _build(compiler: str, source: str, path: Path) -> None:
         text.write_text(source, "utf-8")
         try:
             done = subprocess.run(  # noqa: S603 - a compiler that the user has installed
-                [compiler, *FLAGS, "-o", str(made), str(text), "-lm"], capture_output=True, text=True,
+                [compiler, "-O3" if source.count("\n") < _LONG else "-O1", *FLAGS, "-o", str(made), str(text), "-lm"], capture_output=True, text=True,
                 timeout=_SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

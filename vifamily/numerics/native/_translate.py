@@ -510,6 +510,16 @@ class Translator:
         self._nest(inner, lambda i: self.lines.append(f"{out.at(where(i))} {sign} {new.at(i)};"), "")
         return out
 
+    def _op_flip(self, kind: str, shape: tuple[int, ...], source: Any, dims: Sequence[int]) -> Array:
+        held, out, turned = self._array(source), self.buffer(kind, shape), {d % len(shape) for d in dims}
+
+        def body(i: list[str]) -> None:
+            where = [f"({shape[k] - 1} - {v})" if k in turned else v for k, v in enumerate(i)]
+            self.lines.append(f"{out.at(i)} = {held.at(where)};")
+
+        self._nest(shape, body, "")
+        return out
+
     def _op_gather(self, kind: str, shape: tuple[int, ...], source: Any, dim: int, index: Any, **_: Any) -> Array:
         held, positions, out = self._array(source), self._array(index), self.buffer(kind, shape)
         dim = dim % max(1, len(shape))
