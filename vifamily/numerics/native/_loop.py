@@ -49,7 +49,8 @@ def trace(function: Callable[..., Any], examples: Sequence[Tensor]) -> fx.GraphM
         from torch.fx.experimental.proxy_tensor import make_fx
 
         aten = torch.ops.aten
-        table = {**core_aten_decompositions(), **get_decompositions([aten._softmax, aten._log_softmax])}
+        further = [aten._softmax, aten._log_softmax, aten.elu, aten.var, aten.gelu, aten.leaky_relu, aten.native_layer_norm]
+        table = {**core_aten_decompositions(), **get_decompositions(further)}
         module: fx.GraphModule = make_fx(function, decomposition_table=table)(*examples)
         if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in module.graph.nodes):
             pure = torch.func.functionalize(module, remove="mutations")

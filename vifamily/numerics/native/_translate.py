@@ -434,6 +434,16 @@ class Translator:
         self.store(part, dataclasses.replace(out, shape=part.shape, strides=strides, offset=offset))
         return out
 
+    def _op_diagonal_scatter(
+        self, kind: str, shape: tuple[int, ...], base: Any, part: Any, offset: int = 0, dim1: int = 0, dim2: int = 1
+    ) -> Array:
+        out, (one, two) = self.store(base), (dim1 % len(shape), dim2 % len(shape))
+        strides = [s for k, s in enumerate(out.strides) if k not in (one, two)]
+        start = offset * out.strides[two] if offset >= 0 else -offset * out.strides[one]
+        strides.append(out.strides[one] + out.strides[two])
+        self.store(part, dataclasses.replace(out, shape=tuple(part.shape), strides=tuple(strides), offset=start))
+        return out
+
     def _op_split_with_sizes(
         self, kind: str, shape: tuple[int, ...], source: Any, sizes: Sequence[int], dim: int = 0
     ) -> list[Array]:
