@@ -92,7 +92,9 @@ class FitLoop:
         if not self.plan.solver.compiles:
             return False
         if watched:
-            self.notes.append("steps not compiled: callbacks and trackers see every step (compile=True: every hundredth)")
+            self.notes.append(
+                "steps not compiled: callbacks and trackers see every step (compile=True: every hundredth)"
+            )
             return False
         size = sum(p.numel() for family in self.families for p in family.parameters())
         pays, why = worth_compiling(

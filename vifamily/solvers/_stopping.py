@@ -141,7 +141,9 @@ def _worst_rhat(chain: Tensor, widths: list[int], still: float) -> Tensor:
     within = 0.5 * spread / (size - 1)
     between = 0.5 * ((late - early) / size).square()
     rhat = ((size - 1) / size + between / within).sqrt()
-    high, low, start = [], [], 0
+    high: list[Tensor] = []
+    low: list[Tensor] = []
+    start = 0
     for width in widths:
         part = backwards[start:width]
         high.append(part.amax(0) if not high else torch.maximum(high[-1], part.amax(0)))

@@ -64,7 +64,9 @@ def load(source: str) -> ctypes.CDLL:
     if sys.platform == "win32":
         raise NoCompilerError("compiled steps are made on Linux and macOS only")
     compiler = _compiler()
-    address = "\0".join([source, compiler, str(os.stat(compiler).st_mtime_ns), *FLAGS, platform.machine(), _processor()])
+    address = "\0".join(
+        [source, compiler, str(os.stat(compiler).st_mtime_ns), *FLAGS, platform.machine(), _processor()]
+    )
     key = hashlib.sha256(address.encode()).hexdigest()[:32]
     try:
         folder = cache_folder()
@@ -88,9 +90,10 @@ def _build(compiler: str, source: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as own:
         text, made = Path(own) / "step.c", Path(own) / "step.so"
         text.write_text(source, "utf-8")
+        effort = "-O3" if source.count("\n") < _LONG else "-O1"
         try:
             done = subprocess.run(  # noqa: S603 - a compiler that the user has installed
-                [compiler, "-O3" if source.count("\n") < _LONG else "-O1", *FLAGS, "-o", str(made), str(text), "-lm"], capture_output=True, text=True,
+                [compiler, effort, *FLAGS, "-o", str(made), str(text), "-lm"], capture_output=True, text=True,
                 timeout=_SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

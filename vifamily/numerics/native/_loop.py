@@ -31,7 +31,8 @@ int64_t run(int64_t count, void** carried, const char** sliced, void** fixed, vo
     step(w, t, carried, sliced, fixed, constants, outputs, &bad);
     if (bad != 0) return t;
 {commit}
-    if (every && (phase + t + 1) % every == 0) watch(w, carried, constants, rows, (phase + t + 1) / every - phase / every - 1);
+    if (every && (phase + t + 1) % every == 0)
+      watch(w, carried, constants, rows, (phase + t + 1) / every - phase / every - 1);
   }}
   return count;
 }}
@@ -49,7 +50,7 @@ def trace(function: Callable[..., Any], examples: Sequence[Tensor]) -> fx.GraphM
         from torch.fx.experimental.proxy_tensor import make_fx
 
         aten = torch.ops.aten
-        further = [aten._softmax, aten._log_softmax, aten.elu, aten.var, aten.gelu, aten.leaky_relu, aten.native_layer_norm]
+        further = [aten._softmax, aten._log_softmax, aten.elu, aten.gelu, aten.leaky_relu]
         table = {**core_aten_decompositions(), **get_decompositions(further)}
         module: fx.GraphModule = make_fx(function, decomposition_table=table)(*examples)
         if any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in module.graph.nodes):
@@ -126,7 +127,9 @@ def _inputs(base: str, tensors: Sequence[Tensor], *, step: bool = False) -> list
         if tensor.dtype not in C_TYPES:
             raise UnsupportedError(f"numbers of type {tensor.dtype}")
         kind = C_TYPES[tensor.dtype]
-        place = f"{base}[{number}] + t * INT64_C({tensor.numel() * tensor.element_size()})" if step else f"{base}[{number}]"
+        place = (
+            f"{base}[{number}] + t * INT64_C({tensor.numel() * tensor.element_size()})" if step else f"{base}[{number}]"
+        )
         out.append(Array(f"((const {kind}*)({place}))", kind, tuple(tensor.shape), _strides(tensor.shape)))
     return out
 

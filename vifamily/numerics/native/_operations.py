@@ -167,6 +167,7 @@ ELEMENTWISE: dict[str, Callable[..., str]] = {
     "addcdiv": lambda kind, a, b, c, value="1": f"(({a}) + ({value}) * (({b}) / ({c})))",
     "lerp": lambda kind, a, b, w: f"(({a}) + ({w}) * (({b}) - ({a})))",
     "atan2": _function("atan2"),
+    "round": _function("nearbyint"),
     "copy": lambda kind, a, b: f"({kind})({b})",
     "remainder": _remainder,
 }  # fmt: skip

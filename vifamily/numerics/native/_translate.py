@@ -119,12 +119,8 @@ class Translator:
     def constant(self, tensor: Tensor) -> Array:
         """Refer to a tensor that does not change."""
         kind = _kind(tensor.dtype)
-        for number, known in enumerate(self.constants):
-            same = known.data_ptr() == tensor.data_ptr() and known.stride() == tensor.stride()
-            if same and known.shape == tensor.shape and known.dtype == tensor.dtype:
-                break
-        else:
-            number = len(self.constants)
+        number = next((k for k, known in enumerate(self.constants) if _same(known, tensor)), len(self.constants))
+        if number == len(self.constants):
             self.constants.append(tensor.detach())
         base = f"((const {kind}*)constants[{number}])"
         return Array(base, kind, tuple(tensor.shape), tuple(tensor.stride()), 0, tensor.detach())
@@ -209,8 +205,9 @@ class Translator:
         value = node.meta.get("val")
         kind, shape = (_kind(value.dtype), tuple(value.shape)) if isinstance(value, Tensor) else ("", ())
         if name in _FILLED:
-            number = args[_FILLED[name]] if _FILLED[name] is not None else float(name.startswith(("ones", "new_ones")))
-            return self.constant(torch.full(shape, number, dtype=value.dtype))
+            where = _FILLED[name]
+            number = float(name in ("ones_like", "new_ones")) if where is None else args[where]
+            return self.constant(torch.full(shape, number, dtype=node.meta["val"].dtype))
         if name in ELEMENTWISE:
             return self._elementwise(name, node, kind, shape, args, kwargs)
         if name in _REDUCTIONS:
@@ -540,9 +537,7 @@ class Translator:
         self._nest(shape, body, "")
         return out
 
-    def _op_scatter_add(
-        self, kind: str, shape: tuple[int, ...], source: Any, dim: int, index: Any, new: Any
-    ) -> Array:
+    def _op_scatter_add(self, kind: str, shape: tuple[int, ...], source: Any, dim: int, index: Any, new: Any) -> Array:
         out, positions, new = self.store(source), self._array(index), self._array(new)
         dim = dim % max(1, len(shape))
 
@@ -554,7 +549,9 @@ class Translator:
 
     def _along(self, index: list[str], dim: int, position: str, size: int) -> list[str]:
         name = self._fresh()
-        self.lines.append(f"int64_t {name} = {position}; {name} = {name} < 0 ? 0 : {name} >= {size} ? {size - 1} : {name};")
+        self.lines.append(
+            f"int64_t {name} = {position}; {name} = {name} < 0 ? 0 : {name} >= {size} ? {size - 1} : {name};"
+        )
         return [name if k == dim else v for k, v in enumerate(index)]
 
     def _op_cumsum(self, kind: str, shape: tuple[int, ...], source: Any, dim: int, **_: Any) -> Array:
@@ -645,6 +642,10 @@ class Translator:
         write(f"{out.at([i, j])} = {i} == {j} ? sqrt({s}) : {s} / {out.at([j, j])};")
         write("}")
         return [out, self.constant(torch.zeros((), dtype=torch.int32))]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _kind(dtype: torch.dtype) -> str:
