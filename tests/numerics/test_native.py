@@ -127,7 +127,8 @@ def test_what_is_watched_and_what_stays_may_change_between_calls():
 @pytest.mark.parametrize(
     ("step", "said"),
     [(lambda x: ((x.half().double(),), ()), "numbers of type"), (lambda x: ((x[:1],), ()), "shape or type"),
-     (lambda x: ((torch.linalg.eigvalsh(x.outer(x)),), ()), "eigh"), (lambda x: ((x[x > 0],), ()), "an index by a mask"),
+     (lambda x: ((torch.linalg.eigvalsh(x.outer(x)),), ()), "eigh"),
+     (lambda x: ((x[x > 0],), ()), "an index by a mask"),
      (lambda x: 1 / 0, "division by zero"), (lambda x: ((x + torch.rand_like(x),), ()), "random numbers")],
 )  # fmt: skip
 def test_what_cannot_be_compiled_is_said(step, said):

@@ -1,4 +1,4 @@
-"""Compiled steps: the same numbers as torch's step by step, the same stops, and a reason wherever they cannot be had."""
+"""Compiled steps: the same numbers as torch's step by step, the same stops, and a reason where there are none."""
 
 import subprocess
 import sys
@@ -130,7 +130,7 @@ def test_written_down_and_taken_up_again_it_goes_on_bit_for_bit(tmp_path):
 def test_callbacks_see_blocks_and_checkpoints_keep_their_cadence(tmp_path):
     seen = []
     posterior = fit(logistic(), "mean_field", draws=1, seed=0, steps=250, compile=True, solver="adam",
-                    callbacks=lambda report: seen.append(report.step), checkpoint=tmp_path, checkpoint_every=60)  # fmt: skip
+                    callbacks=lambda r: seen.append(r.step), checkpoint=tmp_path, checkpoint_every=60)  # fmt: skip
     assert seen == [60, 100, 120, 180, 200, 240, 250]
     assert posterior.record.steps == 250
     assert len(posterior.record.trace["loss"]) == 250

@@ -325,6 +325,15 @@ class Translator:
         self._nest([source.shape[k] for k in kept], each, "")
         return out
 
+    def _op_linalg_vector_norm(
+        self, kind: str, shape: tuple[int, ...], source: Any, order: float = 2, dim: Any = None, *_: Any, **__: Any
+    ) -> Array:
+        if order != 2:
+            raise UnsupportedError(f"a norm of order {order}")
+        square = _Lazy(kind, tuple(source.shape), ELEMENTWISE["square"], [source])
+        total = self._reduce("sum", kind, shape, (square, dim), {})
+        return self.store(_Lazy(kind, shape, ELEMENTWISE["sqrt"], [total]))
+
     # -- products ------------------------------------------------------------------------------------------------------
     def _op_mm(self, kind: str, shape: tuple[int, ...], a: Any, b: Any) -> Array:
         out = self.buffer(kind, shape)
