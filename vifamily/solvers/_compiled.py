@@ -70,6 +70,7 @@ class AdamLoop:
 
     def __init__(self, loop: CompiledLoop, names: Sequence[str], rates: Tensor, *, batched: bool) -> None:
         self.loop, self.names, self.rates, self.batched = loop, list(names), rates, batched
+        self._first: list[Tensor] | None = None
 
     def __call__(self, run: AdamRun, count: int) -> tuple[int, Tensor, Tensor, Tensor]:
         """Take up to ``count`` steps in place.
@@ -93,6 +94,23 @@ class AdamLoop:
         since = first - run.monitor.first_step
         seen = (since + taken) // run.rule.every - since // run.rule.every
         return taken, losses[:taken], terms[:taken], rows[0][:seen]
+
+
+    def losses_at(self, run: AdamRun, values: Sequence[Tensor], count: int) -> Tensor | None:
+        """Losses ``(count, restart)`` at given parameters on the noise of the first steps; None if one is not finite.
+
+        These are steps of size zero on a copy of the state.
+        """
+        if self._first is None:
+            parts = [torch.stack([run.task.noise_at(step) for step in range(count)])]
+            parts.append(torch.ones(count, 2, dtype=torch.float64))
+            self._first = [*parts, _positions(run, 0, count)] if self.batched else parts
+        state = [torch.zeros_like(t) for t in carried(run)]
+        for i, value in enumerate(values):
+            state[4 * i] = value.contiguous().clone()
+        self.rates.zero_()
+        taken, (losses, _), _ = self.loop(state, self._first, count=count)
+        return losses if taken == count else None
 
 
 def _corrections(begun: int, count: int) -> Tensor:
