@@ -258,8 +258,9 @@ def scrambled_sobol(seeds: Sequence[int], size: int, count: int) -> Tensor:
         triangles.append(torch.randint(2, (size, 30, 30), generator=source)[:, :, :bits].to(torch.float64))
     lower = torch.ones(30, bits, dtype=torch.float64).tril_(-1)
     matrix = torch.stack(triangles) * lower + torch.eye(30, bits, dtype=torch.float64)
-    odd = torch.matmul(matrix, directions).remainder_(2)  # (seed, size, 30, direction)
-    scrambled = torch.einsum("nspj,p->jns", odd, powers).to(torch.int64)
+    product = torch.matmul(matrix, directions)  # (seed, size, 30, direction)
+    odd = product.sub_(product.mul(0.5).floor_().mul_(2))
+    scrambled = (powers @ odd).to(torch.int64).movedim(-1, 0)
     points = torch.empty(2**bits, len(seeds), size, dtype=torch.int64)
     points[0] = (torch.stack(shifts).to(torch.float64) @ powers.flip(0)).to(torch.int64)
     for k in range(bits):

@@ -95,7 +95,6 @@ class AdamLoop:
         seen = (since + taken) // run.rule.every - since // run.rule.every
         return taken, losses[:taken], terms[:taken], rows[0][:seen]
 
-
     def losses_at(self, run: AdamRun, values: Sequence[Tensor], count: int) -> Tensor | None:
         """Losses ``(count, restart)`` at given parameters on the noise of the first steps; None if one is not finite.
 
