@@ -156,7 +156,7 @@ def test_a_finished_fit_is_read_back_without_a_step(tmp_path):
 
 
 def test_the_time_limit_is_that_of_each_call(tmp_path):
-    begin(tmp_path, steps=None, time_limit=0.2)
+    begin(tmp_path, steps=None, time_limit=0.2, compile=False)
     steps = []
     record = begin(tmp_path, steps=None, time_limit=0.2, callbacks=lambda r: steps.append(r.step)).record
     assert len(steps) > 1

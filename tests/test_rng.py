@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vifamily.errors import ConfigError
-from vifamily.rng import BLOCK, LARGEST_SOBOL, NoiseStream, check_seed, draw_noise, generator, scoped, split
+from vifamily.rng import (
+    BLOCK,
+    LARGEST_SOBOL,
+    NoiseStream,
+    check_seed,
+    draw_noise,
+    generator,
+    scoped,
+    scrambled_sobol,
+    split,
+)
 from vifamily.types import NoiseSpec
 
 # --- addresses ---
@@ -229,3 +239,25 @@ def test_scoped_takes_the_largest_seed_and_refuses_others():
         pass
     with pytest.raises(ConfigError), scoped(-1):
         pass
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (1, 64), (3, 100), (40, 192), (7, 1)])
+def test_scrambled_points_are_those_of_the_engine(size, count):
+    engines = [torch.quasirandom.SobolEngine(size, scramble=True, seed=s) for s in (5, 2**60)]
+    expected = torch.cat([e.draw(count, dtype=torch.float64) for e in engines])
+    assert torch.equal(scrambled_sobol([5, 2**60], size, count), expected)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_span_is_the_noise_of_its_steps(balanced, restarts):
+    def stream():
+        return NoiseStream(3, NoiseSpec((2,)), draws=3, restarts=restarts, balanced=balanced)
+
+    single = stream()
+    for first, count in ((0, 5), (60, 10), (37, 400), (1500, 2), (10, 1)):
+        expected = torch.stack([single.at(step) for step in range(first, first + count)])
+        assert torch.equal(stream().span(first, count), expected)
+    going = stream()
+    parts = torch.cat([going.span(0, 100), going.span(100, 1400), going.span(1500, 9)])
+    assert torch.equal(parts, stream().span(0, 1509))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,6 +48,7 @@ def fit(
     time_limit: float | None = None,
     encoder: torch.nn.Module | None = None,
     local_family: Any = None,
+    compile: Literal["auto"] | bool = "auto",
 ) -> Posterior:
     """Fit a posterior.
 
@@ -80,6 +81,8 @@ def fit(
         encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its
             own parameters.
         local_family: For models with local latents: the family of one datum's latents; None takes mean field.
+        compile: Whether to compile the steps of ``adam``: ``"auto"`` where it pays; what cannot be compiled runs in
+            torch, and the record's notes say why. Callbacks and trackers then see up to a hundred steps at once.
 
     Returns:
         The posterior: draws, density, summary, diagnosis.
@@ -110,11 +113,13 @@ def fit(
             f"a tracker is an object with start, log and finish, such as CsvTracker('a.csv'), got {what}."
         )
     planned = make_plan(
-        model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype
-    )
+        model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype,
+        compile=compile,
+    )  # fmt: skip
     folder = None if checkpoint is None else checkpoints.prepare(checkpoint)
     loop = FitLoop(planned, seed=seed, most_steps=steps or _MOST_STEPS, restarts=restarts, init=init, folder=folder,
-                 every=checkpoint_every, encoder=encoder, local_family=local_family)  # fmt: skip
+                 every=checkpoint_every, encoder=encoder, local_family=local_family,
+                    watched=bool(calls) or tracker is not None)  # fmt: skip
     posterior = loop.run(calls, tracker, FitProgress(show=progress, most_steps=steps or _MOST_STEPS), time_limit)
     warn_if_unfinished(posterior, steps)
     return posterior

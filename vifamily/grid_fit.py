@@ -90,6 +90,8 @@ class SeedGrid:
             raise ConfigError(f"these fits cannot run side by side: {reason}. Call fit for each seed instead.")
         if not seeds:
             raise ConfigError("fits side by side need at least one seed, got none.")
+        # the rows share steps in torch, which are not compiled
+        planned = dataclasses.replace(planned, compile=False)
         self.planned, self.steps, self.most_steps = planned, steps, steps or _MOST_STEPS
         self.loops: list[FitLoop] = []
         self.seconds: list[float] = []

@@ -23,11 +23,12 @@ from vifamily.families._stack import StackedFamily
 from vifamily.families.local import LocalFamily
 from vifamily.interrupts import Interrupts
 from vifamily.numerics.gaussian_start import GaussianStart
+from vifamily.numerics.threads import few_threads
 from vifamily.plan import Plan, describe
 from vifamily.posterior import FitRecord, Posterior, trace_of, versions
 from vifamily.progress import FitProgress
 from vifamily.rng import NoiseStream, draw_noise, generator
-from vifamily.solvers import Run, StepReport, Task
+from vifamily.solvers import Run, StepReport, Task, worth_compiling
 from vifamily.start import gaussian_starts, initialise
 from vifamily.trackers import Tracker
 from vifamily.types import Batch, Capability, Loss
@@ -43,7 +44,7 @@ class FitLoop:
 
     def __init__(
         self, planned: Plan, *, seed: int, most_steps: int, restarts: int, init: Any, folder: Path | None, every: int,
-        encoder: torch.nn.Module | None, local_family: Any,
+        encoder: torch.nn.Module | None, local_family: Any, watched: bool = False,
     ) -> None:  # fmt: skip
         self.plan, self.seed, self.most_steps, self.restarts = planned, seed, most_steps, restarts
         self.folder, self.every = folder, every
@@ -69,7 +70,46 @@ class FitLoop:
             self.notes.append(
                 f"{restarts} restarts started at {len(set(self.place))} distinct Gaussian(s): one fit each"
             )
-        self.runs = [self._start(group) for group in self._groups()]
+        self.compiled = self._compile_choice(most_steps, watched=watched)
+        with few_threads(self._numbers()):
+            self.runs = [self._start(group) for group in self._groups()]
+        self._tell_compiled()
+
+    # -- compiled steps and threads ------------------------------------------------------------------------------------
+    def _numbers(self) -> int:
+        """Numbers that one step passes over, about: draws times restarts times coordinates or data."""
+        plan = self.plan
+        data = self.batch_size or plan.model.num_data or 1
+        return plan.draws * self.restarts * max(plan.latent.dim, data)
+
+    def _compile_choice(self, most_steps: int, *, watched: bool) -> bool:
+        """Whether to compile: as asked, as in the checkpoint that is taken up, or where it pays."""
+        asked = self.plan.compile
+        if asked != "auto":
+            return bool(asked)
+        if self.saved is not None:
+            return bool((self.saved[1].get("config") or {}).get("compile", False))
+        if not self.plan.solver.compiles:
+            return False
+        if watched:
+            self.notes.append(
+                "steps not compiled: callbacks and trackers see every step (compile=True: every hundredth)"
+            )
+            return False
+        size = sum(p.numel() for family in self.families for p in family.parameters())
+        pays, why = worth_compiling(
+            numbers=self._numbers(), parameters=size, steps=most_steps, device=self.plan.latent.device
+        )
+        if not pays:
+            self.notes.append(f"steps not compiled: {why}")
+        return pays
+
+    def _tell_compiled(self) -> None:
+        if not self.compiled:
+            return
+        self.compiled = all(run.compiled for run in self.runs)
+        reasons = [run.not_compiled or "this solver has no compiled steps" for run in self.runs if not run.compiled]
+        self.notes.append(f"steps not compiled: {reasons[0]}" if reasons else "steps compiled")
 
     # -- setting up ----------------------------------------------------------------------------------------------------
     def _shares_draws(self) -> bool:
@@ -146,6 +186,9 @@ class FitLoop:
                 self.seed,
                 group[0],
                 objective,
+                stream.span,
+                self.batches.index_at,
+                self.compiled,
             )  # fmt: skip
         )
 
@@ -164,7 +207,7 @@ class FitLoop:
         reasons: list[str] = []
         deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         try:
-            with display, Interrupts() as interrupts:
+            with display, Interrupts() as interrupts, few_threads(self._numbers()):
                 for run in self.runs:
                     reasons.append(self._drive(run, callbacks, tracker, display, deadline, interrupts))
                     if reasons[-1] in _BY_REQUEST:
@@ -194,6 +237,7 @@ class FitLoop:
             try:
                 # a step that is cut in two leaves a state that no uninterrupted fit passes through
                 self.torn = True
+                run.horizon = self._horizon(run.step_count)
                 report = run.step()
                 self.torn = False
                 finished = report.finished
@@ -214,6 +258,11 @@ class FitLoop:
             if time.monotonic() > deadline:
                 return "time_limit"
         return finished
+
+    def _horizon(self, step: int) -> int:
+        """Total of steps at which a call must end: the last step, or the next checkpoint."""
+        due = self.most_steps if self.folder is None else (step // self.every + 1) * self.every
+        return min(due, self.most_steps)
 
     def _rescue(self, error: Exception) -> None:
         """Keep what was computed when the model, a callback or the loss ends the fit."""
@@ -248,6 +297,7 @@ class FitLoop:
             "restarts": self.restarts,
             "draws": self.plan.draws,
             "batch_size": self.plan.batch_size,
+            "compile": self.compiled,
         }
 
     def _save(self) -> None:
@@ -274,6 +324,8 @@ class FitLoop:
         if self.saved is None:
             return
         tensors, meta = self.saved
+        if isinstance(meta.get("config"), dict):
+            meta["config"].setdefault("compile", False)  # written before steps could be compiled
         if meta.get("kind") != "fit" or meta.get("config") != self._config():
             theirs, ours = meta.get("config") or {}, self._config()
             different = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in ours.items() if theirs.get(k) != v]

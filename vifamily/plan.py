@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from vifamily.families import Family, FamilyEntry
 from vifamily.families._adapters import as_entry
 from vifamily.models import Model
 from vifamily.objectives import Objective
-from vifamily.solvers import Solver
+from vifamily.solvers import Solver, worth_compiling
 from vifamily.types import Capability, LatentSpec, Space
 
 __all__ = ["Plan", "plan"]
@@ -37,6 +37,7 @@ class Plan:
         draws: Draws per step.
         batch_size: Data per step, or None for all.
         notes: What was chosen on the user's behalf, in words.
+        compile: Whether steps are compiled: ``"auto"``, True or False.
     """
 
     model: Model
@@ -48,12 +49,25 @@ class Plan:
     draws: int
     batch_size: int | None
     notes: tuple[str, ...] = ()
+    compile: Literal["auto"] | bool = "auto"
 
     @property
     def estimator(self) -> str | None:
         """Gradient estimator that will be used, or None where there is no choice or no gradient."""
         chosen = getattr(self.objective, "estimator", None)
         return None if chosen == "auto" else chosen
+
+    def _compiled(self) -> str:
+        """Whether steps will be compiled, and why, for one restart without ``steps=``."""
+        if self.compile is False or not self.solver.compiles:
+            return "no: as asked" if self.solver.compiles else "no: this solver has no compiled steps"
+        if self.compile is True:
+            return "yes, as asked, where the model can be traced"
+        numbers = self.draws * max(self.latent.dim, self.batch_size or self.model.num_data or 1)
+        built = self.entry.build(self.latent, generator=torch.Generator(device="cpu"))
+        size = sum(p.numel() for p in built.parameters())
+        pays, why = worth_compiling(numbers=numbers, parameters=size, steps=None, device=self.latent.device)
+        return f"yes: {why}; where the model can be traced" if pays else f"no: {why}"
 
     def __str__(self) -> str:
         """Return the plan in a few lines."""
@@ -65,6 +79,7 @@ class Plan:
             f"objective  {describe(self.objective)}",
             f"solver     {describe(self.solver)}",
             f"each step  {self.draws} draws, {data}",
+            f"compiled   {self._compiled()}",
         ]
         return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
 
@@ -281,9 +296,12 @@ def make_plan(
     batch_size: int | None,
     device: Any,
     dtype: torch.dtype | None,
+    compile: Any = "auto",
 ) -> Plan:
     """Resolve and check everything; the common part of ``plan`` and ``fit``."""
     notes: list[str] = []
+    if compile not in ("auto", True, False) or isinstance(compile, (int, float)) and not isinstance(compile, bool):
+        raise ConfigError(f"compile must be 'auto', True or False, got {compile!r}.")
     found, problem = resolve_model(model, device, dtype)
     if batch_size is None and found.own_batch_size is not None:
         batch_size = found.own_batch_size
@@ -311,7 +329,7 @@ def make_plan(
     least = max(loss.min_draws, 2 if getattr(loss, "estimator", None) == "score" else 1)
     if draws < least:
         raise ConfigError(f"the objective {describe(loss)!r} needs at least {least} draws per step, got draws={draws}.")
-    return Plan(found, problem, entry, loss, way, latent, draws, batch_size, tuple(notes))
+    return Plan(found, problem, entry, loss, way, latent, draws, batch_size, tuple(notes), compile)
 
 
 def plan(
@@ -324,6 +342,7 @@ def plan(
     batch_size: int | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    compile: Literal["auto"] | bool = "auto",
 ) -> Plan:
     """Say what ``fit`` would do with the same arguments, or why it cannot.
 
@@ -337,6 +356,7 @@ def plan(
         batch_size: Data per step; None means all.
         device: Device to move the model to; None leaves it.
         dtype: Floating dtype to move the model to; None leaves it.
+        compile: Whether to compile the steps, as in ``fit``.
 
     Returns:
         The plan; ``print`` shows it.
@@ -352,4 +372,5 @@ def plan(
         >>> planned.solver, planned.estimator
         (Lbfgs(tolerance=0.02, most_draws=16384), 'entropy')
     """
-    return make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype)
+    return make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype,
+                     compile=compile)  # fmt: skip

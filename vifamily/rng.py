@@ -8,12 +8,13 @@ only ``t``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import operator
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from vifamily.errors import ConfigError
 from vifamily.types import NoiseSpec
 
-__all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "split"]
+__all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "scrambled_sobol", "split"]
 
 BLOCK = 64
 """Steps of noise drawn at once; part of the stream's definition, so never a matter of how steps are grouped."""
@@ -163,26 +164,35 @@ class NoiseStream:
         self.dtype, self.device, self.name = dtype, device, name
         self._block = -1
         self._noise: Tensor | None = None
+        self._ahead: Tensor | None = None
+        self._ahead_from, self._ahead_to = 0, 0
 
     def block(self, number: int) -> Tensor:
         """Return the noise of steps ``BLOCK * number`` onwards, ``(BLOCK, [restart,] draw, ...)``."""
-        parts = [self._one(split(self.seed, self.name, self.first_restart + r, number)) for r in range(self.restarts)]
-        return parts[0] if self.restarts == 1 else torch.stack(parts, dim=1)
+        return self._blocks(number, 1)
 
-    def _one(self, seed: int) -> Tensor:
+    def _blocks(self, first: int, count: int) -> Tensor:
+        """Noise of several blocks, ``(count * BLOCK, [restart,] draw, ...)``."""
+        rows = []
+        for r in range(self.restarts):
+            seeds = [split(self.seed, self.name, self.first_restart + r, first + k) for k in range(count)]
+            rows.append(self._made(seeds))
+        return rows[0] if self.restarts == 1 else torch.stack(rows, dim=1)
+
+    def _made(self, seeds: list[int]) -> Tensor:
+        event = (*self.batch_shape, *self.spec.shape)
         if not self.balanced:
-            source = torch.Generator()
-            source.manual_seed(seed)
-            leading = (BLOCK, self.draws, *self.batch_shape)
-            return draw_noise(self.spec, leading, source, dtype=self.dtype, device=self.device)
-        size = math.prod((*self.batch_shape, *self.spec.shape))
-        # the engine makes a generator of its own from the seed and leaves the global one alone
-        engine = torch.quasirandom.SobolEngine(size, scramble=True, seed=seed)
-        # 2^-30 is the engine's resolution: half a cell keeps the normal quantile finite
-        uniform = engine.draw(BLOCK * self.draws, dtype=torch.float64).clamp(2.0**-31, 1 - 2.0**-31)
+            parts = []
+            for seed in seeds:
+                source = torch.Generator()
+                source.manual_seed(seed)
+                leading = (BLOCK, self.draws, *self.batch_shape)
+                parts.append(draw_noise(self.spec, leading, source, dtype=self.dtype, device=self.device))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        # 2^-30 is the resolution of the points: half a cell keeps the normal quantile finite
+        uniform = scrambled_sobol(seeds, math.prod(event), BLOCK * self.draws).clamp_(2.0**-31, 1 - 2.0**-31)
         noise = torch.special.ndtri(uniform) if self.spec.law == "normal" else uniform
-        shaped = noise.reshape(BLOCK, self.draws, *self.batch_shape, *self.spec.shape)
-        return shaped.to(device=self.device, dtype=self.dtype)
+        return noise.reshape(-1, self.draws, *event).to(device=self.device, dtype=self.dtype)
 
     def at(self, step: int) -> Tensor:
         """Return the noise of one step, ``([restart,] draw, *batch_shape, *spec.shape)``."""
@@ -190,6 +200,75 @@ class NoiseStream:
         if number != self._block or self._noise is None:
             self._block, self._noise = number, self.block(number)
         return self._noise[offset]
+
+    def span(self, first: int, count: int) -> Tensor:
+        """Return the noise of some steps, ``(count, [restart,] draw, ...)``: the same as :meth:`at` gives one by one.
+
+        Args:
+            first: First step.
+            count: Number of steps.
+        """
+        low, high = first // BLOCK, -(-(first + count) // BLOCK)
+        if self._ahead is None or low < self._ahead_from or high > self._ahead_to:
+            size = BLOCK * self.draws * self.restarts * max(1, math.prod((*self.batch_shape, *self.spec.shape)))
+            # some further blocks at once, as far as they are small: most of the cost is that of the calls
+            high = max(high, low + min(16, max(1, 1_000_000 // size)))
+            self._ahead, self._ahead_from, self._ahead_to = self._blocks(low, high - low), low, high
+        start = first - BLOCK * self._ahead_from
+        return self._ahead[start : start + count]
+
+
+@functools.lru_cache(maxsize=16)
+def _directions(size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Leading bits of the direction numbers, ``(size, bit, direction)``, and powers of two, ``(30,)``."""
+    state = torch.quasirandom.SobolEngine(size).sobolstate[:, :bits]
+    shifts = torch.arange(29, 29 - bits, -1)
+    powers = 2.0 ** torch.arange(29, -1, -1, dtype=torch.float64)
+    return ((state.unsqueeze(1) >> shifts.reshape(-1, 1)) & 1).to(torch.float64), powers
+
+
+def scrambled_sobol(seeds: Sequence[int], size: int, count: int) -> Tensor:
+    """Scrambled Sobol sequences, one for each seed: the numbers of ``torch.quasirandom.SobolEngine``, sooner.
+
+    The engine scrambles all thirty direction numbers of each coordinate bit by bit; of the first ``2^m`` points only
+    ``m`` of them matter, and these have their leading ``m`` bits alone. So the product of the random lower
+    triangular matrix with the directions, modulo two, is a small matrix product for all coordinates and seeds at once.
+    The points follow in Gray-code order by reflection (Antonov and Saleev 1979).
+
+    Args:
+        seeds: Seeds of the scramblings.
+        size: Coordinates.
+        count: Points of each sequence.
+
+    Returns:
+        ``(len(seeds) * count, size)`` in float64, on the unit interval.
+
+    Example:
+        >>> engine = torch.quasirandom.SobolEngine(3, scramble=True, seed=5)
+        >>> bool((scrambled_sobol([5], 3, 8) == engine.draw(8, dtype=torch.float64)).all())
+        True
+    """
+    bits = max(1, (count - 1).bit_length())
+    directions, powers = _directions(size, bits)
+    shifts, triangles = [], []
+    for seed in seeds:
+        source = torch.Generator()
+        source.manual_seed(seed)
+        shifts.append(torch.randint(2, (size, 30), generator=source))
+        triangles.append(torch.randint(2, (size, 30, 30), generator=source)[:, :, :bits].to(torch.float64))
+    lower = torch.ones(30, bits, dtype=torch.float64).tril_(-1)
+    matrix = torch.stack(triangles) * lower + torch.eye(30, bits, dtype=torch.float64)
+    product = torch.matmul(matrix, directions)  # (seed, size, 30, direction)
+    odd = product.sub_(product.mul(0.5).floor_().mul_(2))
+    scrambled = (powers @ odd).to(torch.int64).movedim(-1, 0)
+    points = torch.empty(2**bits, len(seeds), size, dtype=torch.int64)
+    points[0] = (torch.stack(shifts).to(torch.float64) @ powers.flip(0)).to(torch.int64)
+    for k in range(bits):
+        points[2**k : 2 ** (k + 1)] = points[: 2**k].flip(0) ^ scrambled[k]
+    out = points[:count].to(torch.float64) * 2.0**-30
+    # the engine takes its first point in single precision
+    out[0] = out[0].to(torch.float32).to(torch.float64)
+    return out.transpose(0, 1).reshape(-1, size)
 
 
 @contextlib.contextmanager

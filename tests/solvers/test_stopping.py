@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from vifamily.numerics.rhat import split_rhat
 from vifamily.rng import generator
-from vifamily.solvers._stopping import StageMonitor, StoppingRule
+from vifamily.solvers._stopping import StageMonitor, StoppingRule, _worst_rhat
 
 RULE = StoppingRule()
 
@@ -102,3 +103,18 @@ def test_a_later_stage_counts_from_its_own_start():
     early, early_step, first = feed(0.05 * noise(1000, seed=0))
     assert (verdict, step - 1700) == (early, early_step)
     assert monitor.stationary_from - 1700 == first.stationary_from
+
+
+def test_r_hat_of_several_windows_is_that_of_each_alone():
+    chain = torch.randn(401, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chain[:, 1] += torch.linspace(0, 4, 401)
+    chain[:, 2] = 1e6 + 1e-3 * chain[:, 2]
+    chain[:, 3] = 2.0
+    chain[:100, 4] += 1e5
+    chain[:, 5] *= 1e-6
+    widths = [40, 111, 200, 380]
+    got = _worst_rhat(chain[-380:, :], widths, 0.0)
+    for width, value in zip(widths, got.tolist(), strict=True):
+        assert value == pytest.approx(float(split_rhat(chain[-width:]).max()), rel=1e-6)
+    moving = _worst_rhat(chain[-380:, 1:2], widths, 10.0)
+    assert moving.tolist() == [1.0] * 4

@@ -36,6 +36,10 @@ class BatchSource(abc.ABC):
     def at(self, step: int) -> Batch | None:
         """Return the batch of a step."""
 
+    def index_at(self, step: int) -> Tensor | None:
+        """Return the positions in the data of a step's batch, ``(batch_size,)``, or None where there are none."""
+        return None
+
 
 class WholeData(BatchSource):
     """Every step sees all data."""
@@ -65,12 +69,16 @@ class ShuffledIndex(BatchSource):
 
     def at(self, step: int) -> Batch:
         """Return the batch of a step."""
+        index = self.index_at(step)
+        return Batch(self.gather(index), self.batch_size, index)
+
+    def index_at(self, step: int) -> Tensor:
+        """Return the positions in the data of a step's batch, ``(batch_size,)``."""
         epoch, position = divmod(step, self.num_data // self.batch_size)
         if epoch != self._epoch:
             self._order = torch.randperm(self.num_data, generator=generator(self.seed, "batches", epoch))
             self._epoch = epoch
-        index = self._order[position * self.batch_size : (position + 1) * self.batch_size]
-        return Batch(self.gather(index), self.batch_size, index)
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
 def check_result(what: str, out: Any, expected: tuple[int | None, ...], like: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._compiled import worth_compiling
 from vifamily.solvers.adam import Adam
 from vifamily.solvers.closed_form import ClosedFormUpdates
 from vifamily.solvers.laplace import Laplace
@@ -21,4 +22,5 @@ __all__ = [
     "Solver",
     "StepReport",
     "Task",
+    "worth_compiling",
 ]

@@ -37,6 +37,9 @@ class Task:
         seed: Root seed, for solvers that make draws of their own.
         first_restart: Index of the first restart in the stack.
         objective: The objective itself, for solvers that drive it by more than its loss.
+        noise_span: First step and count to the noise of so many steps, ``(step, ...)``; None where they come singly.
+        index_at: Step to the positions of its batch in the data, or to None.
+        compiled: Whether to compile the steps, where the solver can.
     """
 
     objective_loss: Callable[[FamilyLike, ModelLike, Tensor, Batch | None, Any], Loss]
@@ -53,6 +56,9 @@ class Task:
     seed: int = 0
     first_restart: int = 0
     objective: Any = None
+    noise_span: Callable[[int, int], Tensor] | None = None
+    index_at: Callable[[int], Tensor | None] | None = None
+    compiled: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,10 +89,16 @@ class Run(abc.ABC):
     step_count: int = 0
     finished: str | None = None
     """Why the run is over, or None while it is not."""
+    horizon: int | None = None
+    """Total of steps beyond which a call of :meth:`step` must not go, set by the loop; None for no bound."""
+    compiled: bool = False
+    """Whether its steps are compiled."""
+    not_compiled: str = ""
+    """Why they are not, where that was asked for."""
 
     @abc.abstractmethod
     def step(self) -> StepReport:
-        """Take one step.
+        """Take one step; a compiled run takes several at once, and reports the last of them.
 
         Raises:
             NonFiniteLossError: If the loss or its gradient is not finite; the state is then the one before this step.
@@ -131,6 +143,8 @@ class Solver(abc.ABC):
     """Whether it minimises the loss on fixed draws, so that gradient estimators must follow the value there."""
     default_draws: ClassVar[int | None] = None
     """Draws to take where the loss is a mean over draws; None leaves it to the objective."""
+    compiles: ClassVar[bool] = False
+    """Whether its steps can be compiled."""
 
     own_start: ClassVar[bool] = False
     """Whether it finds its own way from a start point, so that ``init="auto"`` looks for no Gaussian beforehand."""

@@ -10,12 +10,12 @@ ratio one half), so the fit stops when delta is below the tolerance.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
 from vifamily.numerics.mcse import mcse
-from vifamily.numerics.rhat import split_rhat
 
 __all__ = ["StageMonitor", "StoppingRule"]
 
@@ -27,7 +27,7 @@ class StoppingRule:
     Attributes:
         every: Steps between two watched states.
         window: Least number of steps over which stationarity is judged.
-        check: Steps between two judgements.
+        check: Steps between two judgements, at first; a fifth of the stage's length where that is more.
         rhat: Split R-hat below which the iterates count as stationary.
         mcse: Largest Monte-Carlo error of an averaged mean (in posterior sds) or log sd in the last two stages.
         rough: The same for stages whose average is not yet near its limit.
@@ -47,6 +47,27 @@ class StoppingRule:
     stage: int = 5000
     shrink: float = 0.5
     stages: int = 10
+
+    def next_check(self, since: int) -> int:
+        """Steps from the start of a stage to the first judgement after ``since`` steps.
+
+        A judgement takes time in proportion to the stage's length, so later ones lie further apart.
+
+        Example:
+            >>> rule = StoppingRule()
+            >>> [rule.next_check(since) for since in (0, 100, 1000, 1150, 4950)]
+            [100, 200, 1200, 1200, 5000]
+        """
+        return next(at for at in _checks(self.check, self.stage, max(since + 1, self.stage)) if at > since)
+
+
+@functools.lru_cache(maxsize=64)
+def _checks(check: int, stage: int, least: int) -> tuple[int, ...]:
+    out = [0]
+    while out[-1] < least:
+        following = out[-1] + check * max(1, out[-1] // (5 * check))
+        out.append(stage if out[-1] < stage < following else following)
+    return tuple(out)
 
 
 class StageMonitor:
@@ -76,7 +97,7 @@ class StageMonitor:
             step: Steps taken so far.
             unit: Unit of each quantity (posterior sds for means, one for log sds).
         """
-        chain = torch.stack(self.rows) / unit
+        chain = torch.stack(self.rows).div_(unit).to(torch.float64)
         length, least = chain.shape[0], self.rule.window // self.rule.every
         if self.stationary_from is None and length >= least:
             width = self._stationary_width(chain, least)
@@ -93,12 +114,40 @@ class StageMonitor:
         """Window (in rows) with the smallest worst R-hat among five, that R-hat kept."""
         longest = max(least, int(0.95 * chain.shape[0]))
         widths = sorted({int(w) for w in torch.linspace(least, longest, 5).tolist()})
-        # quantities that have all but stopped moving are stationary whatever their R-hat says
-        worst = {}
-        for width in widths:
-            part = chain[-width:]
-            still = (part.amax(0) - part.amin(0)) < 0.1 * self.rule.mcse
-            worst[width] = float(torch.where(still, 1.0, split_rhat(part)).nan_to_num(1.0).max())
-        best = min(worst, key=lambda w: worst[w])
+        worst = _worst_rhat(chain[-longest:], widths, 0.1 * self.rule.mcse).tolist()
+        best = min(range(len(widths)), key=lambda k: worst[k])
         self.rhat = worst[best]
-        return best
+        return widths[best]
+
+
+def _worst_rhat(chain: Tensor, widths: list[int], still: float) -> Tensor:
+    """Largest split R-hat over quantities of the last rows of a chain, for several numbers of rows at once.
+
+    The same as :func:`vifamily.numerics.rhat.split_rhat` of each, from sums that run backwards from the last row.
+    Quantities that have all but stopped moving are stationary whatever their R-hat says.
+
+    Args:
+        chain: ``(row, quantity)``.
+        widths: Numbers of rows, increasing.
+        still: Range below which a quantity counts as not moving.
+    """
+    backwards = (chain - chain[-1]).flip(0)
+    half = torch.tensor(widths) // 2
+    size = half.unsqueeze(-1).to(chain)
+    total, square = backwards.cumsum(0), backwards.square().cumsum(0)
+    late, late_square = total[half - 1], square[half - 1]
+    early, early_square = total[2 * half - 1] - late, square[2 * half - 1] - late_square
+    spread = (late_square + early_square - (late.square() + early.square()) / size).clamp_min(0)
+    within = 0.5 * spread / (size - 1)
+    between = 0.5 * ((late - early) / size).square()
+    rhat = ((size - 1) / size + between / within).sqrt()
+    high: list[Tensor] = []
+    low: list[Tensor] = []
+    start = 0
+    for width in widths:
+        part = backwards[start:width]
+        high.append(part.amax(0) if not high else torch.maximum(high[-1], part.amax(0)))
+        low.append(part.amin(0) if not low else torch.minimum(low[-1], part.amin(0)))
+        start = width
+    moved = torch.stack(high) - torch.stack(low) >= still
+    return torch.where(moved, rhat, 1.0).nan_to_num(1.0).amax(1)

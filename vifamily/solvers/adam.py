@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.registry import register
 from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._compiled import AdamLoop, columns, compile_adam
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
 from vifamily.solvers._watch import bad_parameter, units, watched
@@ -53,6 +54,8 @@ class Adam(Solver):
     tolerance: float = 0.02
     mcse: float = 0.02
     model_step_size: float = 0.2
+
+    compiles: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("step_size", "tolerance", "mcse", "model_step_size"):
@@ -107,6 +110,14 @@ class AdamRun(Run):
         self._terms: dict[str, list[float]] = {}
         self.notes: list[str] = []
         self.finished: str | None = None
+        self.loop: AdamLoop | None = None
+        if task.compiled:
+            found = compile_adam(self)
+            if isinstance(found, AdamLoop):
+                self.loop, self.compiled = found, True
+            else:
+                self.not_compiled = found
+                self.optimiser.state.clear()
 
     def _rate(self, group: FlatParameters) -> float:
         return self.step_size * (1.0 if group is self.flat else self.model_factor)
@@ -118,8 +129,22 @@ class AdamRun(Run):
         )
 
     def step(self) -> StepReport:
-        """Take one step (see :class:`~vifamily.solvers._base.Run`)."""
-        step = self.step_count
+        """Take one step, or all up to the next judgement where they are compiled (see :class:`Run`)."""
+        if self.loop is not None:
+            report = self._block(self.loop)
+            if report is not None:
+                return report
+        loss, values, packed = self._evaluate(self.step_count)
+        self._check_finite(loss, values, packed)
+        for held, gradient in zip(self.optimiser.param_groups, packed, strict=True):
+            held["params"][0].grad = gradient
+        self.optimiser.step()
+        self.objective_state = loss.state
+        self._record(loss, values, packed[0])
+        return self._report(values, watch=True)
+
+    def _evaluate(self, step: int) -> tuple[Loss, list[float], list[Tensor]]:
+        """Loss, its values and its gradients laid out as the groups are, at the parameters as they stand."""
         flat_parameters = [p for g in self.groups for p in g.parameters]
         # the caller may have switched gradients off around the whole fit
         with torch.enable_grad():
@@ -131,13 +156,25 @@ class AdamRun(Run):
         for group in self.groups:
             packed.append(group.gather(gradients[taken : taken + len(group.parameters)]))
             taken += len(group.parameters)
-        self._check_finite(loss, values, packed)
-        for held, gradient in zip(self.optimiser.param_groups, packed, strict=True):
-            held["params"][0].grad = gradient
-        self.optimiser.step()
-        self.objective_state = loss.state
-        self._record(loss, values, packed[0])
-        return self._report(loss, values)
+        return loss, values, packed
+
+    def _block(self, loop: AdamLoop) -> StepReport | None:
+        """Take compiled steps up to the next judgement; None where the first is not finite, for torch to say why."""
+        since = self.step_count - self.monitor.first_step
+        count = self.rule.next_check(since) - since
+        if self.horizon is not None:
+            count = max(1, min(count, self.horizon - self.step_count))
+        taken, losses, terms, rows = loop(self, count)
+        if taken == 0:
+            return None
+        self.step_count += taken
+        self._losses += losses.tolist()
+        self._step_sizes += [self.step_size] * taken
+        for name, column in columns(loop.names, terms).items():
+            self._terms.setdefault(name, []).extend(column)
+        self.gradient_count += taken
+        self.monitor.rows += list(rows)
+        return self._report(self._losses[-1], watch=False)
 
     def _check_finite(self, loss: Loss, values: list[float], packed: list[Tensor]) -> None:
         if all(abs(v) < float("inf") for v in values) and all(bool(torch.isfinite(g).all()) for g in packed):
@@ -170,12 +207,12 @@ class AdamRun(Run):
         self.gradient_square += gradient**2
         self.gradient_count += 1
 
-    def _report(self, loss: Loss, values: list[float]) -> StepReport:
+    def _report(self, values: list[float], *, watch: bool) -> StepReport:
         step, used = self.step_count, self.step_size
         since = step - self.monitor.first_step
-        if since % self.rule.every == 0:
+        if watch and since % self.rule.every == 0:
             self.monitor.add(self.watch())
-        if since % self.rule.check == 0:
+        if since == self.rule.next_check(since - 1):
             self._snapshot()
             verdict = self.monitor.judge(step, self._unit(self.monitor.rows[-1]))
             if verdict is not None:
@@ -256,6 +293,9 @@ class AdamRun(Run):
     @torch.no_grad()
     def _probe(self, value: list[Tensor]) -> Tensor:
         """Loss at given parameters on eight fixed noises, ``(8, restart)``."""
+        found = None if self.loop is None else self.loop.losses_at(self, value, 8)
+        if found is not None:
+            return found
         kept = [g.value.clone() for g in self.groups]
         for group, v in zip(self.groups, value, strict=True):
             group.set(v)

@@ -1,0 +1,299 @@
+"""Adam's step as a pure function, compiled: many steps per call, the same numbers as step by step up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vifamily.numerics.native import CompiledLoop, compile_loop
+from vifamily.solvers._watch import watched
+from vifamily.types import Batch, Loss
+
+if TYPE_CHECKING:
+    from vifamily.solvers.adam import AdamRun
+
+__all__ = ["AdamLoop", "compile_adam", "worth_compiling"]
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+FEWEST_STEPS = 1500
+MOST_NUMBERS = 200_000
+MOST_PARAMETERS = 20_000
+
+
+def worth_compiling(
+    *, numbers: int, parameters: int, steps: int | None, device: torch.device | str = "cpu"
+) -> tuple[bool, str]:
+    """Decide from the problem alone whether compiling the step pays.
+
+    Tracing and compiling take about a second; a small step in torch is nearly all overhead, about half a millisecond,
+    and in compiled code a few microseconds. So it pays from some 1,500 steps on, and only where the step is small: one
+    that passes over 200,000 numbers or more takes its time in arithmetic, which torch does as well. A fit without
+    ``steps=`` counts as long: it takes some thousand.
+
+    Args:
+        numbers: Draws times restarts times the larger of latent coordinates and data per step.
+        parameters: Parameters of the family, all restarts together.
+        steps: Most steps asked for, or None.
+        device: Where the model lives.
+
+    Returns:
+        Whether to compile, and why, in words.
+
+    Example:
+        >>> worth_compiling(numbers=1000, parameters=50, steps=None)
+        (True, 'small steps, and thousands of them')
+        >>> worth_compiling(numbers=1000, parameters=50, steps=200)[0]
+        False
+    """
+    if torch.device(device).type != "cpu":
+        return False, "only steps on the CPU are compiled"
+    if steps is not None and steps < FEWEST_STEPS:
+        return False, f"{steps} steps take less time than compiling"
+    if numbers > MOST_NUMBERS or parameters > MOST_PARAMETERS:
+        return False, "a step is large, so that torch's overhead does not count"
+    return True, "small steps, and thousands of them"
+
+
+class AdamLoop:
+    """The compiled steps of a run of :class:`~vifamily.solvers.Adam`.
+
+    Args:
+        loop: The loop.
+        names: Names of the terms of the loss.
+        rates: Step size of each group of parameters, read by the loop.
+        batched: Whether each step takes the positions of its minibatch.
+    """
+
+    def __init__(self, loop: CompiledLoop, names: Sequence[str], rates: Tensor, *, batched: bool) -> None:
+        self.loop, self.names, self.rates, self.batched = loop, list(names), rates, batched
+        self._first: list[Tensor] | None = None
+
+    def __call__(self, run: AdamRun, count: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Take up to ``count`` steps in place.
+
+        Returns:
+            Steps taken, losses ``(step, restart)``, terms ``(step, term)``, watched rows ``(row, quantity)``.
+        """
+        first = run.step_count
+        states = [_optimiser_state(run, i) for i in range(len(run.groups))]
+        begun = int(states[0]["step"].item())
+        for i, group in enumerate(run.groups):
+            self.rates[i] = run._rate(group)
+        sliced = [_span(run, first, count), _corrections(begun, count)]
+        if self.batched:
+            sliced.append(_positions(run, first, count))
+        taken, (losses, terms), rows = self.loop(
+            carried(run), sliced, count=count, phase=first - run.monitor.first_step, every=run.rule.every
+        )
+        for state in states:
+            state["step"] += taken
+        since = first - run.monitor.first_step
+        seen = (since + taken) // run.rule.every - since // run.rule.every
+        return taken, losses[:taken], terms[:taken], rows[0][:seen]
+
+    def losses_at(self, run: AdamRun, values: Sequence[Tensor], count: int) -> Tensor | None:
+        """Losses ``(count, restart)`` at given parameters on the noise of the first steps; None if one is not finite.
+
+        These are steps of size zero on a copy of the state.
+        """
+        if self._first is None:
+            parts = [torch.stack([run.task.noise_at(step) for step in range(count)])]
+            parts.append(torch.ones(count, 2, dtype=torch.float64))
+            self._first = [*parts, _positions(run, 0, count)] if self.batched else parts
+        state = [torch.zeros_like(t) for t in carried(run)]
+        for i, value in enumerate(values):
+            state[4 * i] = value.contiguous().clone()
+        self.rates.zero_()
+        taken, (losses, _), _ = self.loop(state, self._first, count=count)
+        return losses if taken == count else None
+
+
+def _corrections(begun: int, count: int) -> Tensor:
+    """What the first steps of the running means are divided by, ``(count, 2)``, in float64 as torch takes them."""
+    steps = np.arange(begun + 1, begun + count + 1, dtype=np.float64)
+    return torch.from_numpy(np.stack([1 - BETA1**steps, np.sqrt(1 - BETA2**steps)], axis=1))
+
+
+def _span(run: AdamRun, first: int, count: int) -> Tensor:
+    task = run.task
+    if task.noise_span is not None:
+        return task.noise_span(first, count).contiguous()
+    return torch.stack([task.noise_at(step) for step in range(first, first + count)])
+
+
+def _positions(run: AdamRun, first: int, count: int) -> Tensor:
+    rows = []
+    for step in range(first, first + count):
+        index = run.task.index_at(step) if run.task.index_at is not None else None
+        if index is None:
+            raise RuntimeError("a batch without positions")
+        rows.append(index)
+    return torch.stack(rows)
+
+
+def _optimiser_state(run: AdamRun, number: int) -> dict[str, Tensor]:
+    """State of torch's optimiser for a group, made as it would make it."""
+    held = run.optimiser.param_groups[number]["params"][0]
+    state: dict[str, Tensor] = run.optimiser.state[held]
+    if not state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(held), torch.zeros_like(held)
+    return state
+
+
+def carried(run: AdamRun) -> list[Tensor]:
+    """The tensors that a step changes: for each group values, two moments and their sum, then the gradient's sums."""
+    out = []
+    for i, group in enumerate(run.groups):
+        state = _optimiser_state(run, i)
+        out += [group.value, state["exp_avg"], state["exp_avg_sq"], run.sums[i]]
+    return [*out, run.gradient_sum, run.gradient_square]
+
+
+class _Whole(nn.Module):
+    """Family and model as one module, so that parameters can be put in for both."""
+
+    def __init__(self, family: Any, model: Any) -> None:
+        super().__init__()
+        self.family, self.model = family, model
+
+    def forward(self, function: Callable[[Any, Any], Any]) -> Any:
+        return function(self.family, self.model)
+
+
+class _Pure:
+    """The run's loss, gradient and watched quantities as functions of flat parameters."""
+
+    def __init__(self, run: AdamRun, *, batched: bool) -> None:
+        self.run, self.batched = run, batched
+        self.whole = _Whole(run.task.family, run.task.model)
+        known = {id(p): name for name, p in self.whole.named_parameters()}
+        self.names = [[known[id(p)] for p in group.parameters] for group in run.groups]
+        self.shapes = [[tuple(p.shape) for p in group.parameters] for group in run.groups]
+        self.terms: list[str] = []
+
+    def _named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for group, names, shapes, value in zip(self.run.groups, self.names, self.shapes, values, strict=True):
+            for name, shape, part in zip(names, shapes, value.split(group.sizes, dim=1), strict=True):
+                out[name] = part.reshape(shape)
+        return out
+
+    def _loss(self, values: Sequence[Tensor], noise: Tensor, index: Tensor | None) -> Loss:
+        task = self.run.task
+
+        def evaluate(family: Any, model: Any) -> Loss:
+            batch: Batch | None = None if index is None else model.batch_at(index)
+            return task.objective_loss(family, model, noise, batch, None)
+
+        out: Loss = torch.func.functional_call(self.whole, self._named(values), (evaluate,))
+        if out.state is not None:
+            raise ValueError("the objective carries a state from step to step")
+        return out
+
+    def step(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """One step of Adam on everything that is carried (see :func:`carried`)."""
+        groups = len(self.run.groups)
+        state, (noise, correction, *index), rates = inputs[: 4 * groups + 2], inputs[4 * groups + 2 : -1], inputs[-1]
+        with torch.enable_grad():
+            values = [state[4 * i].detach().requires_grad_() for i in range(groups)]
+            loss = self._loss(values, noise, index[0] if index else None)
+            found = torch.autograd.grad(loss.surrogate.sum(), values, allow_unused=True)
+        gradients = [torch.zeros_like(v) if g is None else g for g, v in zip(found, values, strict=True)]
+        self.terms = list(loss.terms)
+        out: list[Tensor] = []
+        for i, gradient in enumerate(gradients):
+            value, first, second, total = state[4 * i : 4 * i + 4]
+            first = first + (gradient - first) * (1 - BETA1)
+            second = second * BETA2 + gradient * gradient * (1 - BETA2)
+            scale = (second.sqrt() / correction[1] + EPSILON).to(value.dtype)
+            value = (value - rates[i] / correction[0] * first / scale).to(value.dtype)
+            out += [value, first, second, total + value]
+        out += [state[-2] + gradients[0], state[-1] + gradients[0] * gradients[0]]
+        terms = [term.double().mean().reshape(1) for term in loss.terms.values()]
+        packed = torch.cat(terms) if terms else torch.zeros(0, dtype=torch.float64)
+        return out, [loss.value.double().reshape(-1), packed]
+
+    def watch(self, *state: Tensor) -> list[Tensor]:
+        """The watched quantities of a state."""
+        values = [state[4 * i] for i in range(len(self.run.groups))]
+        noise = self.run.task.monitor_noise
+
+        def evaluate(family: Any, model: Any) -> Tensor:
+            return watched(family, noise, values[0])
+
+        return [torch.func.functional_call(self.whole, self._named(values), (evaluate,))]
+
+
+def compile_adam(run: AdamRun) -> AdamLoop | str:
+    """Compile the steps of a run, and compare the first with torch's.
+
+    Returns:
+        The loop, or why there is none.
+    """
+    task = run.task
+    if run.objective_state is not None:
+        return "the objective carries a state from step to step"
+    first = run.step_count
+    batched = task.batch_at(first) is not None
+    if batched and (task.index_at is None or task.index_at(first) is None):
+        return "the batches have no positions in the data"
+    pure = _Pure(run, batched=batched)
+    rates = torch.zeros(len(run.groups), dtype=torch.float64)
+    sliced = [task.noise_at(first).contiguous(), torch.ones(2, dtype=torch.float64)]
+    if batched:
+        sliced.append(_positions(run, first, 1)[0])
+    state = carried(run)
+    if not all(t.is_contiguous() for t in [*state, *sliced]):
+        return "a state that is not contiguous"
+    loop = compile_loop(pure.step, carried=state, sliced=sliced, fixed=[rates], watch=pure.watch)
+    if isinstance(loop, str):
+        return loop
+    out = AdamLoop(loop, pure.terms, rates, batched=batched)
+    return out if _agrees(run, out) else "the compiled step differs from torch's"
+
+
+def _agrees(run: AdamRun, loop: AdamLoop) -> bool:
+    """Take two compiled steps, compare their losses and gradients with torch's, and put everything back."""
+    kept = [t.clone() for t in carried(run)]
+    begun = [_optimiser_state(run, i)["step"].clone() for i in range(len(run.groups))]
+    before = run.step_count
+    same = True
+    try:
+        for _ in range(2):
+            run.gradient_sum.zero_()
+            values, gradients = run._evaluate(run.step_count)[1:]
+            if not all(bool(torch.isfinite(g).all()) for g in gradients):
+                break  # nothing to compare: the step itself will say so
+            moments = [_optimiser_state(run, i)["exp_avg"].clone() for i in range(len(run.groups))]
+            taken, losses, _, _ = loop(run, 1)
+            if taken != 1:
+                same = False
+                break
+            same = same and _close(losses[0], torch.tensor(values, dtype=torch.float64), run.flat.value.dtype)
+            for i, (moment, gradient) in enumerate(zip(moments, gradients, strict=True)):
+                expected = moment + (gradient - moment) * (1 - BETA1)
+                same = same and _close(_optimiser_state(run, i)["exp_avg"], expected, gradient.dtype)
+            run.step_count += 1
+    finally:
+        for tensor, old in zip(carried(run), kept, strict=True):
+            tensor.copy_(old)
+        for i, old in enumerate(begun):
+            _optimiser_state(run, i)["step"].copy_(old)
+        run.step_count = before
+    return same
+
+
+def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 1e-8 if dtype == torch.float64 else 1e-3
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return bool(((a - b).abs() <= tolerance * (scale + 1e-12)).all())
+
+
+def columns(names: Sequence[str], terms: Tensor) -> Mapping[str, list[float]]:
+    """Name to the numbers of each step."""
+    return dict(zip(names, terms.T.tolist(), strict=True))
