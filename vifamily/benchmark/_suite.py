@@ -58,7 +58,9 @@ def _logistic(num_data: int, dim: int) -> Entry:
 
 
 def _read(collection: str, name: str) -> Arrays:
-    return {key: np.asarray(value, dtype=np.float64) for key, value in read_folder(find_folder(collection, name))[0].items()}  # noqa: E501
+    return {
+        key: np.asarray(value, dtype=np.float64) for key, value in read_folder(find_folder(collection, name))[0].items()
+    }  # noqa: E501
 
 
 def _kidscore() -> Arrays:
