@@ -68,12 +68,12 @@ class Case:
     speeds: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
 
 
-def _case(problem: str, family: str, *, quick: bool) -> Case:
+def _case(problem: str, family: str) -> Case:
     """Find the best of the family by a long fit on many fixed draws."""
     entry = entry_named(problem)
     judge = Judge(entry.problem())
-    large = (judge.model.num_data or 0) > 20_000
-    how = "lbfgs" if quick or large else "lbfgs(tolerance=0.005, most_draws=65536)"
+    large = (judge.model.num_data or 0) > 20_000  # a second per evaluation on many draws
+    how = "lbfgs" if large else "lbfgs(tolerance=0.005, most_draws=65536)"
     posterior = fit(judge.problem, family, "elbo", how, seed=split(0, "benchmark/best") % 2**31, steps=3000)
     with torch.no_grad():
         mean, covariance = posterior.family.moments()
@@ -253,7 +253,7 @@ def _cases(options: Options) -> Iterator[Case]:
     for problem in problems:
         for family in families:
             try:
-                yield _case(problem, family, quick=options.quick)
+                yield _case(problem, family)
             except ReferenceDataError as error:
                 options.say(f"left out {problem}: {error}")
 
