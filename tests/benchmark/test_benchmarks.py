@@ -52,9 +52,14 @@ def test_a_peer_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("speed",), ("solvers", "--problems", "nothing"), ("solvers", "--families", "flow"), ("solvers", "--peers", "stan"),
-     ("solvers", "--clock", "sun")],
-)  # fmt: skip
+    [
+        ("speed",),
+        ("solvers", "--problems", "nothing"),
+        ("solvers", "--families", "flow"),
+        ("solvers", "--peers", "stan"),
+        ("solvers", "--clock", "sun"),
+    ],
+)
 def test_what_cannot_be_understood_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert call(*arguments).exit_code == 2
 

@@ -28,15 +28,19 @@ def _run(job: Job, log_density: Any, setting: dict[str, Any]) -> Trajectory:
     inference = method(model=model, random_seed=job["seed"])
     rate = pytensor.shared(np.float64(setting["first"]))
     shrink = (setting["last"] / setting["first"]) ** (1 / setting["steps"])
-    step = inference.objective.step_function(
-        obj_n_mc=setting["draws"], obj_optimizer=pm.adam(learning_rate=rate), more_updates={rate: rate * shrink}
-    )
+    # not through more_updates: that would replace the updates of the random streams, and every step would see the same
+    # draws
+    step = inference.objective.step_function(obj_n_mc=setting["draws"], obj_optimizer=pm.adam(learning_rate=rate))
+    done = [0]
     clock.stop()
     trajectory.ready()
 
     def advance(count: int) -> None:
-        for _ in range(count):
+        for number in range(done[0], done[0] + count):
+            if number % 10 == 0:
+                rate.set_value(setting["first"] * shrink**number)
             step()
+        done[0] += count
 
     def where() -> tuple[Any, Any]:
         values = {key: value.get_value() for key, value in inference.approx.params_dict.items()}
