@@ -134,7 +134,8 @@ def step_counts(most: int, ratio: float = 1.2) -> list[int]:
         >>> step_counts(10, ratio=2.0)
         [1, 2, 4, 8, 10]
     """
-    out, now = [], 1.0
+    out: list[int] = []
+    now = 1.0
     while math.ceil(now) < most:
         if not out or math.ceil(now) > out[-1]:
             out.append(math.ceil(now))

@@ -66,7 +66,7 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     job = Job(path)
     x = torch.ones(2, requires_grad=True)
-    (x * x).sum().backward()  # type: ignore[no-untyped-call]  # outside every clock
+    (x * x).sum().backward()  # outside every clock
     model = problem_named(job["problem"]).model
     trajectories = [_run(job, model.log_joint, setting) for setting in job["settings"]]
     values = model.log_joint(torch.from_numpy(job.data["check_points"])).detach().numpy()

@@ -27,7 +27,7 @@ def _gaussian(run: Any) -> tuple[np.ndarray, np.ndarray]:
     size = family.noise_spec.shape[0]
     with torch.no_grad():
         z = family(torch.cat([torch.zeros(1, size), torch.eye(size)]).to(family.shift)).z.numpy()
-    if kept is not None:
+    if flat is not None and kept is not None:
         flat.set(kept)
     mean, columns = z[0].copy(), (z[1:] - z[0]).T
     diagonal = np.count_nonzero(columns - np.diag(columns.diagonal())) == 0
@@ -72,7 +72,7 @@ def _fit(job: Job, setting: dict[str, Any], problem: Any) -> Trajectory:
             before = evaluated[0]
             trajectory.add(report.step, before, *_gaussian(run))
             evaluated[0] = before
-        over = clock.wall > job["budget"]
+        over = bool(clock.wall > job["budget"])
         clock.go()
         return over
 
@@ -121,7 +121,7 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     job = Job(path)
     x = torch.ones(2, requires_grad=True)
-    (x * x).sum().backward()  # type: ignore[no-untyped-call]  # outside every clock
+    (x * x).sum().backward()  # outside every clock
     trajectories = []
     for setting in job["settings"]:
         if job["what"] == "steps":
