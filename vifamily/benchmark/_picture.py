@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
 
 from vifamily.plots._style import dress, new_figure
 
@@ -28,6 +29,16 @@ def _grid(count: int, width: int = 2) -> tuple[Figure, list[Any]]:
     return figure, [figure.add_subplot(height, width, i + 1) for i in range(count)]
 
 
+def _logarithmic(axis: Any) -> None:
+    """Make both axes logarithmic; labels between powers of ten only where hardly more than one of those is in sight."""
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    dress(axis)
+    for each, limits in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+        narrow = np.log10(limits[1] / limits[0]) < 1
+        each.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.0, 0.5)) if narrow else NullFormatter())
+
+
 def gap_figure(panels: Sequence[tuple[str, Sequence[Curve]]], clock: str) -> Figure:
     """Gap to the best bound against time, one panel for each problem and family."""
     figure, axes = _grid(max(1, len(panels)))
@@ -40,9 +51,7 @@ def gap_figure(panels: Sequence[tuple[str, Sequence[Curve]]], clock: str) -> Fig
                                 color=_COLOURS.get(side))  # fmt: skip
             named.setdefault(side, line)
         axis.axhline(0.1, color="#222222", lw=0.8, ls=":")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        dress(axis)
+        _logarithmic(axis)
         axis.set_title(title, fontsize=10.5)
         axis.set_xlabel(f"{clock} seconds, compilation included", fontsize=9)
         axis.set_ylabel("gap to the best bound (nats)", fontsize=9)
@@ -66,9 +75,7 @@ def scaling_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             ]
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", ms=4, lw=1.6, color=_COLOURS.get(side), label=side)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        dress(axis)
+        _logarithmic(axis)
         axis.set_xlabel(curve, fontsize=9)
         axis.set_ylabel("seconds to convergence", fontsize=9)
         if axis.get_legend_handles_labels()[0]:
