@@ -46,9 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = config.option.markexpr
     for item in items:
         for name in ("slow", "benchmark"):
-            if name in item.keywords and not getattr(config.option, name) and name not in chosen:
+            if item.get_closest_marker(name) and not getattr(config.option, name) and name not in chosen:
                 item.add_marker(pytest.mark.skip(reason=f"marked {name}; run it with --{name}"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
 
 

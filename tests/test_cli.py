@@ -53,7 +53,7 @@ def test_help_shows_an_example_that_runs(call, command):
 
 def test_help_of_the_whole(call):
     text = call("--help").output
-    assert all(word in text for word in ("list", "fit", "compare"))
+    assert all(word in text for word in ("list", "fit", "compare", "benchmark"))
     assert example(text)[0] == "compare"
 
 

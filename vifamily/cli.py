@@ -1,4 +1,4 @@
-"""The command line: ``vifamily list | fit | compare``.
+"""The command line: ``vifamily list | fit | compare | benchmark``.
 
 Exit codes: 0 when everything asked for was done; 1 when a fit or a cell failed (with ``--strict`` also when one ended
 before its stopping rule was met); 2 when the command cannot be understood (unknown name, wrong option, an impossible
@@ -32,6 +32,8 @@ _COMPARE_EXAMPLE = (
     '--objectives elbo,"renyi(alpha=0.5)" --seeds 2 --out results/two'
 )
 _LIST_EXAMPLE = "vifamily list objectives"
+
+_BENCHMARK_EXAMPLE = "vifamily benchmark solvers --quick --peers none --json results/solvers.json"
 
 _CODES = "Exit codes: 0 done, 1 a fit or cell failed, 2 the command cannot be understood, 130 interrupted."
 
@@ -232,6 +234,57 @@ def compare_command(
         )
     unsettled = strict and not all(cell.values.get("converged") for cell in result.fitted)
     return FAILED if result.failed or not result.fitted or unsettled else OK
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    """Split a list at commas outside parentheses; ``none`` is the empty one."""
+    from vifamily.compare import split_specs
+
+    if text is None:
+        return None
+    return () if text.strip() == "none" else tuple(str(word) for word in split_specs(text))
+
+
+@app.command("benchmark", epilog=f"Example:  {_BENCHMARK_EXAMPLE}  {_CODES}")
+@_clean
+def benchmark_command(
+    name: Annotated[str, typer.Argument(help="The benchmark: solvers or scaling.")],
+    *,
+    problems: Annotated[str | None, typer.Option(help="Problems of the suite, separated by commas.")] = None,
+    families: Annotated[str | None, typer.Option(help="mean_field, full_rank or both.")] = None,
+    solvers: Annotated[str | None, typer.Option(help="Solvers of this package, separated by commas.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Of numpyro,blackjax,pathfinder,pymc,pyro, or none.")] = None,
+    peers_dir: Annotated[Path | None, typer.Option(help="Folder of the peers' environments.")] = None,
+    install_peers: Annotated[bool, typer.Option("--install-peers", help="Create missing environments.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds over all sides; 3 by default.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0.01, help="Most seconds of steps of one run.")] = None,
+    clock: Annotated[str, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
+    quick: Annotated[bool, typer.Option("--quick", help="Two problems, one round, what is installed.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for the picture, PNG.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Measure this package, beside its peers where they are installed; one row for each side."""
+    from vifamily.benchmark import Options, benchmark_named
+    from vifamily.report import png, write_bytes
+
+    def say(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
+    options = Options(
+        _words(problems), _words(families), _words(solvers), _words(peers), peers_dir, install_peers, repeats, budget,
+        clock, quick, say,
+    )  # fmt: skip
+    report = benchmark_named(name).run(options)
+    console = _console(quiet=quiet)
+    console.print(report.table())
+    if json_file is not None:
+        console.print(f"wrote {report.write_json(json_file)}", markup=False)
+    if plot is not None and report.figure is not None:
+        console.print(f"wrote {write_bytes(plot, png(report.figure))}", markup=False)
+    return FAILED if report.failed else OK
 
 
 def main() -> None:

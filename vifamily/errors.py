@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 __all__ = [
+    "BenchmarkError",
     "CheckpointError",
     "ConfigError",
     "ConvergenceWarning",
@@ -127,6 +128,10 @@ class CheckpointError(VifamilyError, RuntimeError, ValueError):
 
 class ReferenceDataError(VifamilyError, FileNotFoundError, ValueError):
     """Reference data that a problem needs are not on this machine."""
+
+
+class BenchmarkError(VifamilyError, RuntimeError):
+    """A worker of a benchmark failed, or answered something that cannot be used; a peer cannot be installed."""
 
 
 class MissingExtraError(VifamilyError, ImportError):

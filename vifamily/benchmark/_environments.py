@@ -1,0 +1,96 @@
+"""The peers: which there are, the exact versions compared with, and an environment for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from vifamily.errors import BenchmarkError, ConfigError
+
+__all__ = ["PEERS", "Peer", "default_folder", "install", "interpreter"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A library that is compared with.
+
+    Attributes:
+        script: The worker that drives it.
+        environment: Folder of its environment, or None where this interpreter has it.
+        packages: What is installed there, with exact versions.
+    """
+
+    script: str
+    environment: str | None
+    packages: tuple[str, ...] = ()
+
+
+_JAX = ("jax==0.10.2", "numpyro==0.22.0", "blackjax==1.7.1", "optax==0.2.8")
+PEERS: dict[str, Peer] = {
+    "numpyro": Peer("numpyro_svi", "jax", _JAX),
+    "blackjax": Peer("blackjax_vi", "jax", _JAX),
+    "pathfinder": Peer("blackjax_vi", "jax", _JAX),
+    "pymc": Peer("pymc_advi", "pymc", ("pymc==5.28.5", "pytensor==2.38.3")),
+    "pyro": Peer("pyro_svi", None),
+}
+"""Peers by name; Pyro is a dependency of this package, so it runs in this interpreter."""
+
+
+def default_folder() -> Path:
+    """Return the folder of the environments in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vifamily" / "peers"
+
+
+def _python(folder: Path, environment: str) -> Path:
+    return folder / environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _complete(folder: Path, peer: Peer) -> bool:
+    """Whether the environment holds the exact versions, read from what pip left there, without an import."""
+    home = folder / str(peer.environment)
+    sites = [*home.glob("lib/python*/site-packages"), home / "Lib" / "site-packages"]
+    wanted = [package.replace("==", "-") + ".dist-info" for package in peer.packages]
+    return any(all((site / name).is_dir() for name in wanted) for site in sites)
+
+
+def interpreter(name: str, folder: Path) -> Path | None:
+    """Return the interpreter that runs a peer, or None where it is not installed in the versions compared with.
+
+    Raises:
+        ConfigError: If there is no such peer.
+    """
+    if name not in PEERS:
+        raise ConfigError(f"there is no peer {name!r}: choose among {', '.join(PEERS)}, or none.")
+    peer = PEERS[name]
+    if peer.environment is None:
+        return Path(sys.executable)
+    python = _python(folder, peer.environment)
+    return python if python.exists() and _complete(folder, peer) else None
+
+
+def install(names: tuple[str, ...], folder: Path) -> None:
+    """Create the environments of peers that are not complete; asks the package index that pip is set up for.
+
+    Raises:
+        ConfigError: If there is no such peer.
+        BenchmarkError: If an environment cannot be made or a package not installed.
+    """
+    for name in names:
+        if interpreter(name, folder) is not None:
+            continue
+        peer = PEERS[name]
+        python = _python(folder, str(peer.environment))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for command in (
+                [sys.executable, "-m", "venv", str(folder / str(peer.environment))],
+                [str(python), "-m", "pip", "install", "--quiet", *peer.packages],
+            ):
+                subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1:]
+            raise BenchmarkError(f"the peer {name} could not be installed into {folder}: {' '.join(said)}") from error
