@@ -29,6 +29,8 @@ __all__ = ["gaussian_starts", "initialise"]
 _LARGEST_DATA = 200_000
 _SUBSET = 10_000
 _PATHS = 4
+_OTHERS = 15
+"""Further starting points from which modes are looked for."""
 
 
 def initialise(
@@ -149,10 +151,10 @@ def _gaussian(
 
 
 def _found(
-    density: LogDensity, points: Tensor, *, seed: int, restrict: bool, work: float
+    density: LogDensity, points: Tensor, *, seed: int, restrict: bool, work: float, others: Tensor | None = None
 ) -> tuple[list[GaussianStart | None], list[int]]:
     source = generator(seed, "start/noise")
-    return best_starts(density, points, generator=source, full=not restrict, work=work)
+    return best_starts(density, points, generator=source, full=not restrict, work=work, others=others)
 
 
 def gaussian_starts(
@@ -178,8 +180,10 @@ def gaussian_starts(
     if minibatches and (model.num_data or 0) > _LARGEST_DATA:
         return None
     points = torch.cat([model.start(1, generator=generator(seed, "start", r)) for r in range(restarts)])
+    # one start may lead to a mode that hardly matters
+    others = model.start(_OTHERS, generator=generator(seed, "start/others"))
     work = float(model.num_data or 1) * model.dim
-    found, which = _found(model.log_joint, points, seed=seed, restrict=entry.restrict_scale, work=work)
+    found, which = _found(model.log_joint, points, seed=seed, restrict=entry.restrict_scale, work=work, others=others)
     fine = [start for start in found if start is not None]
     return (fine, which) if len(fine) == len(found) else None
 

@@ -36,6 +36,8 @@ Hessians are formed once, at the mode, and never averaged."""
 _GAUSSIAN = 1.0
 """Variance of the log weights on 64 draws below which the Laplace approximation is near enough to improve from; half
 of it is about the Kullback-Leibler divergence."""
+_FEW = 1e7
+"""Numbers that one evaluation of Hessians may touch for the sake of further starting points."""
 _SAME = 0.3
 """Distance of means (in sds) and of log sds below which two starts lie in one basin of the bound."""
 _SPREADS = (1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3)
@@ -196,7 +198,7 @@ def best_start(
 
 def best_starts(
     log_density: LogDensity, starts: Tensor, *, generator: torch.Generator, full: bool = True, work: float = 0.0,
-    longest_hessian: int = 300,
+    longest_hessian: int = 300, others: Tensor | None = None,
 ) -> tuple[list[GaussianStart | None], list[int]]:  # fmt: skip
     """Gaussians with a high evidence lower bound, from several points side by side.
 
@@ -204,7 +206,8 @@ def best_starts(
     nearly Gaussian there, Newton's method on the bound (:func:`~vifamily.numerics.gaussian_newton.gaussian_newton`, 16
     draws) polishes it; elsewhere, as at the degenerate mode of a funnel, the same method also begins at the raw start,
     first with independent coordinates, and the better bound wins. Rows that meet at one mode or at one Gaussian are
-    one from there on.
+    one from there on. Where the density has several modes, the first row takes the best of those that ``others`` lead
+    to as well.
 
     Args:
         log_density: ``(n, dim) -> (n,)``.
@@ -214,6 +217,8 @@ def best_starts(
         work: Numbers touched by one evaluation at one point (data times coordinates). Where Hessians at several draws
             would touch too many, only the one at the mode is formed.
         longest_hessian: Above this dimension no Hessian is formed.
+        others: Further points ``(other, dim)`` from which modes are looked for on behalf of the first row; as many are
+            used as touch few numbers.
 
     Returns:
         The distinct starts, None for one without a finite bound; and for each row which of them is its own.
@@ -227,7 +232,10 @@ def best_starts(
     if dim > longest_hessian:
         found = [_without_hessian(log_density, start, noise) for start in starts]
         return found, list(range(rows))
-    heavy = max(work, dim) * (2 * dim + 1) * 8 > _HEAVY
+    touched = max(work, dim) * (2 * dim + 1)
+    heavy = touched * 8 > _HEAVY
+    if others is not None and not heavy:
+        starts = torch.cat([starts, others[: max(int(_FEW / touched) - rows, 0)]])
     modes = _modes(log_density, starts, heavy=heavy)
     which, first = _same_mode(modes)
     point, factor, has = modes.point[first], modes.factor[first], modes.found[first]
@@ -235,12 +243,28 @@ def best_starts(
     out: list[GaussianStart | None] = [None] * len(first)
     if bool(has.any()):
         _keep(out, has, _at_modes(log_density, point[has], factor[has], noise, full=full, heavy=heavy))
-    raw = ~near
+    # the other points serve by the modes they lead to
+    raw = ~near & (first < rows)
     if bool(raw.any()) and not heavy:
         _keep(out, raw, _from_raw(log_density, starts[first][raw], noise, full=full))
     for row in torch.arange(len(first))[raw.cpu()].tolist() if heavy else ():
         _keep(out, torch.arange(len(first)) == row, [_without_hessian(log_density, starts[first][row], noise)])
-    return _same_start(out, which)
+    out, which = _same_start(out, which)
+    return _best_for_first(out, which, rows)
+
+
+def _best_for_first(
+    found: list[GaussianStart | None], which: list[int], rows: int
+) -> tuple[list[GaussianStart | None], list[int]]:
+    """Give the first row the best of its own start and those of the rows beyond ``rows``, and drop what is not used."""
+
+    def bound(place: int) -> float:
+        start = found[place]
+        return -np.inf if start is None else start.elbo
+
+    which = [max([which[0], *which[rows:]], key=bound), *which[1:rows]]
+    used = list(dict.fromkeys(which))
+    return [found[place] for place in used], [used.index(place) for place in which]
 
 
 def _keep(out: list[GaussianStart | None], rows: Tensor, found: list[GaussianStart | None]) -> None:
