@@ -370,7 +370,7 @@ def plan(
         >>> import vifamily as vf
         >>> planned = vf.plan("banana", "full_rank", "elbo")
         >>> planned.solver, planned.estimator
-        (Lbfgs(tolerance=0.02, most_draws=16384), 'entropy')
+        (Lbfgs(tolerance=0.02, most_draws=65536), 'entropy')
     """
     return make_plan(model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype,
                      compile=compile)  # fmt: skip

@@ -3,6 +3,7 @@
 import builtins
 import importlib.util
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -26,11 +27,9 @@ _spec.loader.exec_module(fake)
 
 
 @pytest.fixture(scope="module")
-def client():
+def client(tmp_path_factory):
     """Two workers of one thread each, each a process of its own that is started again when it dies."""
     distributed = pytest.importorskip("distributed", reason="needs the extra 'dask'")
-    cloudpickle = pytest.importorskip("cloudpickle")
-    cloudpickle.register_pickle_by_value(fake)
     dask = pytest.importorskip("dask")
     # a task may lose one worker, not three, so that the one that kills them all is found sooner
     with warnings.catch_warnings(), dask.config.set({"distributed.scheduler.allowed-failures": 1}):
@@ -40,12 +39,14 @@ def client():
             silence_logs=50, memory_limit=0,
         )  # fmt: skip
         client = distributed.Client(cluster, set_as_default=False)
+    # a module of the user's own, brought to the workers in Dask's way; later workers get it too
+    sent = shutil.copy(Path(__file__).parent / "fake.py", tmp_path_factory.mktemp("sent") / f"{fake.__name__}.py")
+    client.upload_file(str(sent))
     yield client
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         client.close()
         cluster.close()
-    cloudpickle.unregister_pickle_by_value(fake)
 
 
 def equal(a, b):

@@ -90,7 +90,6 @@ def run_on(
     def check(cells: Sequence[Cell]) -> None:
         try:
             named = _modules_named(cloudpickle.dumps((run, cells, arguments))) - present
-            named -= set(cloudpickle.list_registry_pickle_by_value())
         except (PicklingError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"an object of the comparison cannot be sent to another process ({' '.join(str(error).split())}). "

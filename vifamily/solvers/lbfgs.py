@@ -78,7 +78,7 @@ class Lbfgs(Solver):
     """
 
     tolerance: float = 0.02
-    most_draws: int = 16384
+    most_draws: int = 65536
 
     fixed_draws: ClassVar[bool] = True
     default_draws: ClassVar[int | None] = 64
