@@ -248,7 +248,7 @@ def _words(text: str | None) -> tuple[str, ...] | None:
 @app.command("benchmark", epilog=f"Example:  {_BENCHMARK_EXAMPLE}  {_CODES}")
 @_clean
 def benchmark_command(
-    name: Annotated[str, typer.Argument(help="The benchmark: solvers or scaling.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: solvers, scaling or large_data.")],
     *,
     problems: Annotated[str | None, typer.Option(help="Problems of the suite, separated by commas.")] = None,
     families: Annotated[str | None, typer.Option(help="mean_field, full_rank or both.")] = None,

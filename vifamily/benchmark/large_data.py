@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from vifamily.benchmark._report import Benchmark, Options, Report
 from vifamily.errors import ConfigError
 from vifamily.fit import fit
 from vifamily.models import LikelihoodModel
 from vifamily.rng import generator
 
-__all__ = ["LogisticRows", "logistic_model", "newton", "run"]
+__all__ = ["BENCHMARK", "LogisticRows", "logistic_model", "newton", "run"]
 
 _PRIOR_SD = 2.0
 
@@ -191,3 +192,23 @@ def _peak_megabytes() -> float:
     """Largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _run(options: Options) -> Report:
+    """What ``vifamily benchmark large_data`` does."""
+    sizes = (10_000, 20_000) if options.quick else (10_000, 100_000, 1_000_000, 10_000_000)
+    rows = []
+    for size in sizes:
+        options.say(f"{size:,} rows")
+        rows += [row for family in options.families or ("full_rank",) for row in run(size, family=family)]
+    columns = {
+        "rows": "rows", "family": "family", "steps": "steps", "rows read": "rows_read", "seconds": "seconds",
+        "Newton / s": "seconds_newton", "peak memory / MB": "peak_memory_mb",
+        "worst mean error / sds": "largest_mean_error", "worst log sd error": "largest_log_sd_error",
+        "stop": "stop_reason",
+    }  # fmt: skip
+    return Report(rows, columns, failed=any(row["stop_reason"] != "converged" for row in rows))
+
+
+BENCHMARK = Benchmark("Logistic regression on streamed rows, up to ten million: time, memory, error.", _run)
+"""The benchmark ``large_data``."""
