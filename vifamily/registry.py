@@ -74,7 +74,12 @@ def _write(value: Any) -> str:
 
 def _is_bare_word(text: str) -> bool:
     """Whether a string may stand without quotes: the parser changes non-ASCII identifiers, and keywords are none."""
-    return text.isidentifier() and text.isascii() and not keyword.iskeyword(text) and text not in ("inf", "nan")
+    return (
+        text.isidentifier()
+        and text.isascii()
+        and not keyword.iskeyword(text)
+        and text not in ("inf", "nan", "true", "false")
+    )
 
 
 def kinds() -> tuple[str, ...]:
@@ -258,7 +263,7 @@ def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
         return node.value
     if isinstance(node, ast.Name):
-        return {"inf": math.inf, "nan": math.nan}.get(node.id, node.id)
+        return {"inf": math.inf, "nan": math.nan, "true": True, "false": False}.get(node.id, node.id)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         inner = _value(node.operand, text)
         if isinstance(inner, (int, float)) and not isinstance(inner, bool):
