@@ -1,4 +1,4 @@
-"""The command line: ``vifamily list | fit | compare | benchmark``.
+"""The command line: ``vifamily list | fit | compare | reproduce | benchmark``.
 
 Exit codes: 0 when everything asked for was done; 1 when a fit or a cell failed (with ``--strict`` also when one ended
 before its stopping rule was met); 2 when the command cannot be understood (unknown name, wrong option, an impossible
@@ -34,6 +34,8 @@ _COMPARE_EXAMPLE = (
 _LIST_EXAMPLE = "vifamily list objectives"
 
 _BENCHMARK_EXAMPLE = "vifamily benchmark solvers --quick --peers none --json results/solvers.json"
+
+_REPRODUCE_EXAMPLE = "vifamily reproduce operator-vi --quick --json results/operator-vi.json"
 
 _CODES = "Exit codes: 0 done, 1 a fit or cell failed, 2 the command cannot be understood, 130 interrupted."
 
@@ -243,6 +245,45 @@ def _words(text: str | None) -> tuple[str, ...] | None:
     if text is None:
         return None
     return () if text.strip() == "none" else tuple(str(word) for word in split_specs(text))
+
+
+@app.command("reproduce", epilog=f"Example:  {_REPRODUCE_EXAMPLE}  {_CODES}")
+@_clean
+def reproduce_command(
+    name: Annotated[str, typer.Argument(help="The paper, such as operator-vi, or all.")],
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and smaller grids, for a first look.")] = False,
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the claims.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for claims, tables and figures.")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Run a paper's main findings again: each claim, what was published, what is measured, and whether it holds."""
+    from vifamily.report import write_text
+    from vifamily.reproduce import Options, names, paper_named
+
+    def say(line: str) -> None:
+        if not quiet:
+            typer.echo(line, err=True)
+
+    chosen = names() if name == "all" else (name,)
+    papers = {each: paper_named(each) for each in chosen}
+    console = _console(quiet=quiet)
+    failed, rows = False, []
+    for each, paper in papers.items():
+        console.print(f"{paper.title} ({paper.source})", markup=False)
+        found = paper.run(Options(quick=quick, seed=seed, say=say))
+        console.print(found.table())
+        failed = failed or found.failed
+        rows += found.plain_rows()
+        if out is not None:
+            for path in found.write(out / each if name == "all" else out):
+                console.print(f"wrote {path}", markup=False)
+    if json_file is not None:
+        text = json.dumps(rows, indent=1, allow_nan=False) + "\n"
+        console.print(f"wrote {write_text(json_file, text)}", markup=False)
+    return FAILED if failed else OK
 
 
 @app.command("benchmark", epilog=f"Example:  {_BENCHMARK_EXAMPLE}  {_CODES}")

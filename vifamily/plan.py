@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Literal
 
@@ -310,6 +311,9 @@ def make_plan(
     loss = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
     if not isinstance(loss, Objective):
         raise ConfigError(f"an objective is a name such as 'elbo' or an Objective, got {type(loss).__name__}.")
+    if loss.freezes_model and any(p.requires_grad for p in found.parameters()):
+        found = copy.deepcopy(found).requires_grad_(requires_grad=False)
+        notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
     entry = _family_choice(family, found, named, notes)
     latent = latent_of(found)

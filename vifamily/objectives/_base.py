@@ -81,6 +81,8 @@ class Objective(abc.ABC):
     """Of an objective without estimators: see :attr:`Estimator.value_gradient`."""
     blind_to_mode_weights: ClassVar[bool] = False
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
+    freezes_model: ClassVar[bool] = False
+    """Whether the model's own parameters stay as they are: a match of scores can be faked by moving the target."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 

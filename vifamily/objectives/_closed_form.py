@@ -38,6 +38,7 @@ class ClosedForm(Objective):
     value_kind: ClassVar[ValueKind] = "divergence"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     blind_to_mode_weights: ClassVar[bool] = True
+    freezes_model: ClassVar[bool] = True
     own_solver: ClassVar[str | None] = "closed_form"
 
     @property
