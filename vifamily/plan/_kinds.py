@@ -41,8 +41,9 @@ class DrawnDensity(Density):
         self._reference = draws
         self.capabilities = self.capabilities | {Capability.REFERENCE_DRAWS}
 
+    @property
     def reference_draws(self) -> Tensor:
-        """Return the draws on unconstrained space, ``(draw, dim)``."""
+        """The draws on unconstrained space, ``(draw, dim)``."""
         return self._reference
 
 

@@ -241,6 +241,17 @@ def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability]
         return None
 
 
+def _lacking(
+    objective: Objective, model: frozenset[Capability], family: frozenset[Capability], latent: LatentSpec
+) -> tuple[str, ...]:
+    """What stands in the way of an objective, a model and a family, in words."""
+    lacking = objective.missing(model, family, latent.space)
+    if {Capability.LOCAL} & model and {Capability.WEIGHTED} & family:
+        # local latents are drawn one beside each row of noise, of which such a family makes several draws
+        lacking += (f"family: no {Capability.WEIGHTED} (the model has {Capability.LOCAL})",)
+    return lacking
+
+
 def alternatives(objective: Objective, model: Model, family: frozenset[Capability]) -> dict[str, list[str]]:
     """Return registered families that this objective could use here, and objectives that this family could serve."""
     latent, of_model = latent_of(model), frozenset(model.capabilities)
@@ -248,9 +259,9 @@ def alternatives(objective: Objective, model: Model, family: frozenset[Capabilit
         name
         for name in registry.names("families")
         if (found := default_capabilities(name, latent)) is not None
-        and not objective.missing(of_model, found, latent.space)
+        and not _lacking(objective, of_model, found, latent)
     ]
-    objectives = [name for name, other in _objectives() if not other.missing(of_model, family, latent.space)]
+    objectives = [name for name, other in _objectives() if not _lacking(other, of_model, family, latent)]
     return {"families": families, "objectives": objectives}
 
 
@@ -269,7 +280,7 @@ def check_pair(objective: Objective, model: Model, family: Family, entry: Family
     Raises:
         IncompatibleError: If the three cannot meet.
     """
-    lacking = objective.missing(frozenset(model.capabilities), frozenset(family.capabilities), model.space)
+    lacking = _lacking(objective, frozenset(model.capabilities), frozenset(family.capabilities), latent_of(model))
     if lacking:
         other = alternatives(objective, model, frozenset(family.capabilities))
         raise IncompatibleError(

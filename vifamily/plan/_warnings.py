@@ -66,15 +66,23 @@ def _ratios(objective: Objective, dim: int) -> Iterator[str]:
 
 
 def _few_draws(objective: Objective, draws: int) -> Iterator[str]:
+    estimator = chosen_estimator(objective)
+    # both may be left out by entries that are unbiased
+    declared = getattr(objective, "biased_at_posterior", False) or not getattr(estimator, "unbiased", True)
     if objective.bias:
         yield objective.bias.format(draws=draws)
-    elif objective.weighs_by_ratio and not objective.linear_in_draws:
+    elif declared or (objective.weighs_by_ratio and not objective.linear_in_draws):
         yield (
             f"biased in the number of draws: what is minimised is an expectation over {draws} draws, which differs "
             "from its limit in many draws by O(1/draws)"
         )
     if objective.value_kind == "upper_bound":
         yield "the value is estimated from draws and lies below the upper bound on average: it certifies nothing"
+    if not getattr(objective, "invariant_to_constants", True):
+        yield (
+            "takes the log joint to be normalised: with another constant in it this is another objective. Give the log "
+            "evidence where the entry takes one"
+        )
 
 
 def _batches(objective: Objective, batch_size: int | None) -> Iterator[str]:
