@@ -34,9 +34,9 @@ class BatchAndMatch(ClosedForm):
     is solved in the span of the draws and scores, so that a step costs ``O(dim^2 B)``.
 
     A Gaussian posterior is a fixed point on every batch. Otherwise, as :math:`\lambda \to 0`, the answer is the
-    Gaussian with :math:`E_q[g] = 0` and :math:`\mathrm{cov}_q(g) = S^{-1}`: what minimises the divergence when its draws
-    are held fixed, which is not the q of least divergence. Since :math:`\mathrm{cov}_q(g)` exceeds the squared mean
-    curvature, q is narrower than that of reverse KL where the curvature varies.
+    Gaussian with :math:`E_q[g] = 0` and :math:`\mathrm{cov}_q(g) = S^{-1}`: what minimises the divergence when its
+    draws are held fixed, which is not the q of least divergence. Since :math:`\mathrm{cov}_q(g)` exceeds the squared
+    mean curvature, q is narrower than that of reverse KL where the curvature varies.
 
     **Bias.** At a fixed :math:`\lambda` the average of the iterates is off by an amount proportional to
     :math:`\lambda / B`, which the solver removes by halving :math:`\lambda`. Noise of minibatches would add to
