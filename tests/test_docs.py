@@ -10,6 +10,7 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -250,12 +251,37 @@ def test_readme_counts_the_problems() -> None:
     assert f"| problems | {len(own)} " in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_every_public_name_is_documented() -> None:
+def generated_pages() -> ModuleType:
     sys.path.insert(0, str(DOCS / "_ext"))
     try:
-        pages = importlib.import_module("generated_pages")
+        return importlib.import_module("generated_pages")
     finally:
         sys.path.remove(str(DOCS / "_ext"))
+
+
+def test_the_page_of_an_objective_shows_what_it_declares() -> None:
+    pages, registry = generated_pages(), importlib.import_module("vifamily.registry")
+    for name in registry.names("objectives"):
+        entry = registry.lookup("objectives", name)
+        shown = dict(pages.facts(entry))
+        assert ("does not see them" in shown["Weights of separate modes"]) is entry.blind_to_mode_weights
+        assert shown["Solver"].startswith(entry.own_solver or "any")
+        assert shown["The model's own parameters"].startswith("stay" if entry.freezes_model else "are fitted")
+    assert dict(pages.facts(registry.lookup("objectives", "renyi")))["Rényi order at its defaults"] == "0.5"
+
+
+def test_the_page_of_the_matrix_has_every_own_entry(tmp_path: Path) -> None:
+    pages, registry = generated_pages(), importlib.import_module("vifamily.registry")
+    pages.write_matrix(tmp_path / "matrix.rst")
+    text = (tmp_path / "matrix.rst").read_text("utf-8")
+    for kind in ("objectives", "families"):
+        for name in pages.own_entries(registry, kind):
+            assert name in text, name
+    assert "Integer latents" in text and "●" in text
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = generated_pages()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         modules = list(pages.public_modules())

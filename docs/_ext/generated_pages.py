@@ -247,7 +247,11 @@ def list_table(rows: list[list[str]], title: str = "") -> list[str]:
 
 def write_matrix(path: Path) -> None:
     """Write the page of every objective with every family on every kind of model."""
-    found = importlib.import_module(f"{PACKAGE}.plan").compatibility()
+    registry = importlib.import_module(f"{PACKAGE}.registry")
+    compatibility = importlib.import_module(f"{PACKAGE}.plan").compatibility
+    ours = {kind: own_entries(registry, kind) for kind in ("objectives", "families")}
+    able = [name for name in compatibility(families=[], models=[]).objectives if name in ours["objectives"]]
+    found = compatibility(able, list(ours["families"]))
     lines = heading("What can meet what")
     lines += [
         "Every registered objective with every registered family, as ``vf.plan`` judges them; ``vifamily list "
