@@ -11,6 +11,7 @@ from vifamily.diagnostics.bounds import (
     log_evidence,
     wasserstein_bounds,
 )
+from vifamily.diagnostics.calibration import Calibration, SymmetryCheck, sbc, vsbc
 from vifamily.diagnostics.diagnosis import Diagnosis
 from vifamily.diagnostics.loo import Loo, loo
 from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
@@ -23,6 +24,7 @@ from vifamily.diagnostics.summary import Summary, summarise
 from vifamily.diagnostics.two_sample import median_bandwidth, mmd, sliced_wasserstein
 
 __all__ = [
+    "Calibration",
     "Diagnosis",
     "Estimate",
     "Loo",
@@ -32,6 +34,7 @@ __all__ = [
     "RestartMixture",
     "SteinTest",
     "Summary",
+    "SymmetryCheck",
     "cubo",
     "distances",
     "divergence_bound",
@@ -49,8 +52,10 @@ __all__ = [
     "predictive_check",
     "psis",
     "restart_rhat",
+    "sbc",
     "sliced_wasserstein",
     "stacking_weights",
     "summarise",
+    "vsbc",
     "wasserstein_bounds",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import DeviceError, ModelError, NotAvailableError, ShapeError, VifamilyError
+from vifamily.errors import ConfigError, DeviceError, ModelError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.rng import generator
 from vifamily.supports import Layout
 from vifamily.types import Batch, Capability, Space
@@ -259,6 +259,36 @@ class Model(nn.Module, abc.ABC):
     def observed(self) -> dict[str, Tensor]:
         """Return the observed data under the names that :meth:`predictive` uses."""
         raise NotAvailableError(f"the model {type(self).__name__} does not name its observed data.")
+
+    def with_observed(self, data: Mapping[str, Tensor]) -> Model:
+        """Return a copy of this model with other observed data, under the names that :meth:`observed` uses.
+
+        What is not observed (inputs, sizes) stays; this model is left as it is. Draws of :meth:`predictive`, one data
+        set at a time, are such data.
+
+        Args:
+            data: Name to data of the same shape; names that are left out keep their data.
+
+        Raises:
+            NotAvailableError: If the model does not know where its observed data are.
+            ConfigError: If a name is not that of observed data.
+            ShapeError: If a shape differs.
+        """
+        raise NotAvailableError(f"the model {type(self).__name__} cannot be given other data: make it anew with them.")
+
+    def _checked_observed(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New observed data in the model's dtype on its device, names and shapes checked."""
+        own = self.observed()
+        out = {}
+        for name, value in data.items():
+            if name not in own:
+                raise ConfigError(f"the model observes {', '.join(own) or 'nothing'}; there is no {name!r} to replace.")
+            old = own[name]
+            if not isinstance(value, Tensor) or value.shape != old.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ShapeError(f"the new {name!r} must have the shape of the old, {tuple(old.shape)}, got {got}.")
+            out[name] = value.detach().to(old.device, old.dtype)
+        return out
 
     def start(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
         """Return starting points on unconstrained space, ``(num_draws, dim)``: the prior, or uniform on (-2, 2)."""

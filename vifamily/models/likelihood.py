@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -243,6 +244,25 @@ class LikelihoodModel(Model):
         if isinstance(data, Mapping):
             return {str(key): value for key, value in data.items()}
         return {"y": data[-1] if isinstance(data, tuple) else data}
+
+    def with_observed(self, data: Mapping[str, Tensor]) -> LikelihoodModel:
+        """Return a copy with other observed data (see :meth:`Model.with_observed`).
+
+        Where data have names, all of them can be replaced; of a tuple it is the last tensor, called ``y``, and a single
+        tensor is ``y`` itself.
+        """
+        new = self._checked_observed(data)
+        whole = self.source.whole()
+        if isinstance(whole, Mapping):
+            named = {str(key): key for key in whole}
+            joined: Any = {**whole, **{named[name]: value for name, value in new.items()}}
+        elif isinstance(whole, tuple):
+            joined = (*whole[:-1], new.get("y", whole[-1]))
+        else:
+            joined = new.get("y", whole)
+        other = copy.deepcopy(self)
+        other.source = data_source(joined, None, self.dtype, self.device)
+        return other
 
 
 def _check_functions(prior: Any, likelihood: Any, local: Any, log_local: Any) -> None:

@@ -68,6 +68,8 @@ class Objective(abc.ABC):
 
     needs_model: ClassVar[Caps] = frozenset({Capability.LOG_JOINT})
     needs_family: ClassVar[Caps] = frozenset()
+    never_model: ClassVar[Caps] = frozenset()
+    """What the model must not have, for every estimator: local latents, say, where the log joint is taken whole."""
     estimators: ClassVar[Mapping[str, Estimator]] = {}
     """Gradient estimators, best first; ``"auto"`` takes the first that fits."""
     spaces: ClassVar[frozenset[Space]] = frozenset(Space)
@@ -83,6 +85,9 @@ class Objective(abc.ABC):
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
     freezes_model: ClassVar[bool] = False
     """Whether the model's own parameters stay as they are: a match of scores can be faked by moving the target."""
+    bias: ClassVar[str] = ""
+    """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
+    step). Where it is empty, plans call biased what weighs by ratios and is not linear in its draws."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
@@ -100,6 +105,16 @@ class Objective(abc.ABC):
         """
         return None
 
+    @property
+    def weighs_by_ratio(self) -> bool:
+        """Whether draws of q are weighed by powers of p / q, so that few of them carry the gradient in many dimensions.
+
+        Unless an entry says otherwise: where both log densities are needed, the order is not 1, and it is no match of
+        scores.
+        """
+        both = Capability.LOG_JOINT in self.needs_model and Capability.LOG_Q in self.needs_family
+        return both and not self.freezes_model and self.renyi_order != 1
+
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 16
 
@@ -114,6 +129,7 @@ class Objective(abc.ABC):
         """Return what a pair lacks, in words; empty when the objective can run on it."""
         out = [f"model: {c}" for c in sorted(self.needs_model - model)]
         out += [f"family: {c}" for c in sorted(self.needs_family - family)]
+        out += [f"model: no {c}" for c in sorted(self.never_model & model)]
         if space not in self.spaces:
             out.append(f"space: {space} is not one of {', '.join(sorted(self.spaces))}")
         if not out and self.estimators and self._estimator(model, family) is None:

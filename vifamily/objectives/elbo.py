@@ -39,9 +39,16 @@ class Elbo(Objective):
     - ``score``: score function with leave-one-out baseline (Ranganath et al. 2014; Kool et al. 2019), for families
       or models without path gradients; needs two draws.
 
-    Reverse KL is mode-seeking: a family that does not contain the posterior gives too small spread (mean field on a
-    correlated normal lands on the conditional, not the marginal, standard deviation) and may sit on one of several
-    modes.
+    **Bias.** None: value and gradient are unbiased for every number of draws, on minibatches too. With
+    ``semi_implicit`` families, whose density of draws is a bound, the value is a bound of the bound.
+
+    **Blind to.** Modes that q does not visit: they carry no term. Where q covers several modes their weights are seen.
+
+    **Fails when.** The family does not contain the posterior: spread is then too small (mean field on a correlated
+    normal lands on the conditional, not the marginal, standard deviation), and q may sit on one of several modes. The
+    noise of the ``score`` estimator grows with the number of coordinates.
+
+    Source: Blei, Kucukelbir and McAuliffe 2017, section 2.2; estimators as named above.
 
     Args:
         estimator: ``"auto"`` (the first of the above that fits) or a name.

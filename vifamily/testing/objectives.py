@@ -144,7 +144,7 @@ def _refusals(objective: Objective) -> None:
 
 
 def _vetoes(objective: Objective) -> frozenset[Capability]:
-    out: frozenset[Capability] = frozenset()
+    out = objective.never_model
     for estimator in objective.estimators.values():
         out |= estimator.never_model | estimator.never_family
     return out - objective.needs_model - objective.needs_family
