@@ -7,6 +7,7 @@ from vifamily.objectives._closed_form import ClosedForm
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.gsm import Gsm
+from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.renyi import Renyi
 
@@ -16,6 +17,7 @@ __all__ = [
     "Elbo",
     "Estimator",
     "Gsm",
+    "InclusiveKlDraws",
     "Iwae",
     "Objective",
     "Renyi",

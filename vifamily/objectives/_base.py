@@ -83,6 +83,11 @@ class Objective(abc.ABC):
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
     freezes_model: ClassVar[bool] = False
     """Whether the model's own parameters stay as they are: a match of scores can be faked by moving the target."""
+    inclusive: ClassVar[bool] = False
+    """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
+    biased_at_posterior: ClassVar[bool] = False
+    """Whether on finitely many draws its mean gradient does not vanish at the posterior, but shrinks as draws are
+    added."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
@@ -168,7 +173,11 @@ class Objective(abc.ABC):
         return next(iter(cheap or fitting), None)
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:
-        """Return what :meth:`loss` receives as ``state`` at the first step."""
+        """Return what :meth:`loss` receives as ``state`` at the first step.
+
+        A tensor is checkpointed. For several families at once (see ``restart_shape`` of a stack) it has the restart
+        axis first, and its rows are what each would carry alone.
+        """
         return None
 
     @abc.abstractmethod

@@ -150,6 +150,13 @@ class NarrowModel(torch.nn.Module):
         out: Tensor = self._model.log_likelihood(z, batch)
         return out
 
+    @property
+    def reference_draws(self) -> Tensor:
+        """Reference draws."""
+        self._need(Capability.REFERENCE_DRAWS)
+        out: Tensor = self._model.reference_draws
+        return out
+
     def gaussian_prior(self) -> tuple[Tensor, Tensor]:
         """Moments of a Gaussian prior."""
         self._need(Capability.GAUSSIAN_PRIOR)
