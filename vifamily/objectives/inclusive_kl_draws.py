@@ -24,9 +24,9 @@ class InclusiveKlDraws(Objective):
     .. math:: \mathrm{KL}(p \,\|\, q) = -\mathbb{E}_p \log q(z) - H(p), \qquad
               \text{loss} = -\frac1N \sum_{i=1}^N \log q(z_i), \quad z_i \sim p .
 
-    Minimises :math:`\mathrm{KL}(p \,\|\, q)` up to the entropy of p, which is not known. It needs draws of the posterior
-    (``model.with_reference_draws(draws)``; named problems bring theirs) and the density of q at given points; it
-    evaluates neither the log joint nor a draw of q, so the step has no noise and discrete latents are fine. A Gaussian
+    Minimises :math:`\mathrm{KL}(p \,\|\, q)` up to the entropy of p, which is not known. It needs draws of the
+    posterior (``model.with_reference_draws(draws)``; named problems bring theirs) and the density of q at given points;
+    it evaluates neither the log joint nor a draw of q, so a step has no noise and discrete latents are fine. A Gaussian
     family ends at the sample moments of the draws: ``full_rank`` at their mean and covariance, ``mean_field`` at their
     means and *marginal* standard deviations. Its use is to compress a long Markov chain into a density, and to say
     what the best of a family under this divergence would be.

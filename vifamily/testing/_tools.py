@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vifamily.families import Family
 from vifamily.families._stack import StackedFamily
+from vifamily.rng import draw_noise
 from vifamily.testing import tolerances
 from vifamily.testing._report import Broken, NotApplicable
 from vifamily.types import Loss, NoiseSpec
@@ -128,12 +129,20 @@ def agree(a: Tensor, b: Tensor, tolerance: float, what: str, *, scale: Tensor | 
 
 
 def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps: int = 400, rate: float = 0.1) -> None:
-    """Minimise a loss on fixed noise by Adam with decaying steps."""
+    """Minimise a loss on fixed noise by Adam with decaying steps.
+
+    A Markov chain does not move as it should on noise that stays the same: an objective whose state is one is given new
+    noise at each step, as many draws, and the second half of the steps is averaged.
+    """
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate, foreach=False)
     state = objective.init_state(model, family, generator=seeded(0))
+    chain, source = isinstance(state, Tensor) and state.is_floating_point(), seeded(7)
+    total = [torch.zeros_like(p) for p in parameters]
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * 0.01 ** (step / steps)
+        if chain:
+            noise = draw_noise(family.noise_spec, noise.shape[:1], source, dtype=noise.dtype)
         loss: Loss = objective.loss(family, model, noise, None, state)
         state = loss.state
         gradients = torch.autograd.grad(loss.surrogate.sum(), parameters, allow_unused=True)
@@ -142,3 +151,10 @@ def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
+        if chain and step >= steps // 2:
+            for kept, parameter in zip(total, parameters, strict=True):
+                kept += parameter.detach() / (steps - steps // 2)
+    if chain:
+        with torch.no_grad():
+            for kept, parameter in zip(total, parameters, strict=True):
+                parameter.copy_(kept)

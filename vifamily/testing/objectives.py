@@ -295,7 +295,8 @@ class _Checks:
             if Capability.PER_DATUM in s.objective.needs_model or s.estimator == "analytic_kl":
                 continue
             inner = s.target.model
-            narrow = NarrowModel(inner, frozenset(inner.capabilities) - {Capability.PER_DATUM, Capability.PRIOR}, 37.5)
+            parts = frozenset({Capability.PER_DATUM, Capability.PRIOR}) - s.objective.needs_model
+            narrow = NarrowModel(inner, frozenset(inner.capabilities) - parts, 37.5)
             noise = s.noise(self.draws)
             plain = flat_gradient(s.loss(s.family, noise), s.family)
             shifted = flat_gradient(s.loss(s.family, noise, narrow), s.family)
@@ -396,7 +397,9 @@ class _Checks:
         rho = 0.9
         s = self.on(targets.correlated_normal(rho), "mean_field")
         family = s.family.copy()
-        descend(s.objective, family, s.target.model, grid_noise(family.noise_spec, 40), steps=250)
+        # importance weights reach further out than draws do
+        per_axis = 100 if self.objective.inclusive else 40
+        descend(s.objective, family, s.target.model, grid_noise(family.noise_spec, per_axis), steps=250)
         mean, covariance = (part.detach() for part in family.moments())
         sd = covariance.diagonal().sqrt()
         wide, narrow = targets.mean_field_sd(low, rho), targets.mean_field_sd(high, rho)
