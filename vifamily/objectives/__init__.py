@@ -7,6 +7,7 @@ from vifamily.objectives._closed_form import ClosedForm
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.elbo import Elbo
+from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
@@ -19,6 +20,7 @@ __all__ = [
     "ClosedForm",
     "DistilledImportance",
     "Elbo",
+    "EnergyDistance",
     "Estimator",
     "Gsm",
     "InclusiveKlDraws",

@@ -128,20 +128,29 @@ def agree(a: Tensor, b: Tensor, tolerance: float, what: str, *, scale: Tensor | 
         raise Broken(got=f"a relative difference of {difference:.2g}", expected=f"{what}, to {tolerance:g}")
 
 
-def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps: int = 400, rate: float = 0.1) -> None:
+def descend(
+    objective: Any,
+    family: Family,
+    model: Any,
+    noise: Tensor,
+    *,
+    steps: int = 400,
+    rate: float = 0.1,
+    fresh: bool = False,
+) -> None:
     """Minimise a loss on fixed noise by Adam with decaying steps.
 
-    A Markov chain does not move as it should on noise that stays the same: an objective whose state is one is given new
-    noise at each step, as many draws, and the second half of the steps is averaged.
+    With ``fresh``, as many independent draws are made anew at each step, and the second half of the steps is averaged.
+    It is so too where the objective's state is a Markov chain, which does not move as it should on the same noise.
     """
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate, foreach=False)
     state = objective.init_state(model, family, generator=seeded(0))
-    chain, source = isinstance(state, Tensor) and state.is_floating_point(), seeded(7)
+    fresh, source = fresh or (isinstance(state, Tensor) and state.is_floating_point()), seeded(7)
     total = [torch.zeros_like(p) for p in parameters]
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * 0.01 ** (step / steps)
-        if chain:
+        if fresh:
             noise = draw_noise(family.noise_spec, noise.shape[:1], source, dtype=noise.dtype)
         loss: Loss = objective.loss(family, model, noise, None, state)
         state = loss.state
@@ -151,10 +160,10 @@ def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
-        if chain and step >= steps // 2:
+        if fresh and step >= steps // 2:
             for kept, parameter in zip(total, parameters, strict=True):
                 kept += parameter.detach() / (steps - steps // 2)
-    if chain:
+    if fresh:
         with torch.no_grad():
             for kept, parameter in zip(total, parameters, strict=True):
                 parameter.copy_(kept)
