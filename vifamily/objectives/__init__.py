@@ -6,8 +6,10 @@ from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, wei
 from vifamily.objectives._closed_form import ClosedForm
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.elbo import Elbo
+from vifamily.objectives.fisher import Fisher
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
+from vifamily.objectives.ksd import Ksd
 from vifamily.objectives.renyi import Renyi
 
 __all__ = [
@@ -15,8 +17,10 @@ __all__ = [
     "ClosedForm",
     "Elbo",
     "Estimator",
+    "Fisher",
     "Gsm",
     "Iwae",
+    "Ksd",
     "Objective",
     "Renyi",
     "log_ratio_parts",
