@@ -8,9 +8,11 @@ from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.energy_distance import EnergyDistance
+from vifamily.objectives.fisher import Fisher
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
+from vifamily.objectives.ksd import Ksd
 from vifamily.objectives.msc import MarkovianScoreClimbing
 from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.reweighted_wake import ReweightedWake
@@ -22,10 +24,12 @@ __all__ = [
     "Elbo",
     "EnergyDistance",
     "Estimator",
+    "Fisher",
     "Gsm",
     "InclusiveKlDraws",
     "Iwae",
     "MarkovianScoreClimbing",
+    "Ksd",
     "Objective",
     "Renyi",
     "ReweightedWake",

@@ -143,6 +143,13 @@ class Objective(abc.ABC):
             return self
         return dataclasses.replace(self, estimator=self._estimator(of_model, of_family))  # type: ignore[call-arg]
 
+    def on_quadrature(self) -> Self:
+        """Return this objective for draws that are the nodes of a quadrature rule, not a sample.
+
+        The same in most cases; a statistic that leaves out the pairs of a draw with itself keeps them here.
+        """
+        return self
+
     def for_fixed_draws(self, solver: str) -> Self:
         """Return this objective with only the estimators that follow the value on fixed draws.
 

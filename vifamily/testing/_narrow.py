@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from vifamily.errors import NotAvailableError
 from vifamily.types import Batch, Capability, Draw, NoiseSpec, Space
 
-__all__ = ["NarrowFamily", "NarrowModel", "SplitFamily"]
+__all__ = ["NarrowFamily", "NarrowModel", "QuadratureFamily", "SplitFamily"]
 
 Caps = frozenset[Capability]
 
@@ -86,6 +87,28 @@ class SplitFamily(NarrowFamily):
             None if draw.log_q is None else torch.cat([draw.log_q, draw.log_q[..., :1]], -1),
             torch.cat([half, draw.log_weight[..., 1:], half], -1),
         )
+
+
+class QuadratureFamily(NarrowFamily):
+    """A family whose draws carry the weights of a quadrature rule over its noise.
+
+    Args:
+        family: A family whose draws have equal weights.
+        log_weight: Log weights of the rows of noise, normalised, ``(draw,)``.
+    """
+
+    def __init__(self, family: Any, log_weight: Tensor) -> None:
+        super().__init__(family, family.capabilities | {Capability.WEIGHTED})
+        self._log_weight = log_weight
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of the family."""
+        found: Iterator[torch.nn.Parameter] = self._family.parameters()
+        return found
+
+    def __call__(self, noise: Tensor, context: Tensor | None = None) -> Draw:
+        """Map the nodes of the rule to draws."""
+        return dataclasses.replace(self._family(noise, context), log_weight=self._log_weight)
 
 
 class NarrowModel(torch.nn.Module):
