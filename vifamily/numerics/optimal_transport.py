@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["Transport", "sinkhorn", "sinkhorn_divergence"]
 
+_OVERSTEP = 1.5
+_SETTLED = 1e-11
+
 
 @dataclasses.dataclass(frozen=True)
 class Transport:
@@ -37,15 +40,17 @@ def sinkhorn(
               + \varepsilon \sum_{ij} P_{ij} \log \frac{P_{ij}}{a_i b_j}, \qquad P 1 = a, \quad P^\top 1 = b .
 
     By alternating updates of the potentials (Cuturi 2013), in log space, so that a small :math:`\varepsilon` does not
-    underflow. The last update makes one marginal of the plan exact. No gradient passes: at the solution the derivative
-    in the costs is the plan, and that in the weights the potentials.
+    underflow; the penalty is halved from the spread of the costs down to :math:`\varepsilon`, and from there on the
+    updates overstep by half (Thibault et al. 2017), which takes far fewer of them. The last update makes the marginal of the
+    columns exact. No gradient passes: at the solution the derivative in the costs is the plan, and that in the weights
+    the potentials.
 
     Args:
         cost: ``(..., n, m)``.
         first: Log weights of the rows, ``(..., n)``, normalised.
         second: Log weights of the columns, ``(..., m)``, normalised.
         epsilon: Strength of the penalty, positive, in units of the cost.
-        iterations: Number of updates of both potentials.
+        iterations: Most updates of both potentials; fewer are made where they settle.
         symmetric: Both sets are the same and the cost is symmetric: one potential, averaged with its update, which
             converges in a few steps.
 
@@ -61,26 +66,40 @@ def sinkhorn(
     """
     f, g = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[..., 0, :])
     first, second = first.expand_as(f), second.expand_as(g)
-
-    def rows(g: Tensor) -> Tensor:
-        return -epsilon * torch.logsumexp((g.unsqueeze(-2) - cost) / epsilon + second.unsqueeze(-2), -1)
-
-    def columns(f: Tensor) -> Tensor:
-        return -epsilon * torch.logsumexp((f.unsqueeze(-1) - cost) / epsilon + first.unsqueeze(-1), -2)
-
-    for _ in range(iterations):
+    spread = cost.amax((-1, -2)) - cost.amin((-1, -2))
+    for i in range(iterations):
+        # a strong penalty at first: with the weak one alone, far sets take very many steps to find each other
+        now = (spread * 0.5 ** (i + 1)).clamp_min(epsilon).unsqueeze(-1)
+        last = i == iterations - 1 or bool((now > epsilon).any())
+        step = 1.0 if last else _OVERSTEP
         if symmetric:
-            f = 0.5 * (f + rows(f))
-            continue
-        f = rows(g)
-        g = columns(f)
-    if symmetric:
-        g = f
+            change = 0.5 * (_update(cost, f, second, now) - f)
+            f = g = f + change
+        else:
+            change = step * (_update(cost, g, second, now) - f)
+            f = f + change
+            g = g + step * (_update(cost.mT, f, first, now) - g)
+        if not last and _settled(change, f, epsilon):
+            break
+    if not symmetric:
+        g = _update(cost.mT, f, first, now)
     joint = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon + first.unsqueeze(-1) + second.unsqueeze(-2)
     plan = joint.exp()
     # the dual value; its last term is zero where the plan has mass one
     value = (first.exp() * f).sum(-1) + (second.exp() * g).sum(-1) - epsilon * (plan.sum((-1, -2)) - 1)
     return Transport(value, f, g, plan)
+
+
+def _update(cost: Tensor, other: Tensor, log_weight: Tensor, epsilon: Tensor) -> Tensor:
+    """Potential of the rows that makes their marginal right, given that of the columns."""
+    scaled = (other.unsqueeze(-2) - cost) / epsilon.unsqueeze(-1) + log_weight.unsqueeze(-2)
+    return -epsilon * torch.logsumexp(scaled, -1)
+
+
+def _settled(change: Tensor, potential: Tensor, epsilon: float) -> bool:
+    """Whether an update moved the potentials, in units of the penalty, by no more than rounding allows."""
+    resolution = 8 * torch.finfo(potential.dtype).eps * float(potential.abs().amax()) / epsilon
+    return float(change.abs().amax()) <= max(_SETTLED, resolution) * epsilon
 
 
 def _square(x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +128,7 @@ def sinkhorn_divergence(
         x: ``(..., n, dim)``; a gradient passes to these points and their weights.
         y: ``(m, dim)`` or ``(..., m, dim)``; none passes to these.
         epsilon: Strength of the penalty, in squared units of the coordinates.
-        iterations: Iterations of each problem.
+        iterations: Most iterations of each problem.
         log_weight_x: Normalised log weights of ``x``, ``(n,)`` or ``(..., n)``; equal ones if None.
         log_weight_y: Normalised log weights of ``y``, likewise.
 

@@ -13,9 +13,11 @@ from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.ksd import Ksd
+from vifamily.objectives.mmd import Mmd
 from vifamily.objectives.msc import MarkovianScoreClimbing
 from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.reweighted_wake import ReweightedWake
+from vifamily.objectives.sinkhorn import Sinkhorn
 
 __all__ = [
     "BatchAndMatch",
@@ -30,9 +32,11 @@ __all__ = [
     "Iwae",
     "MarkovianScoreClimbing",
     "Ksd",
+    "Mmd",
     "Objective",
     "Renyi",
     "ReweightedWake",
+    "Sinkhorn",
     "log_ratio_parts",
     "weighted_sum",
 ]

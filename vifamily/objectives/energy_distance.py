@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError
-from vifamily.objectives._base import Estimator, Objective, ValueKind
-from vifamily.objectives._pairs import ESTIMATORS, between, reference_within, standardised, within
-from vifamily.objectives._reference import check_number, check_part, first_state, reference_part, remembered
+from vifamily.numerics.kernels import square_distances
+from vifamily.objectives._pairs import Paired
+from vifamily.objectives._reference import check_number
 from vifamily.registry import register
-from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
+from vifamily.types import ModelLike
 
 __all__ = ["EnergyDistance"]
 
-_MOST_PAIRED = 2000
 _TINY = 1e-30
 
 
 @register("objectives", "energy_distance")
 @dataclasses.dataclass(frozen=True)
-class EnergyDistance(Objective):
+class EnergyDistance(Paired):
     r"""Energy distance between draws of q and reference draws of the posterior.
 
     .. math:: D_\beta(q, p) = 2\, \mathbb{E}\|z - y\|^\beta - \mathbb{E}\|z - z'\|^\beta - \mathbb{E}\|y - y'\|^\beta,
@@ -56,6 +51,7 @@ class EnergyDistance(Objective):
         standardise: Measure each coordinate in units of its standard deviation over all reference draws; False takes
             the coordinates as they are, where those of large spread count most.
         reference_batch: Most reference draws of one step; more take turns. None for all.
+        estimator: ``"auto"``, ``"points"`` or ``"pairs"``.
 
     Raises:
         ConfigError: If ``power`` or ``reference_batch`` is out of range, or ``standardise`` not a boolean.
@@ -72,54 +68,12 @@ class EnergyDistance(Objective):
     reference_batch: int | None = 4096
     estimator: str = "auto"
 
-    needs_model: ClassVar[frozenset[Capability]] = frozenset({Capability.REFERENCE_DRAWS})
-    needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.REPARAMETERISED})
-    estimators: ClassVar[Mapping[str, Estimator]] = ESTIMATORS
-    value_kind: ClassVar[ValueKind] = "divergence"
-    subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "unbiased"
-    min_draws: ClassVar[int] = 2
-    default_draws: ClassVar[int] = 64
-
     def __post_init__(self) -> None:
         check_number("power", self.power, 0, 2, "a number between 0 and 2")
-        check_part(self.reference_batch)
-        if not isinstance(self.standardise, bool):
-            raise ConfigError(f"standardise must be True or False, got {self.standardise!r}.")
         super().__post_init__()
 
-    def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Tensor | None:
-        """Count steps where the reference draws take turns."""
-        self._constant(model)
-        return first_state(model, family, self.reference_batch)
-
-    def loss(
-        self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
-    ) -> Loss:
-        """Evaluate the distance (see :class:`Objective`)."""
-        draw = family(noise)
-        part, after = reference_part(model, self.reference_batch, state)
-        z, y = standardised(model, draw, part, standardise=self.standardise)
-        to_reference = 2 * between(self._distance(z, y), draw.log_weight)
-        own = within(self._distance(z, z), draw.log_weight, self.estimator)
-        value = to_reference - own - self._constant(model)
-        terms = {"to_reference": to_reference.detach(), "within": -own.detach()}
-        return Loss(value, value.detach(), terms, after)
-
-    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
-        square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
+    def similarity(self, x: Tensor, y: Tensor, model: ModelLike) -> Tensor:
+        """Minus the distance to the power (see :class:`~vifamily.objectives._pairs.Paired`)."""
         # at distance zero the root has no gradient, and none is wanted
-        out: Tensor = (square + _TINY) ** (0.5 * self.power)
+        out: Tensor = -((square_distances(x, y) + _TINY) ** (0.5 * self.power))
         return out
-
-    def _constant(self, model: ModelLike) -> float:
-        """Mean distance between reference draws, which q has no part in."""
-        draws = model.reference_draws
-
-        def compute() -> float:
-            some = draws[:: -(-draws.shape[0] // _MOST_PAIRED)]
-            if self.standardise:
-                sd = draws.std(0)
-                some = some / torch.where(sd > 0, sd, torch.ones_like(sd))
-            return reference_within(self._distance(some, some))
-
-        return remembered(draws, ("energy", self.power, self.standardise), compute)

@@ -316,6 +316,9 @@ class _Checks:
         if not found:
             raise NotApplicable("it does not run on the conjugate target")
         for s in found:
+            if s.objective.biased_at_posterior:
+                self._shrinking(s)
+                continue
             stack = replicate(exact_family(s), _COPIES)
             gradient = flat_gradient(s.loss(stack, s.noise(self.draws, copies=_COPIES, seed=3)), stack, _COPIES)
             if s.estimator in _VANISHING:
@@ -326,6 +329,21 @@ class _Checks:
                     f"no gradient noise at q = p (estimator {s.estimator!r})",
                 )
             mean_is(gradient, 0.0, f"a mean gradient at q = p (estimator {s.estimator!r})")
+
+    def _shrinking(self, s: Setting) -> None:
+        """With four times the draws the mean gradient at q = p is at most half as large, or within its error."""
+        sizes, copies = [], 200
+        for draws in (self.draws, 4 * self.draws):
+            stack = replicate(exact_family(s), copies)
+            gradient = flat_gradient(s.loss(stack, s.noise(draws, copies=copies, seed=3)), stack, copies)
+            error = float(gradient.var(0).sum().div(copies).sqrt())
+            sizes.append((float(gradient.mean(0).norm()), error))
+        (few, _), (many, error) = sizes
+        if many > 0.5 * few + tolerances.STANDARD_ERRORS * error:
+            raise Broken(
+                got=f"a mean gradient at q = p of size {many:.3g} with four times the draws, {few:.3g} before",
+                expected="a bias that shrinks as draws are added",
+            )
 
     def value_at_posterior(self) -> None:
         """At q = p lower bounds are minus the log evidence, upper ones the log evidence, divergences zero."""
