@@ -41,9 +41,9 @@ def sinkhorn(
 
     By alternating updates of the potentials (Cuturi 2013), in log space, so that a small :math:`\varepsilon` does not
     underflow; the penalty is halved from the spread of the costs down to :math:`\varepsilon`, and from there on the
-    updates overstep by half (Thibault et al. 2017), which takes far fewer of them. The last update makes the marginal of the
-    columns exact. No gradient passes: at the solution the derivative in the costs is the plan, and that in the weights
-    the potentials.
+    updates overstep by half (Thibault et al. 2017), which takes far fewer of them. The last update makes the marginal
+    of the columns exact. No gradient passes: at the solution the derivative in the costs is the plan, and that in the
+    weights the potentials.
 
     Args:
         cost: ``(..., n, m)``.
@@ -66,21 +66,19 @@ def sinkhorn(
     """
     f, g = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[..., 0, :])
     first, second = first.expand_as(f), second.expand_as(g)
-    spread = cost.amax((-1, -2)) - cost.amin((-1, -2))
-    for i in range(iterations):
-        # a strong penalty at first: with the weak one alone, far sets take very many steps to find each other
-        now = (spread * 0.5 ** (i + 1)).clamp_min(epsilon).unsqueeze(-1)
-        last = i == iterations - 1 or bool((now > epsilon).any())
-        step = 1.0 if last else _OVERSTEP
+    spread, halvings = cost.amax((-1, -2)) - cost.amin((-1, -2)), 0
+    # a strong penalty at first: with the weak one alone, far sets take very many steps to find each other
+    while halvings < iterations:
+        now = (spread * 0.5 ** (halvings + 1)).clamp_min(epsilon).unsqueeze(-1)
+        halvings += 1
         if symmetric:
-            change = 0.5 * (_update(cost, f, second, now) - f)
-            f = g = f + change
+            f = g = 0.5 * (f + _update(cost, g, second, now))
         else:
-            change = step * (_update(cost, g, second, now) - f)
-            f = f + change
-            g = g + step * (_update(cost.mT, f, first, now) - g)
-        if not last and _settled(change, f, epsilon):
+            f = _update(cost, g, second, now)
+            g = _update(cost.mT, f, first, now)
+        if not bool((now > epsilon).any()):
             break
+    f, g = _scaled(cost, f, g, first, second, epsilon, iterations - halvings, symmetric=symmetric)
     if not symmetric:
         g = _update(cost.mT, f, first, now)
     joint = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon + first.unsqueeze(-1) + second.unsqueeze(-2)
@@ -96,10 +94,35 @@ def _update(cost: Tensor, other: Tensor, log_weight: Tensor, epsilon: Tensor) ->
     return -epsilon * torch.logsumexp(scaled, -1)
 
 
-def _settled(change: Tensor, potential: Tensor, epsilon: float) -> bool:
-    """Whether an update moved the potentials, in units of the penalty, by no more than rounding allows."""
-    resolution = 8 * torch.finfo(potential.dtype).eps * float(potential.abs().amax()) / epsilon
-    return float(change.abs().amax()) <= max(_SETTLED, resolution) * epsilon
+def _scaled(
+    cost: Tensor,
+    f: Tensor,
+    g: Tensor,
+    first: Tensor,
+    second: Tensor,
+    epsilon: float,
+    iterations: int,
+    *,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """Go on from potentials that are nearly right by factors on their plan: products of matrices, many times faster."""
+    density = ((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon).exp()
+    a, b, u, v = first.exp(), second.exp(), torch.ones_like(f), torch.ones_like(g)
+    # where potentials are large, their rounding is what an update can resolve
+    resolution = 8 * torch.finfo(f.dtype).eps * (1 + float(f.abs().amax()) / epsilon)
+    for _ in range(iterations):
+        # the power is 1 where the total is: half a step for one potential, one and a half for two
+        total = (density @ (b * v).unsqueeze(-1)).squeeze(-1) * u
+        if symmetric:
+            u = v = u * total**-0.5
+        else:
+            u = u * total**-_OVERSTEP
+            v = v * (((density.mT @ (a * u).unsqueeze(-1)).squeeze(-1) * v) ** -_OVERSTEP)
+        if float((total - 1).abs().amax()) <= max(_SETTLED, resolution):
+            break
+    moved = f + epsilon * u.log(), g + epsilon * v.log()
+    # a factor out of range (a penalty far too small for the iterations allowed) leaves the potentials as they were
+    return moved if all(bool(torch.isfinite(part).all()) for part in moved) else (f, g)
 
 
 def _square(x: Tensor, y: Tensor) -> Tensor:
