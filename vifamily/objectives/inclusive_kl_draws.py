@@ -11,7 +11,7 @@ from torch import Tensor
 from vifamily.objectives._base import Objective, ValueKind
 from vifamily.objectives._reference import check_part, first_state, reference_part, restart_shape
 from vifamily.registry import register
-from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
+from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike, Space
 
 __all__ = ["InclusiveKlDraws"]
 
@@ -28,7 +28,8 @@ class InclusiveKlDraws(Objective):
     posterior (``model.with_reference_draws(draws)``; named problems bring theirs) and the density of q at given points;
     it evaluates neither the log joint nor a draw of q, so a step has no noise and discrete latents are fine. A Gaussian
     family ends at the sample moments of the draws: ``full_rank`` at their mean and covariance, ``mean_field`` at their
-    means and *marginal* standard deviations. Its use is to compress a long Markov chain into a density, and to say
+    means and *marginal* standard deviations. A ``semi_implicit`` family is refused: its density at given points is an
+    average over fixed mixing noise, which would be fitted in place of the law of its draws. Its use is to compress a long Markov chain into a density, and to say
     what the best of a family under this divergence would be.
 
     **Bias.** The gradient is exact for the draws given, and unbiased for p where they are independent of it and exact.
@@ -76,6 +77,14 @@ class InclusiveKlDraws(Objective):
         if self.reference_batch is not None:
             # the loss changes from step to step
             object.__setattr__(self, "value_gradient", False)
+
+    def missing(
+        self, model: frozenset[Capability], family: frozenset[Capability], space: Space = Space.REAL
+    ) -> tuple[str, ...]:
+        """Return what a pair lacks; a family whose density at given points is not that of its draws cannot be used."""
+        lacking = super().missing(model, family, space)
+        bound = Capability.LOG_Q_BOUND in family
+        return (*lacking, f"family: no {Capability.LOG_Q_BOUND}") if bound else lacking
 
     @property
     def linear_in_draws(self) -> bool:

@@ -61,7 +61,7 @@ class MarkovianScoreClimbing(Objective):
         >>> import vifamily as vf
         >>> objective = vf.registry.build("objectives", "msc")
         >>> objective.min_draws, objective.default_draws
-        (3, 32)
+        (3, 64)
     """
 
     average: bool = True
@@ -80,7 +80,7 @@ class MarkovianScoreClimbing(Objective):
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     inclusive: ClassVar[bool] = True
     min_draws: ClassVar[int] = 3
-    default_draws: ClassVar[int] = 32
+    default_draws: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
         if not isinstance(self.average, bool):
