@@ -182,6 +182,10 @@ class ModelLike(Protocol):
     def num_data(self) -> int | None:
         """Size of the whole data set, or None when the model does not say."""
 
+    @property
+    def reference_draws(self) -> Tensor:
+        """Draws of the posterior given with the model, ``(draw, dim)``."""
+
     def log_joint(self, z: Tensor, batch: Batch | None = None) -> Tensor:
         """Log joint density on unconstrained space, ``(..., dim) -> (...)``."""
 

@@ -68,6 +68,11 @@ class StackedFamily(nn.Module):
         return self._members[0].capabilities
 
     @property
+    def restart_shape(self) -> tuple[int, ...]:
+        """The leading axis of noise, draws and losses; what carries a state gives it one row per restart."""
+        return (self.size,)
+
+    @property
     def noise_spec(self) -> NoiseSpec:
         """Base noise of one draw of one member."""
         return self._members[0].noise_spec

@@ -5,20 +5,38 @@ from __future__ import annotations
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
 from vifamily.objectives.batch_and_match import BatchAndMatch
+from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.elbo import Elbo
+from vifamily.objectives.energy_distance import EnergyDistance
+from vifamily.objectives.fisher import Fisher
 from vifamily.objectives.gsm import Gsm
+from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
+from vifamily.objectives.ksd import Ksd
+from vifamily.objectives.mmd import Mmd
+from vifamily.objectives.msc import MarkovianScoreClimbing
 from vifamily.objectives.renyi import Renyi
+from vifamily.objectives.reweighted_wake import ReweightedWake
+from vifamily.objectives.sinkhorn import Sinkhorn
 
 __all__ = [
     "BatchAndMatch",
     "ClosedForm",
+    "DistilledImportance",
     "Elbo",
+    "EnergyDistance",
     "Estimator",
+    "Fisher",
     "Gsm",
+    "InclusiveKlDraws",
     "Iwae",
+    "MarkovianScoreClimbing",
+    "Ksd",
+    "Mmd",
     "Objective",
     "Renyi",
+    "ReweightedWake",
+    "Sinkhorn",
     "log_ratio_parts",
     "weighted_sum",
 ]

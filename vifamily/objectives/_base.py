@@ -88,6 +88,11 @@ class Objective(abc.ABC):
     bias: ClassVar[str] = ""
     """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
     step). Where it is empty, plans call biased what weighs by ratios and is not linear in its draws."""
+    inclusive: ClassVar[bool] = False
+    """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
+    biased_at_posterior: ClassVar[bool] = False
+    """Whether on finitely many draws its mean gradient does not vanish at the posterior, but shrinks as draws are
+    added."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
@@ -154,6 +159,13 @@ class Objective(abc.ABC):
             return self
         return dataclasses.replace(self, estimator=self._estimator(of_model, of_family))  # type: ignore[call-arg]
 
+    def on_quadrature(self) -> Self:
+        """Return this objective for draws that are the nodes of a quadrature rule, not a sample.
+
+        The same in most cases; a statistic that leaves out the pairs of a draw with itself keeps them here.
+        """
+        return self
+
     def for_fixed_draws(self, solver: str) -> Self:
         """Return this objective with only the estimators that follow the value on fixed draws.
 
@@ -184,7 +196,11 @@ class Objective(abc.ABC):
         return next(iter(cheap or fitting), None)
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:
-        """Return what :meth:`loss` receives as ``state`` at the first step."""
+        """Return what :meth:`loss` receives as ``state`` at the first step.
+
+        A tensor is checkpointed. For several families at once (see ``restart_shape`` of a stack) it has the restart
+        axis first, and its rows are what each would carry alone.
+        """
         return None
 
     @abc.abstractmethod

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from vifamily import registry
-from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, SpecError
+from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, SpecError, VifamilyError
 from vifamily.families import Family, FamilyEntry
 from vifamily.families._adapters import as_entry
 from vifamily.models import Model
@@ -149,7 +149,20 @@ def resolve_model(model: Any, device: Any = None, dtype: torch.dtype | None = No
         found = found.moved(device=where, dtype=kind)
     if found.device.type == "meta":
         raise DeviceError("the model is on the meta device, which holds no numbers: move it with device='cpu'.")
-    return found, problem
+    return found if problem is None else _with_draws_of(problem, found), problem
+
+
+def _with_draws_of(problem: Any, model: Model) -> Model:
+    """Give the model of a problem its reference draws, where their columns are the parameters themselves."""
+    reference, layout = getattr(problem, "reference", None), model.layout
+    draws = getattr(reference, "draws", None)
+    own = Capability.REFERENCE_DRAWS in model.capabilities or getattr(problem, "quantities", None) is not None
+    if own or draws is None or tuple(reference.names) != tuple(layout.columns()):
+        return model
+    try:
+        return model.with_reference_draws(layout.unflatten(torch.as_tensor(draws, dtype=torch.float64)))
+    except VifamilyError:
+        return model  # stored to fewer digits, a draw may lie on the edge of its support
 
 
 def _checked_device(device: Any) -> torch.device:

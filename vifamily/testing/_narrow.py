@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from vifamily.errors import NotAvailableError
 from vifamily.types import Batch, Capability, Draw, NoiseSpec, Space
 
-__all__ = ["NarrowFamily", "NarrowModel", "SplitFamily"]
+__all__ = ["NarrowFamily", "NarrowModel", "QuadratureFamily", "SplitFamily"]
 
 Caps = frozenset[Capability]
 
@@ -88,6 +89,28 @@ class SplitFamily(NarrowFamily):
         )
 
 
+class QuadratureFamily(NarrowFamily):
+    """A family whose draws carry the weights of a quadrature rule over its noise.
+
+    Args:
+        family: A family whose draws have equal weights.
+        log_weight: Log weights of the rows of noise, normalised, ``(draw,)``.
+    """
+
+    def __init__(self, family: Any, log_weight: Tensor) -> None:
+        super().__init__(family, family.capabilities | {Capability.WEIGHTED})
+        self._log_weight = log_weight
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of the family."""
+        found: Iterator[torch.nn.Parameter] = self._family.parameters()
+        return found
+
+    def __call__(self, noise: Tensor, context: Tensor | None = None) -> Draw:
+        """Map the nodes of the rule to draws."""
+        return dataclasses.replace(self._family(noise, context), log_weight=self._log_weight)
+
+
 class NarrowModel(torch.nn.Module):
     """A model that can do no more than it is allowed to.
 
@@ -148,6 +171,13 @@ class NarrowModel(torch.nn.Module):
         """Log likelihood per datum."""
         self._need(Capability.PER_DATUM)
         out: Tensor = self._model.log_likelihood(z, batch)
+        return out
+
+    @property
+    def reference_draws(self) -> Tensor:
+        """Reference draws."""
+        self._need(Capability.REFERENCE_DRAWS)
+        out: Tensor = self._model.reference_draws
         return out
 
     def gaussian_prior(self) -> tuple[Tensor, Tensor]:
