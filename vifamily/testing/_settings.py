@@ -39,7 +39,7 @@ class Setting:
 
     def loss(self, family: Any, noise: Tensor, model: Any = None, batch: Batch | None = None) -> Loss:
         model = self.target.model if model is None else model
-        state = self.objective.init_state(model, family, generator=seeded(0))
+        state = self.objective.after_warmup(self.objective.init_state(model, family, generator=seeded(0)))
         return self.objective.loss(family, model, noise, batch, state)
 
 

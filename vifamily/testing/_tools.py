@@ -131,7 +131,7 @@ def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps:
     """Minimise a loss on fixed noise by Adam with decaying steps."""
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate, foreach=False)
-    state = objective.init_state(model, family, generator=seeded(0))
+    state = objective.after_warmup(objective.init_state(model, family, generator=seeded(0)))
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * 0.01 ** (step / steps)
         loss: Loss = objective.loss(family, model, noise, None, state)
