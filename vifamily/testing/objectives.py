@@ -313,7 +313,8 @@ class _Checks:
             if Capability.PER_DATUM in s.objective.needs_model or s.estimator == "analytic_kl":
                 continue
             inner = s.target.model
-            narrow = NarrowModel(inner, frozenset(inner.capabilities) - {Capability.PER_DATUM, Capability.PRIOR}, 37.5)
+            apart = frozenset({Capability.PER_DATUM, Capability.PRIOR}) - s.objective.needs_model
+            narrow = NarrowModel(inner, frozenset(inner.capabilities) - apart, 37.5)
             noise = s.noise(self.draws)
             plain = flat_gradient(s.loss(s.family, noise), s.family)
             shifted = flat_gradient(s.loss(s.family, noise, narrow), s.family)
