@@ -118,7 +118,7 @@ class Annealed(Compound):
         state = self.inner.init_state(model, family, generator=generator)
         if state is not None and not isinstance(state, Tensor):
             raise ConfigError(
-                f"{entry_name(self.inner)!r} carries a state that is not a tensor, which cannot be kept beside the step."
+                f"{entry_name(self.inner)!r} carries a state that is no tensor, which cannot be kept beside the step."
             )
         return packed(0, state)
 

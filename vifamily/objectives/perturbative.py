@@ -38,7 +38,7 @@ def reference_level(log_ratio: Tensor, log_weight: Tensor, order: int) -> Tensor
         >>> at = torch.tensor([0.0, 0.0, 3.0], dtype=torch.float64)
         >>> u = torch.full((3,), 1 / 3, dtype=torch.float64).log()
         >>> round(float(reference_level(at, u, 3)), 4)
-        1.3274
+        1.3275
     """
     weight = log_weight.exp()
     mean = (weight * log_ratio).sum(-1)
@@ -192,7 +192,9 @@ class Perturbative(Objective):
     @property
     def renyi_order(self) -> float | tuple[float, float] | None:
         """Reverse KL at order 1, between it and the importance-weighted bound at order 3; not known above."""
-        return {1: 1.0, 3: (0.0, 1.0)}.get(self.order)
+        if self.order == 1:
+            return 1.0
+        return (0.0, 1.0) if self.order == 3 else None
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
