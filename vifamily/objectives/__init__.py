@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
+from vifamily.objectives.annealed import Annealed
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.energy_distance import EnergyDistance
+from vifamily.objectives.f_divergence import FDivergence
 from vifamily.objectives.fisher import Fisher
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
@@ -15,11 +17,17 @@ from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.ksd import Ksd
 from vifamily.objectives.mmd import Mmd
 from vifamily.objectives.msc import MarkovianScoreClimbing
+from vifamily.objectives.perturbative import Perturbative
 from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.reweighted_wake import ReweightedWake
+from vifamily.objectives.roc_arc import RocArc
 from vifamily.objectives.sinkhorn import Sinkhorn
+from vifamily.objectives.tail_adaptive import TailAdaptive
+from vifamily.objectives.tempered import Tempered
+from vifamily.objectives.thermodynamic import Thermodynamic
 
 __all__ = [
+    "Annealed",
     "BatchAndMatch",
     "ClosedForm",
     "DistilledImportance",
@@ -27,6 +35,7 @@ __all__ = [
     "EnergyDistance",
     "Estimator",
     "Fisher",
+    "FDivergence",
     "Gsm",
     "InclusiveKlDraws",
     "Iwae",
@@ -34,9 +43,14 @@ __all__ = [
     "Ksd",
     "Mmd",
     "Objective",
+    "Perturbative",
     "Renyi",
     "ReweightedWake",
     "Sinkhorn",
+    "RocArc",
+    "TailAdaptive",
+    "Tempered",
+    "Thermodynamic",
     "log_ratio_parts",
     "weighted_sum",
 ]

@@ -396,6 +396,7 @@ def make_plan(
     if not way.writes(built):
         loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
+    notes += loss.notes
     way.check(model=found, family=built, batch_size=batch_size, objective=loss)
     if draws is None:
         draws = way.default_draws if way.default_draws and loss.linear_in_draws else loss.default_draws
