@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
+from vifamily.objectives._units import unit_log_likelihood
 from vifamily.objectives.annealed import Annealed
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.distilled_importance import DistilledImportance
@@ -19,6 +20,7 @@ from vifamily.objectives.mmd import Mmd
 from vifamily.objectives.msc import MarkovianScoreClimbing
 from vifamily.objectives.perturbative import Perturbative
 from vifamily.objectives.renyi import Renyi
+from vifamily.objectives.renyi_predictive import RenyiPredictive
 from vifamily.objectives.reweighted_wake import ReweightedWake
 from vifamily.objectives.roc_arc import RocArc
 from vifamily.objectives.sinkhorn import Sinkhorn
@@ -51,6 +53,8 @@ __all__ = [
     "TailAdaptive",
     "Tempered",
     "Thermodynamic",
+    "RenyiPredictive",
     "log_ratio_parts",
+    "unit_log_likelihood",
     "weighted_sum",
 ]

@@ -132,7 +132,7 @@ class Objective(abc.ABC):
         return True
 
     @property
-    def warmup(self) -> int:
+    def warmup_steps(self) -> int:
         """Steps during which the loss is still on its way to what it stands for; no fit counts as converged before."""
         return 0
 
@@ -225,7 +225,7 @@ class Objective(abc.ABC):
         return None
 
     def after_warmup(self, state: Any) -> Any:
-        """Return the state that :meth:`init_state` gave as it would be after :attr:`warmup` steps."""
+        """Return the state that :meth:`init_state` gave as it would be after :attr:`warmup_steps` steps."""
         return state
 
     @abc.abstractmethod

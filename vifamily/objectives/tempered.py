@@ -76,9 +76,9 @@ class Tempered(Compound):
         return self.temperature == 1 and super().targets_posterior
 
     @property
-    def warmup(self) -> int:
+    def warmup_steps(self) -> int:
         """As of the objective it is made of."""
-        return self.inner.warmup
+        return self.inner.warmup_steps
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class AdamRun(Run):
             held["params"][0].data = group.value
         self.step_count, self.stage = 0, 0
         # while the objective is still on its way to what it stands for, nothing is judged: the first stage begins after
-        self.warmup = int(getattr(task.objective, "warmup", 0))
+        self.warmup = int(getattr(task.objective, "warmup_steps", 0))
         self.monitor = StageMonitor(rule, self.warmup, rule.rough)
         self.objective_state = task.objective_state
         self.sums = [torch.zeros_like(g.value) for g in self.groups]
