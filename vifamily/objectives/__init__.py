@@ -11,6 +11,7 @@ from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.ksd import Ksd
 from vifamily.objectives.renyi import Renyi
+from vifamily.objectives.svgd import Svgd
 
 __all__ = [
     "BatchAndMatch",
@@ -23,6 +24,7 @@ __all__ = [
     "Ksd",
     "Objective",
     "Renyi",
+    "Svgd",
     "log_ratio_parts",
     "weighted_sum",
 ]

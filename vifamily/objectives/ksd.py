@@ -36,7 +36,7 @@ def check_bandwidth(name: str, bandwidth: Any) -> None:
 @register("objectives", "ksd")
 @dataclasses.dataclass(frozen=True)
 class Ksd(ScoreBased):
-    r"""Squared kernel Stein discrepancy between q and the posterior: it needs draws of q and scores, and no density of q.
+    r"""Squared kernel Stein discrepancy between q and the posterior, from draws of q and scores, with no density of q.
 
     .. math:: \mathrm{KSD}^2(q) = \mathbb{E}_{z, z' \sim q}\big[ s^\top s' k + s^\top \nabla_{z'} k
               + s'^\top \nabla_z k + \operatorname{tr} \nabla_z \nabla_{z'} k \big],
