@@ -109,11 +109,9 @@ class ParticleRun(Run):
         self._step_sizes: list[float] = []
         self._terms: dict[str, list[float]] = {}
         self.notes: list[str] = []
-        size, dim = self.points.shape[-2:]
-        if size == 1:
-            self.notes.append("one particle goes to a mode and has no spread")
-        elif size <= dim:
-            self.notes.append(f"{size} particles in {dim} dimensions span no covariance: spreads come out too small")
+        caution = task.objective.caution(*self.points.shape[-2:])
+        if caution is not None:
+            self.notes.append(caution)
         self.finished: str | None = None
 
     def _forget(self) -> tuple[Tensor, Tensor, int]:

@@ -67,8 +67,8 @@ def _stein_identity(objective: Any) -> None:
 def _kl_descent(objective: Any) -> None:
     """Moved by it, the KL divergence of the particles falls at the rate that is its discrepancy.
 
-    The change of KL under ``T(x) = x + step phi(x)`` is that of the mean of ``-log p(T(x)) - log |det grad T(x)|``, taken
-    by finite differences.
+    The change of KL under ``T(x) = x + step phi(x)`` is that of the mean of ``-log p(T(x)) - log |det grad T(x)|``, by
+    finite differences.
     """
     target = targets.linear_regression()
     points = _draws(target, 7, seed=6) + 0.4
