@@ -138,6 +138,22 @@ class StackedFamily(nn.Module):
         mean, covariance = self._each("standard_moments")
         return mean, covariance
 
+    def particles(self) -> Tensor:
+        """Members' particles in standardised coordinates, ``(restart, size, dim)``."""
+        return torch.stack([member.particles() for member in self.members()])  # type: ignore[operator]
+
+    @torch.no_grad()
+    def set_particles(self, points: Tensor) -> None:
+        """Put each member's particles at standardised coordinates, ``(restart, size, dim)``."""
+        for r, member in enumerate(self.members()):
+            member.set_particles(points[r])  # type: ignore[operator]
+            self._take(r, member)
+
+    def to_standard(self, z: Tensor) -> Tensor:
+        """Map ``z`` ``(restart, ..., dim)`` to standardised coordinates."""
+        out: Tensor = self._each("to_standard", z)
+        return out
+
     def to_latent(self, u: Tensor) -> Tensor:
         """Map standardised coordinates ``(restart, ..., dim)`` to ``z``."""
         out: Tensor = self._each("to_latent", u)
@@ -148,8 +164,12 @@ class StackedFamily(nn.Module):
         """Set each member to a Gaussian in standardised coordinates, ``(restart, dim)`` and ``(restart, ...)``."""
         for r, member in enumerate(self.members()):
             member.start_at(mean[r], scale[r])
-            for i, name in enumerate(self._names):
-                getattr(self, f"p{i}")[r] = member.get_parameter(name)
+            self._take(r, member)
+
+    def _take(self, row: int, member: Family) -> None:
+        """Copy a family's parameters into its row."""
+        for i, name in enumerate(self._names):
+            getattr(self, f"p{i}")[row] = member.get_parameter(name)
 
     @torch.no_grad()
     def members(self) -> list[Family]:

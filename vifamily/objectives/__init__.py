@@ -27,6 +27,7 @@ from vifamily.objectives.sinkhorn import Sinkhorn
 from vifamily.objectives.tail_adaptive import TailAdaptive
 from vifamily.objectives.tempered import Tempered
 from vifamily.objectives.thermodynamic import Thermodynamic
+from vifamily.objectives.svgd import Svgd
 
 __all__ = [
     "Annealed",
@@ -54,6 +55,7 @@ __all__ = [
     "Tempered",
     "Thermodynamic",
     "RenyiPredictive",
+    "Svgd",
     "log_ratio_parts",
     "unit_log_likelihood",
     "weighted_sum",

@@ -221,7 +221,7 @@ def _solver_choice(
 def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
     """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
     if objective.own_solver is not None:
-        return objective.own_solver, "the objective's updates are in closed form"
+        return objective.own_solver, "no other drives this objective"
     if batch_size is not None:
         return "adam", "minibatches change the loss at every step"
     if Capability.LOCAL in model.capabilities:
@@ -385,7 +385,8 @@ def make_plan(
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
-    entry = _family_choice(family, found, named, notes)
+    own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
+    entry = _family_choice(family, found, own, notes)
     latent = latent_of(found)
     _check_space(entry, latent, loss, found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))

@@ -9,6 +9,7 @@ from vifamily.solvers.closed_form import ClosedFormUpdates
 from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
 from vifamily.solvers.natural_gradient import NaturalGradient
+from vifamily.solvers.particle_flow import ParticleFlow
 from vifamily.solvers.pathfinder import Pathfinder
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Laplace",
     "Lbfgs",
     "NaturalGradient",
+    "ParticleFlow",
     "Pathfinder",
     "Run",
     "Solver",

@@ -19,6 +19,7 @@ from vifamily.rng import draw_noise
 from vifamily.testing import targets, tolerances
 from vifamily.testing._closed_form import check_closed_form
 from vifamily.testing._narrow import NarrowFamily, NarrowModel, QuadratureFamily, SplitFamily
+from vifamily.testing._particles import check_particles
 from vifamily.testing._report import Broken, Contracts, NotApplicable, Report
 from vifamily.testing._settings import Setting, build_at, exact_family, local_family, moved, unbiased
 from vifamily.testing._tools import (
@@ -60,6 +61,11 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
     elsewhere; covariances stay positive definite; steps do not depend on units; several at once equal one after the
     other; small batches give in a basis what the dense formula gives; its blindness to mode weights is as declared.
 
+    An objective that moves particles (see :class:`vifamily.objectives.Svgd`) is held to these: draws of the posterior
+    drive no point anywhere in the mean; moved by it, the KL divergence falls at the rate of its discrepancy, by finite
+    differences; order and rotations do not matter; without scores particles part; one alone follows its score; on a
+    conjugate model they surround the mean; minibatches leave the direction unbiased where it says so; annealing ends.
+
     Args:
         objective: An objective, or its name or spec.
         skip: Contracts that do not apply, each with the reason that the report will show.
@@ -87,6 +93,12 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
                          check.value_at_posterior):  # fmt: skip
             contracts.run(contract.__name__, contract)
         check_closed_form(contracts, built)
+        return contracts.report()
+    if hasattr(built, "flow"):
+        # what drives the particles is not the gradient of its value
+        for contract in (check.declared_needs, check.loss_shape, check.determinism, check.restarts):
+            contracts.run(contract.__name__, contract)
+        check_particles(contracts, built)
         return contracts.report()
     for contract in (
         check.declared_needs,
@@ -175,6 +187,8 @@ class _Checks:
 
     def settings(self, specs: tuple[str, ...] = ("full_rank", "mixture(components=2)")) -> list[Setting]:
         """Every estimator on every family of the kit that it allows."""
+        if Capability.PARTICLES in self.objective.needs_family:
+            specs = ("ensemble(size=5)",)
         asked = getattr(self.objective, "estimator", None)
         names = (
             [None] if not self.objective.estimators else [*self.objective.estimators] if asked == "auto" else [asked]
