@@ -8,6 +8,7 @@ from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
+from vifamily.objectives.operator import Operator
 from vifamily.objectives.renyi import Renyi
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Gsm",
     "Iwae",
     "Objective",
+    "Operator",
     "Renyi",
     "log_ratio_parts",
     "weighted_sum",

@@ -10,6 +10,7 @@ from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
 from vifamily.solvers.natural_gradient import NaturalGradient
 from vifamily.solvers.pathfinder import Pathfinder
+from vifamily.solvers.two_player import TwoPlayer
 
 __all__ = [
     "Adam",
@@ -22,5 +23,6 @@ __all__ = [
     "Solver",
     "StepReport",
     "Task",
+    "TwoPlayer",
     "worth_compiling",
 ]
