@@ -12,9 +12,20 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Batch", "Capability", "Draw", "FamilyLike", "LatentSpec", "Loss", "ModelLike", "NoiseSpec", "Space"]
+__all__ = [
+    "Batch",
+    "Capability",
+    "Draw",
+    "FamilyLike",
+    "GameState",
+    "LatentSpec",
+    "Loss",
+    "ModelLike",
+    "NoiseSpec",
+    "Space",
+]
 
 
 class Space(enum.StrEnum):
@@ -131,6 +142,21 @@ class Loss:
     value: Tensor
     terms: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     state: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GameState:
+    """The state of an objective that is a game: a critic, on which the fit ascends.
+
+    Attributes:
+        critic: A module with everything of the second player; its parameters get their gradients from the surrogate.
+        seed: Root of whatever randomness the objective needs beyond the noise of the family (probes of a trace).
+        step: Number of evaluations so far; with the seed it addresses that randomness.
+    """
+
+    critic: nn.Module
+    seed: int
+    step: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -77,6 +77,12 @@ class StackedFamily(nn.Module):
         """Base noise of one draw of one member."""
         return self._members[0].noise_spec
 
+    def __getattr__(self, name: str) -> Any:
+        # the affine maps of the members, with a leading restart axis
+        if name in ("shift", "scale") and name in self.__dict__.get("_buffer_names", ()):
+            return super().__getattr__(f"b{self._buffer_names.index(name)}")
+        return super().__getattr__(name)
+
     def fewest_fixed_draws(self) -> int | None:
         """What each member says."""
         return self._members[0].fewest_fixed_draws()

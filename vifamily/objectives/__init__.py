@@ -18,16 +18,17 @@ from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.ksd import Ksd
 from vifamily.objectives.mmd import Mmd
 from vifamily.objectives.msc import MarkovianScoreClimbing
+from vifamily.objectives.operator import Operator
 from vifamily.objectives.perturbative import Perturbative
 from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.renyi_predictive import RenyiPredictive
 from vifamily.objectives.reweighted_wake import ReweightedWake
 from vifamily.objectives.roc_arc import RocArc
 from vifamily.objectives.sinkhorn import Sinkhorn
+from vifamily.objectives.svgd import Svgd
 from vifamily.objectives.tail_adaptive import TailAdaptive
 from vifamily.objectives.tempered import Tempered
 from vifamily.objectives.thermodynamic import Thermodynamic
-from vifamily.objectives.svgd import Svgd
 
 __all__ = [
     "Annealed",
@@ -47,6 +48,7 @@ __all__ = [
     "Mmd",
     "Objective",
     "Perturbative",
+    "Operator",
     "Renyi",
     "ReweightedWake",
     "Sinkhorn",

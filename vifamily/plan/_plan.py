@@ -221,7 +221,7 @@ def _solver_choice(
 def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
     """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
     if objective.own_solver is not None:
-        return objective.own_solver, "no other drives this objective"
+        return objective.own_solver, "the objective is not the descent of a loss, and this drives it"
     if batch_size is not None:
         return "adam", "minibatches change the loss at every step"
     if Capability.LOCAL in model.capabilities:

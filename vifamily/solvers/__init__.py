@@ -11,6 +11,7 @@ from vifamily.solvers.lbfgs import Lbfgs
 from vifamily.solvers.natural_gradient import NaturalGradient
 from vifamily.solvers.particle_flow import ParticleFlow
 from vifamily.solvers.pathfinder import Pathfinder
+from vifamily.solvers.two_player import TwoPlayer
 
 __all__ = [
     "Adam",
@@ -24,5 +25,6 @@ __all__ = [
     "Solver",
     "StepReport",
     "Task",
+    "TwoPlayer",
     "worth_compiling",
 ]

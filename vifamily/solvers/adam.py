@@ -85,8 +85,7 @@ class AdamRun(Run):
     def __init__(self, task: Task, rule: StoppingRule, step_size: float, model_factor: float) -> None:
         self.task, self.rule, self.step_size, self.model_factor = task, rule, step_size, model_factor
         self.flat = FlatParameters(task.family.parameters(), task.restarts)
-        own = {id(p) for p in self.flat.parameters}
-        self.model_flat = FlatParameters([p for p in task.model.parameters() if id(p) not in own], 1)
+        self.model_flat = self._others()
         self.groups = [g for g in (self.flat, self.model_flat) if g.parameters]
         if not self.groups:
             raise ConfigError("there is nothing to optimise: neither the family nor the model has parameters.")
@@ -122,6 +121,15 @@ class AdamRun(Run):
             else:
                 self.not_compiled = found
                 self.optimiser.state.clear()
+
+    def _others(self) -> FlatParameters:
+        """Parameters beside the family's: point-estimated ones of the model."""
+        own = {id(p) for p in self.flat.parameters}
+        return FlatParameters([p for p in self.task.model.parameters() if id(p) not in own], 1)
+
+    def _owner(self, group: FlatParameters) -> Any:
+        """The module that a group's parameters come from."""
+        return self.task.family if group is self.flat else self.task.model
 
     def _rate(self, group: FlatParameters) -> float:
         return self.step_size * (1.0 if group is self.flat else self.model_factor)
@@ -186,7 +194,7 @@ class AdamRun(Run):
         bad = [name for name, term in loss.terms.items() if not bool(torch.isfinite(term).all())]
         # a term of a sum that is fine apart makes the sum itself the culprit
         term = bad[0] if bad else "the loss" if not all(abs(v) < float("inf") for v in values) else "the gradient"
-        owners = [self.task.family if g is self.flat else self.task.model for g in self.groups]
+        owners = [self._owner(g) for g in self.groups]
         parameter = bad_parameter(self.groups, owners, packed)
         where = f", first seen in the parameter {parameter!r}" if parameter else ""
         raise NonFiniteLossError(

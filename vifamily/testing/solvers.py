@@ -88,7 +88,8 @@ def _task(solver: Solver, model: Any, restarts: int = 1) -> Any:
     fixed = draw_noise(family.noise_spec, (32,), seeded(1))
     if restarts > 1:
         fixed = fixed.expand(restarts, *fixed.shape)
-    return Task(objective.loss, model, family, stream.at, lambda step: None, fixed, restarts, 0.05, None,
+    state = objective.init_state(model, family, generator=seeded(0))
+    return Task(objective.loss, model, family, stream.at, lambda step: None, fixed, restarts, 0.05, state,
                 draws=_DRAWS, objective=objective)  # fmt: skip
 
 
