@@ -134,6 +134,11 @@ class StackedFamily(nn.Module):
         mean, covariance = self._each("moments")
         return mean, covariance
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Closed-form means and variances of each coordinate, ``(restart, dim)``."""
+        mean, variance = self._each("marginals")
+        return mean, variance
+
     def subset(self, rows: Sequence[int]) -> Family | StackedFamily:
         """Some of the members as a stack of their own, or the one member alone; copies."""
         members = self.members()
