@@ -17,6 +17,7 @@ from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
 from vifamily.diagnostics.predictive import PredictiveCheck, predictive_check
 from vifamily.diagnostics.psis import Psis, draws_needed, k_hat_threshold, psis
 from vifamily.diagnostics.restarts import restart_rhat
+from vifamily.diagnostics.stability import Labelled, Spread, Stability, stability, unit_stability
 from vifamily.diagnostics.stacking import RestartMixture, importance_mixture_weights, stacking_weights
 from vifamily.diagnostics.stein import SteinTest, kernel_stein
 from vifamily.diagnostics.summary import Summary, summarise
@@ -25,11 +26,14 @@ from vifamily.diagnostics.two_sample import median_bandwidth, mmd, sliced_wasser
 __all__ = [
     "Diagnosis",
     "Estimate",
+    "Labelled",
     "Loo",
     "MomentErrors",
     "PredictiveCheck",
     "Psis",
     "RestartMixture",
+    "Spread",
+    "Stability",
     "SteinTest",
     "Summary",
     "cubo",
@@ -50,7 +54,9 @@ __all__ = [
     "psis",
     "restart_rhat",
     "sliced_wasserstein",
+    "stability",
     "stacking_weights",
     "summarise",
+    "unit_stability",
     "wasserstein_bounds",
 ]
