@@ -54,10 +54,12 @@ class Stability:
             point is not a minimum even of the mean loss.
         direction: The direction in which they move apart first, ``(dim,)``, of length one.
         pull: Score of each unit along it, ``(unit,)``: units of opposite signs ask for opposite moves.
+        curvature_along: :math:`d^\top V d` along the direction; :math:`(d^\top V d)^{-1/2}` is the distance over which
+            members differ by about a nat a unit.
         curvature: How V was computed.
         route: ``"dense"``, ``"matrix_free"`` or ``"gram"``.
         num_units: Number of units.
-        damping: What was added to the diagonal of V, relative to the mean diagonal (of the Fisher matrix, or of J).
+        damping: What was added to the diagonal of V, relative to its mean.
         sweep: Pairs of relative damping and critical alpha.
         alpha: The alpha that was asked about, or None.
         smallest: Smallest eigenvalue of :math:`V - \alpha J`, or None: minus the rate at which contrasts between
@@ -73,6 +75,7 @@ class Stability:
     alpha_star: float
     direction: Tensor
     pull: Tensor
+    curvature_along: float
     curvature: str
     route: str
     num_units: int

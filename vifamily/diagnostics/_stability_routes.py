@@ -15,6 +15,8 @@ from vifamily.numerics.lanczos import Eigenpair, conjugate_gradients, lanczos
 
 __all__ = ["Critical", "Dense", "Free", "Gram", "Route"]
 
+_PROBES = 32
+"""Random signs from which the trace of V is estimated, where only products with it are there (Hutchinson 1990)."""
 _SINGULAR = 1e-8
 """Smallest eigenvalue of V, relative to its largest, below which its inverse says nothing."""
 
@@ -47,12 +49,14 @@ class Route(abc.ABC):
 
     def __init__(self, scores: Tensor) -> None:
         self.scores, self.num_units = scores, len(scores)
-        self.spread = float(scores.square().sum() / scores.numel())
-        """Mean of the diagonal of J."""
 
     @abc.abstractmethod
     def singular(self) -> bool:
         """Whether V may be singular without anything added."""
+
+    @abc.abstractmethod
+    def mean_diagonal(self) -> float:
+        """Mean of the diagonal of V, in which relative damping is measured."""
 
     @abc.abstractmethod
     def critical(self, added: Tensor | float) -> Critical:
@@ -90,6 +94,9 @@ class Dense(Route):
         values = torch.linalg.eigvalsh(self.v)
         # a V that is negative somewhere is another matter: nothing should hide it
         return bool(values[0].abs() <= _SINGULAR * values.abs().max())
+
+    def mean_diagonal(self) -> float:
+        return float(self.v.diagonal().mean())
 
     def _raised(self, added: Tensor | float) -> Tensor:
         return self.v + torch.diag(torch.as_tensor(added, dtype=self.v.dtype, device=self.v.device).expand(len(self.v)))
@@ -133,18 +140,25 @@ class Free(Route):
     ) -> None:
         super().__init__(scores)
         self.tolerance, self.max_steps = tolerance, max_steps
-        if curvature.factor is None:
-            self.product = curvature.product
-        else:
-            rows = curvature.factor()
-            self.product = lambda v: rows.T @ (rows @ v) / self.num_units
+        self.product, self.trace = curvature.product, curvature.trace
         self._starts = {
             size: torch.randn(size, generator=generator, dtype=torch.float64).to(scores)
             for size in sorted({self.num_units, scores.shape[1]})
         }
+        self._probes = torch.randint(2**31, (1,), generator=generator)
 
     def singular(self) -> bool:
         return True  # finding out costs as much as the answer
+
+    def mean_diagonal(self) -> float:
+        if self.trace is not None:
+            return self.trace() / self.scores.shape[1]
+        generator = torch.Generator().manual_seed(int(self._probes))
+        total = 0.0
+        for _ in range(_PROBES):
+            signs = torch.randint(2, (self.scores.shape[1],), generator=generator).to(self.scores) * 2 - 1
+            total += float(signs @ self.product(signs))
+        return total / _PROBES / self.scores.shape[1]
 
     def critical(self, added: Tensor | float) -> Critical:
         def raised(vector: Tensor) -> Tensor:
@@ -202,6 +216,9 @@ class Gram(Route):
 
     def singular(self) -> bool:
         return True
+
+    def mean_diagonal(self) -> float:
+        return float(self.ff.diagonal().sum()) / self.num_units / self.scores.shape[1]
 
     def _number(self, added: Tensor | float) -> float:
         if isinstance(added, Tensor) and added.numel() > 1:

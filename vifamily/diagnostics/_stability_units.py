@@ -212,11 +212,13 @@ class Curvature:
         name: ``"hessian"``, ``"fisher"`` or ``"gauss_newton"``.
         product: ``v -> V v``.
         factor: Makes F, ``(row, dim)``, with ``V = F^T F / num_units``, or None where there is none.
+        trace: Gives the trace of V, or None where it would have to be estimated.
     """
 
     name: str
     product: Callable[[Tensor], Tensor]
     factor: Callable[[], Tensor] | None = None
+    trace: Callable[[], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

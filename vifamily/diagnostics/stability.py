@@ -28,7 +28,7 @@ __all__ = ["Labelled", "Spread", "Stability", "stability", "unit_stability"]
 _DENSE, _MOST_ROWS = 1000, 4000
 _DAMPING = 1e-3
 _SWEEP = (1e-4, 1e-3, 1e-2, 1e-1)
-_DRIFT = 0.1
+_DRIFT, _MILD = 0.1, 1e-2
 Functions = Callable[[], Tensor] | Sequence[Callable[[], Tensor]]
 RouteName = Literal["auto", "dense", "matrix_free", "gram"]
 
@@ -74,8 +74,8 @@ def unit_stability(
         route: ``"dense"`` forms the matrices, ``"gram"`` the inner products of rows (fewer units than parameters, a
             curvature with a factor, something on the diagonal), ``"matrix_free"`` neither. ``"auto"`` is dense up to
             1,000 parameters, then Gram where there is a factor of up to 4,000 rows together with the scores.
-        damping: Added to the diagonal of V, relative to the mean diagonal of the Fisher matrix, or of J for the other
-            curvatures. None adds nothing on the dense route unless V is singular, and 0.001 otherwise.
+        damping: Added to the diagonal of V, relative to the mean of that diagonal (estimated where there are only
+            products). None adds nothing on the dense route unless V is singular, and 0.001 otherwise.
         sweep: Relative dampings at which the critical alpha is computed too.
         prior_precision: :math:`\lambda/\sigma_0^2`, added to the diagonal of V: the part of the divergence to a normal
             prior that members at points keep. A number, or ``(dim,)``.
@@ -107,13 +107,15 @@ def unit_stability(
     scores = data.scores()
     if not bool(scores.isfinite().all()):
         raise ConfigError("the score of a unit is not finite at this point.")
-    scale_of: Tensor = scores
     if curvature == "hessian":
         bend = Curvature(curvature, data.hessian_product)
     elif curvature == "fisher":
         rows = fisher_rows(labelled, held, group)
-        scale_of = rows
-        bend = Curvature(curvature, lambda v: rows.T @ (rows @ v) / len(scores), lambda: rows)
+
+        def trace() -> float:
+            return float(rows.square().sum()) / len(scores)
+
+        bend = Curvature(curvature, lambda v: rows.T @ (rows @ v) / len(scores), lambda: rows, trace)
     elif curvature == "gauss_newton":
         split = _split(outputs, log_likelihood_of, len(functions))
         bend = Curvature(curvature, lambda v: split.product(data, v), lambda: split.rows(data))
@@ -121,7 +123,6 @@ def unit_stability(
         raise ConfigError(f"curvature must be 'hessian', 'fisher' or 'gauss_newton', got {curvature!r}.")
     analysis = _Analysis(
         _make_route(route, scores, bend, seed, tolerance, max_steps),
-        float(scale_of.square().sum()) / scores.numel(),
         prior_precision.to(scores) if isinstance(prior_precision, Tensor) else float(prior_precision),
     )
     return analysis.report(data, bend, alpha, damping, sweep, labels, search=search)
@@ -223,12 +224,14 @@ class _Analysis:
 
     Args:
         route: V and J.
-        scale: What relative damping is relative to.
         prior: Precision of the prior.
     """
 
-    def __init__(self, route: Route, scale: float, prior: Tensor | float) -> None:
-        self.route, self.scale, self.prior = route, scale, prior
+    def __init__(self, route: Route, prior: Tensor | float) -> None:
+        self.route, self.prior = route, prior
+        scale = route.mean_diagonal()
+        # a V that curves downwards on average has no scale of its own
+        self.scale = scale if scale > 0 else float(route.scores.square().mean())
 
     def added(self, damping: float) -> Tensor | float:
         return self.prior + damping * self.scale
@@ -249,10 +252,24 @@ class _Analysis:
         smallest = None if alpha is None else self.route.smallest(alpha, self.added(damping))
         spread = None if alpha is None else self._spread(data, found, alpha, damping, search=search)
         return Stability(
-            found.alpha_star, found.direction, pull, bend.name, self.route.name, self.route.num_units, damping, swept,
-            alpha, None if smallest is None else smallest.value, None if smallest is None else smallest.vector, spread,
-            drift, found.residual, tuple(labels), _notes(found, swept, drift, spread),
-        )  # fmt: skip
+            alpha_star=found.alpha_star,
+            direction=found.direction,
+            pull=pull,
+            curvature_along=found.curvature,
+            curvature=bend.name,
+            route=self.route.name,
+            num_units=self.route.num_units,
+            damping=damping,
+            sweep=swept,
+            alpha=alpha,
+            smallest=None if smallest is None else smallest.value,
+            smallest_direction=None if smallest is None else smallest.vector,
+            spread=spread,
+            drift=drift,
+            residual=found.residual,
+            labels=tuple(labels),
+            notes=_notes(found, swept, drift, spread),
+        )
 
     def _spread(self, data: Units, found: Critical, alpha: float, damping: float, *, search: bool) -> Spread:
         left = 1 - alpha / found.alpha_star if found.alpha_star > 0 else -1.0
@@ -308,7 +325,7 @@ def _notes(
             f"{100 * drift:.0f} % of the squared scores along the direction is their mean: the point is not a "
             "minimum, and members that move apart here may come together again later."
         )
-    finite = [a for _, a in sweep if math.isfinite(a) and a > 0]
+    finite = [a for d, a in sweep if d <= _MILD and math.isfinite(a) and a > 0]
     if finite and max(finite) > 2 * min(finite):
         out.append("The critical alpha depends on the damping: read it as an order of magnitude.")
     if found.residual > 1e-3:
