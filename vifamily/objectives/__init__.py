@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
+from vifamily.objectives._units import unit_log_likelihood
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.renyi import Renyi
+from vifamily.objectives.renyi_predictive import RenyiPredictive
 
 __all__ = [
     "BatchAndMatch",
@@ -19,6 +21,8 @@ __all__ = [
     "Iwae",
     "Objective",
     "Renyi",
+    "RenyiPredictive",
     "log_ratio_parts",
+    "unit_log_likelihood",
     "weighted_sum",
 ]

@@ -86,6 +86,14 @@ class Objective(abc.ABC):
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
+    targets_posterior: ClassVar[bool] = True
+    """Whether with many draws it is least at the posterior, where the family contains it."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the loss itself changes (a schedule in ``state``): no fit is judged before they are over."""
+        return 0
+
     @property
     def linear_in_draws(self) -> bool:
         """Whether the loss is a plain mean over draws, so that balanced noise leaves it unbiased."""

@@ -306,6 +306,7 @@ class _Checks:
 
     def zero_at_posterior(self) -> None:
         """At q = p the mean gradient is zero, and for sticking the landing and its kin every gradient."""
+        self._meant_for_posterior()
         found = [s for s in self.settings(("full_rank",)) if s.target.covariance is not None]
         if not found:
             raise NotApplicable("it does not run on the conjugate target")
@@ -336,6 +337,10 @@ class _Checks:
             expected = {"divergence": 0.0, "lower_bound": -evidence, "upper_bound": evidence}[kind]
             mean_is(value, expected, f"a mean value at q = p (estimator {s.estimator!r})")
 
+    def _meant_for_posterior(self) -> None:
+        if not self.objective.targets_posterior:
+            raise NotApplicable("it is declared not to be least at the posterior (targets_posterior)")
+
     def nonzero_gradient(self) -> None:
         """Away from the optimum, as families are built, every parameter has a gradient."""
         target, used = targets.linear_regression(), []
@@ -362,6 +367,7 @@ class _Checks:
 
     def conjugate(self) -> None:
         """A descent on fixed noise ends at the exact posterior of a conjugate model."""
+        self._meant_for_posterior()
         s = self.on(targets.linear_regression(), "full_rank")
         if s.objective.renyi_order == 0 and s.estimator not in _VANISHING:
             raise NotApplicable(
