@@ -19,6 +19,7 @@ from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
 from vifamily.diagnostics.predictive import PredictiveCheck, predictive_check
 from vifamily.diagnostics.psis import Psis, draws_needed, k_hat_threshold, psis
 from vifamily.diagnostics.restarts import restart_rhat
+from vifamily.diagnostics.stability import Labelled, Spread, Stability, stability, unit_stability
 from vifamily.diagnostics.stacking import RestartMixture, importance_mixture_weights, stacking_weights
 from vifamily.diagnostics.stein import SteinTest, kernel_stein
 from vifamily.diagnostics.summary import Summary, summarise
@@ -29,11 +30,14 @@ __all__ = [
     "Calibration",
     "Diagnosis",
     "Estimate",
+    "Labelled",
     "Loo",
     "MomentErrors",
     "PredictiveCheck",
     "Psis",
     "RestartMixture",
+    "Spread",
+    "Stability",
     "SteinTest",
     "Summary",
     "SymmetryCheck",
@@ -57,8 +61,10 @@ __all__ = [
     "restart_rhat",
     "sbc",
     "sliced_wasserstein",
+    "stability",
     "stacking_weights",
     "summarise",
     "vsbc",
+    "unit_stability",
     "wasserstein_bounds",
 ]

@@ -19,11 +19,13 @@ from vifamily.diagnostics import (
     PredictiveCheck,
     Psis,
     RestartMixture,
+    Stability,
     fisher_gap,
     importance_mixture_weights,
     loo,
     predictive_check,
     psis,
+    stability,
     stacking_weights,
 )
 from vifamily.diagnostics.inference_data import to_inference_data
@@ -313,6 +315,20 @@ class Posterior(PosteriorCore):
         z = self.draws(num_draws, seed=seed)
         of_family = torch.cat([value_and_gradient(self.family.log_prob, part)[1] for part in z.split(256)])
         return fisher_gap(z, self.scores_in_chunks(z), of_family, weight=weight)
+
+    def stability(self, alpha: float | None = None, *, point: Tensor | None = None, **options: Any) -> Stability:
+        """Ask whether an ensemble at one point would move apart under the alpha-Rényi loss, and in which direction.
+
+        Args:
+            alpha: An alpha to judge; None asks for the critical one alone.
+            point: Where, ``(dim,)`` on unconstrained space; by default the posterior mean.
+            options: As in :func:`vifamily.diagnostics.stability`.
+
+        Raises:
+            NotAvailableError: If the model has no likelihood per datum.
+        """
+        model = self.require_model("stability", Capability.PER_DATUM)
+        return stability(model, self.mean(unconstrained=True) if point is None else point, alpha, **options)
 
     # -- other tools ---------------------------------------------------------------------------------------------------
     def to_arviz(self, *, num_draws: int = 1000, seed: int | None = None) -> Any:
