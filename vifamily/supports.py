@@ -276,6 +276,18 @@ class Layout:
         parts = [v.reshape(*lead, math.prod(s.shape)) for s, v in zip(self.sites, values, strict=True)]
         return torch.cat(parts, -1) if parts else torch.zeros(0)
 
+    def unflatten(self, columns: Tensor) -> dict[str, Tensor]:
+        """Take apart what :meth:`flatten` put side by side, ``(..., len(columns()))``.
+
+        Raises:
+            ShapeError: If the number of columns is another.
+        """
+        sizes = [math.prod(site.shape) for site in self.sites]
+        if columns.shape[-1:] != (sum(sizes),):
+            raise ShapeError(f"the columns must have shape (..., {sum(sizes)}), got {tuple(columns.shape)}.")
+        parts = columns.split(sizes, -1)
+        return {s.name: p.reshape(*columns.shape[:-1], *s.shape) for s, p in zip(self.sites, parts, strict=True)}
+
     def check(self, theta: Mapping[str, Any]) -> None:
         """Check values against their supports.
 

@@ -9,30 +9,12 @@ import torch
 from torch import Tensor
 
 from vifamily.diagnostics.bounds import Estimate
-from vifamily.errors import ConfigError, DataError, ShapeError
+from vifamily.errors import ConfigError
+from vifamily.numerics.kernels import checked_pair, median_bandwidth
 
 __all__ = ["median_bandwidth", "mmd", "sliced_wasserstein", "wasserstein_1d"]
 
 _CHUNK = 1024
-
-
-def _pair(x: Any, y: Any, *, fewest: int = 1) -> tuple[Tensor, Tensor]:
-    """Both samples as finite float64 matrices on the CPU."""
-    out = []
-    for sample in (x, y):
-        tensor = torch.as_tensor(sample).detach().to("cpu", torch.float64)
-        if tensor.dim() != 2 or tensor.shape[0] < fewest or tensor.shape[1] < 1:
-            raise ShapeError(
-                f"a sample must have shape (draw, quantity) with {fewest} draws or more, got {tuple(tensor.shape)}."
-            )
-        if not bool(tensor.isfinite().all()):
-            raise DataError("a sample holds NaN or infinite values; leave those draws out, or see why they are there.")
-        out.append(tensor)
-    if out[0].shape[1] != out[1].shape[1]:
-        raise ShapeError(
-            f"two samples must have the same quantities, got {out[0].shape[1]} and {out[1].shape[1]} columns."
-        )
-    return out[0], out[1]
 
 
 def wasserstein_1d(x: Tensor, y: Tensor, *, order: float = 2.0) -> Tensor:
@@ -91,7 +73,7 @@ def sliced_wasserstein(
         >>> sliced_wasserstein(x, x + 2, generator=torch.Generator()).value
         2.0
     """
-    a, b = _pair(x, y)
+    a, b = checked_pair(x, y)
     if num_projections < 1 or order < 1:
         raise ConfigError(f"num_projections and order must be at least 1, got {num_projections} and {order}.")
     if a.shape[1] == 1:
@@ -103,29 +85,6 @@ def sliced_wasserstein(
     error = float(power.std()) / math.sqrt(num_projections) if num_projections > 1 else math.nan
     value = mean ** (1 / order)
     return Estimate(value, error * value / (order * mean) if mean > 0 else 0.0)
-
-
-def median_bandwidth(x: Any, y: Any, *, largest: int = 1000) -> float:
-    """Median heuristic: the median distance between points of the pooled sample.
-
-    Args:
-        x: ``(draw, quantity)``.
-        y: ``(other draw, quantity)``.
-        largest: At most so many points of each sample are used, evenly spaced in their order.
-
-    Returns:
-        The median of the distances between distinct pairs, in the units of the quantities; 1 when it is zero.
-
-    Example:
-        >>> median_bandwidth(torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]]))
-        2.0
-    """
-    a, b = _pair(x, y)
-    pooled = torch.cat([s[:: max(1, math.ceil(s.shape[0] / largest))] for s in (a, b)])
-    if pooled.shape[0] < 2:
-        return 1.0
-    distance = torch.nn.functional.pdist(pooled)
-    return float(distance.median()) or 1.0
 
 
 def mmd(x: Any, y: Any, *, bandwidth: float | None = None) -> Estimate:
@@ -154,7 +113,7 @@ def mmd(x: Any, y: Any, *, bandwidth: float | None = None) -> Estimate:
         >>> mmd(x, x + 3).value > 0.5
         True
     """
-    a, b = _pair(x, y, fewest=2)
+    a, b = checked_pair(x, y, fewest=2)
     width = median_bandwidth(a, b) if bandwidth is None else float(bandwidth)
     if not 0 < width < math.inf:
         raise ConfigError(f"the bandwidth must be positive and finite, got {bandwidth}.")

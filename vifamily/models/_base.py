@@ -10,17 +10,20 @@ import abc
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, DeviceError, ModelError, NotAvailableError, ShapeError, VifamilyError
+from vifamily.models._reference import checked_reference
 from vifamily.rng import generator
 from vifamily.supports import Layout
 from vifamily.types import Batch, Capability, Space
 
 __all__ = ["BatchSource", "Model", "check_result"]
+
+_REFERENCE = "given_reference_draws"
 
 
 class BatchSource(abc.ABC):
@@ -127,6 +130,8 @@ class Model(nn.Module, abc.ABC):
     num_categories: tuple[int, ...] | None = None
     local_layout: Layout | None = None
     """Layout of one datum's local latents, for models that have them apart."""
+    num_groups: int | None = None
+    """Number of groups of the data, where they have some."""
 
     def __init__(
         self,
@@ -176,6 +181,9 @@ class Model(nn.Module, abc.ABC):
     def scale(self, batch: Batch | None) -> float:
         """``num_data / batch.size``; 1 for all data. The only place where the minibatch scale is computed.
 
+        Of a batch of whole groups it is the number of groups in all over that in the batch: groups are what was
+        sampled, and their sizes may differ.
+
         Raises:
             NotAvailableError: If a batch is given and the model does not state ``num_data``.
         """
@@ -183,7 +191,20 @@ class Model(nn.Module, abc.ABC):
             return 1.0
         if self.num_data is None:
             raise NotAvailableError("a minibatch needs the size of the whole data set: give the model num_data=.")
+        if batch.num_groups is not None and self.num_groups is not None:
+            return self.num_groups / batch.num_groups
         return self.num_data / batch.size
+
+    def groups_of(self, batch: Batch | None) -> tuple[Tensor, int]:
+        """Return the group of each datum, ``(datum,)`` numbered from 0 within the batch, and the number of groups.
+
+        Raises:
+            NotAvailableError: If the model's data have no groups, or the batch cuts one.
+        """
+        raise NotAvailableError(
+            f"the data of the model {type(self).__name__} have no groups: write it as "
+            "LikelihoodModel(..., groups=ids) with one id per datum."
+        )
 
     # -- densities -----------------------------------------------------------------------------------------------------
     def log_joint(self, z: Tensor, batch: Batch | None = None) -> Tensor:
@@ -289,6 +310,64 @@ class Model(nn.Module, abc.ABC):
                 raise ShapeError(f"the new {name!r} must have the shape of the old, {tuple(old.shape)}, got {got}.")
             out[name] = value.detach().to(old.device, old.dtype)
         return out
+
+    @property
+    def reference_draws(self) -> Tensor:
+        """Draws of the posterior on unconstrained space that were given with the model, ``(draw, dim)``.
+
+        Raises:
+            NotAvailableError: If none were given.
+        """
+        draws = self._buffers.get(_REFERENCE)
+        if draws is None:
+            raise NotAvailableError(
+                f"the model {type(self).__name__} carries no reference draws: give it some, of a long Markov chain for "
+                "example, by model.with_reference_draws(draws)."
+            )
+        return draws
+
+    def with_reference_draws(self, draws: Any) -> Self:
+        """Return this model with draws of its posterior, for objectives that learn from them.
+
+        The copy shares the data and the parameters of the model; a saved posterior does not hold the draws.
+
+        Args:
+            draws: Points on unconstrained space, ``(draw, dim)``, or named constrained parameters ``(draw, *shape)``;
+                tensors or arrays, at least two draws, equally weighted. They are converted to the model's dtype.
+
+        Returns:
+            A copy with the capability ``REFERENCE_DRAWS``.
+
+        Raises:
+            ShapeError: If the shape is not ``(draw, dim)``, or not that of the parameters.
+            DataError: If they are not numbers, or not finite on unconstrained space.
+            SupportError: If named parameters lie outside their supports, or categories do not exist.
+            ConfigError: If names are missing or unknown.
+
+        Example:
+            >>> import torch, vifamily as vf
+            >>> model = vf.models.Density(lambda theta: -theta["tau"], parameters={"tau": "positive"})
+            >>> model.with_reference_draws({"tau": [1.0, 2.0]}).reference_draws
+            tensor([[0.0000],
+                    [0.6931]], dtype=torch.float64)
+        """
+        checked = checked_reference(draws, self.layout, self.dtype, self.device)
+        other = copy.copy(self)
+        # a shallow copy of a module shares its tables
+        other._buffers = dict(self._buffers)
+        other._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        other.register_buffer(_REFERENCE, checked, persistent=False)
+        other.capabilities = self.capabilities | {Capability.REFERENCE_DRAWS}
+        return other
+
+    def without_reference_draws(self) -> Self:
+        """Return this model without reference draws: itself, where it has none."""
+        if _REFERENCE not in self._buffers:
+            return self
+        other = copy.copy(self)
+        other._buffers = {name: value for name, value in self._buffers.items() if name != _REFERENCE}
+        other.capabilities = self.capabilities - {Capability.REFERENCE_DRAWS}
+        return other
 
     def start(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
         """Return starting points on unconstrained space, ``(num_draws, dim)``: the prior, or uniform on (-2, 2)."""

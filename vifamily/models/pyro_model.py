@@ -233,11 +233,12 @@ class PyroModel(Model):
         apart = self.local_layout is not None or Capability.SUBSAMPLE not in self.capabilities
         if batch_size is None or not inside or apart:
             return self
-        out = copy.copy(self)
+        # draws of all latents are none of the global ones alone
+        out = copy.copy(self.without_reference_draws())
         out.layout = layout_of_sites(tuple(s for s in self.program.structure.latent if s.data_axis is None))
         out.local_layout = layout_of_sites(inside, per_datum=True)
         removed = {Capability.PER_DATUM}
-        out.capabilities = frozenset((self.capabilities - removed) | {Capability.LOCAL, Capability.PRIOR})
+        out.capabilities = frozenset((out.capabilities - removed) | {Capability.LOCAL, Capability.PRIOR})
         out.notes = [*self.notes, f"local latents of each datum: {', '.join(s.name for s in inside)}"]
         return out
 

@@ -38,6 +38,8 @@ class Estimator:
             should have.
         value_gradient: Whether the surrogate's gradient is that of the value on the same noise, so that a solver may
             minimise the value on fixed draws; not so for score functions and for estimators that hold a density fixed.
+        unbiased: Whether its mean is the gradient of the value's mean for every number of draws. Where not, the
+            difference vanishes as draws grow, and the contract kit checks that.
     """
 
     model: Caps = frozenset()
@@ -46,6 +48,7 @@ class Estimator:
     never_family: Caps = frozenset()
     unless_asked: Caps = frozenset()
     value_gradient: bool = True
+    unbiased: bool = True
 
     def lacks(self, model: Caps, family: Caps) -> tuple[str, ...]:
         """Return what stands in the way, in words."""
@@ -88,6 +91,14 @@ class Objective(abc.ABC):
     bias: ClassVar[str] = ""
     """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
     step). Where it is empty, plans call biased what weighs by ratios and is not linear in its draws."""
+    inclusive: ClassVar[bool] = False
+    """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
+    biased_at_posterior: ClassVar[bool] = False
+    """Whether on finitely many draws its mean gradient does not vanish at the posterior, but shrinks as draws are
+    added."""
+    invariant_to_constants: ClassVar[bool] = True
+    """Whether a constant added to the log joint leaves the gradient as it is. Where not, the objective takes the log
+    joint to be normalised, or to be so by a log evidence that it was told."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
@@ -114,6 +125,21 @@ class Objective(abc.ABC):
         """
         both = Capability.LOG_JOINT in self.needs_model and Capability.LOG_Q in self.needs_family
         return both and not self.freezes_model and self.renyi_order != 1
+
+    @property
+    def targets_posterior(self) -> bool:
+        """Whether the exact posterior is an optimum; not so of an objective that was asked to aim at another law."""
+        return True
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps during which the loss is still on its way to what it stands for; no fit counts as converged before."""
+        return 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the choice made, in words; shown with the plan and kept in the record."""
+        return ()
 
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 16
@@ -154,6 +180,13 @@ class Objective(abc.ABC):
             return self
         return dataclasses.replace(self, estimator=self._estimator(of_model, of_family))  # type: ignore[call-arg]
 
+    def on_quadrature(self) -> Self:
+        """Return this objective for draws that are the nodes of a quadrature rule, not a sample.
+
+        The same in most cases; a statistic that leaves out the pairs of a draw with itself keeps them here.
+        """
+        return self
+
     def for_fixed_draws(self, solver: str) -> Self:
         """Return this objective with only the estimators that follow the value on fixed draws.
 
@@ -184,8 +217,16 @@ class Objective(abc.ABC):
         return next(iter(cheap or fitting), None)
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:
-        """Return what :meth:`loss` receives as ``state`` at the first step."""
+        """Return what :meth:`loss` receives as ``state`` at the first step.
+
+        A tensor is checkpointed. For several families at once (see ``restart_shape`` of a stack) it has the restart
+        axis first, and its rows are what each would carry alone.
+        """
         return None
+
+    def after_warmup(self, state: Any) -> Any:
+        """Return the state that :meth:`init_state` gave as it would be after :attr:`warmup_steps` steps."""
+        return state
 
     @abc.abstractmethod
     def loss(

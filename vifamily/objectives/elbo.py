@@ -147,10 +147,10 @@ class Elbo(Objective):
 
     def _analytic_kl(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
         likelihood = weighted_sum(draw.log_weight, model.scale(batch) * model.log_likelihood(draw.z, batch).sum(-1))
-        mean, cov = family.moments()  # type: ignore[attr-defined]
+        mean, own_variance = family.marginals()  # type: ignore[attr-defined]
         prior_mean, prior_sd = model.gaussian_prior()  # type: ignore[attr-defined]
         variance = prior_sd**2
-        spread = (torch.diagonal(cov, dim1=-2, dim2=-1) + (mean - prior_mean) ** 2) / variance
+        spread = (own_variance + (mean - prior_mean) ** 2) / variance
         log_det = 2 * family.entropy() - mean.shape[-1] * (1 + torch.log(variance.new_tensor(2 * torch.pi)))
         kl = 0.5 * (spread.sum(-1) - mean.shape[-1] + variance.log().expand_as(mean).sum(-1) - log_det)
         value = kl - likelihood

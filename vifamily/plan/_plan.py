@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from vifamily import registry
-from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, SpecError
+from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, SpecError, VifamilyError
 from vifamily.families import Family, FamilyEntry
 from vifamily.families._adapters import as_entry
 from vifamily.models import Model
@@ -149,7 +149,20 @@ def resolve_model(model: Any, device: Any = None, dtype: torch.dtype | None = No
         found = found.moved(device=where, dtype=kind)
     if found.device.type == "meta":
         raise DeviceError("the model is on the meta device, which holds no numbers: move it with device='cpu'.")
-    return found, problem
+    return found if problem is None else _with_draws_of(problem, found), problem
+
+
+def _with_draws_of(problem: Any, model: Model) -> Model:
+    """Give the model of a problem its reference draws, where their columns are the parameters themselves."""
+    reference, layout = getattr(problem, "reference", None), model.layout
+    draws = getattr(reference, "draws", None)
+    own = Capability.REFERENCE_DRAWS in model.capabilities or getattr(problem, "quantities", None) is not None
+    if own or draws is None or tuple(reference.names) != tuple(layout.columns()):
+        return model
+    try:
+        return model.with_reference_draws(layout.unflatten(torch.as_tensor(draws, dtype=torch.float64)))
+    except VifamilyError:
+        return model  # stored to fewer digits, a draw may lie on the edge of its support
 
 
 def _checked_device(device: Any) -> torch.device:
@@ -208,7 +221,7 @@ def _solver_choice(
 def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
     """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
     if objective.own_solver is not None:
-        return objective.own_solver, "the objective's updates are in closed form"
+        return objective.own_solver, "the objective is not the descent of a loss, and this drives it"
     if batch_size is not None:
         return "adam", "minibatches change the loss at every step"
     if Capability.LOCAL in model.capabilities:
@@ -372,7 +385,8 @@ def make_plan(
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
-    entry = _family_choice(family, found, named, notes)
+    own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
+    entry = _family_choice(family, found, own, notes)
     latent = latent_of(found)
     _check_space(entry, latent, loss, found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
@@ -383,6 +397,7 @@ def make_plan(
     if not way.writes(built):
         loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
+    notes += loss.notes
     way.check(model=found, family=built, batch_size=batch_size, objective=loss)
     if draws is None:
         draws = way.default_draws if way.default_draws and loss.linear_in_draws else loss.default_draws

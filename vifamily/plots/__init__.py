@@ -10,6 +10,7 @@ from vifamily.plots.calibration import ecdf_difference, probability_histograms
 from vifamily.plots.cells import Panel, Row, cell_grid
 from vifamily.plots.contour import contour, grid_over
 from vifamily.plots.pairs import marginals, pairs
+from vifamily.plots.stability import stability
 from vifamily.plots.traces import k_hat, loss_trace
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "marginals",
     "pairs",
     "probability_histograms",
+    "stability",
 ]

@@ -97,8 +97,8 @@ def _fixed_loss(
         raise NotAvailableError(
             f"{what} needs an objective that is a smooth function on fixed draws: {error}"
         ) from error
-    if not plain.linear_in_draws:
-        raise NotAvailableError(f"{what} needs an objective that is a mean over draws, such as elbo.")
+    if not plain.linear_in_draws or plain.renyi_order != 1:
+        raise NotAvailableError(f"{what} needs an objective that is the reverse KL as a mean over draws, such as elbo.")
     options: dict[str, Any] = {"dtype": family.latent.dtype, "device": family.latent.device}
     half = draw_noise(family.noise_spec, (num_draws // 2,), generator(seed, "linear response"), **options)
     noise = torch.cat([half, -half if family.noise_spec.law == "normal" else 1 - half])

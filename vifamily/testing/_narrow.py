@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from vifamily.errors import NotAvailableError
 from vifamily.types import Batch, Capability, Draw, NoiseSpec, Space
 
-__all__ = ["NarrowFamily", "NarrowModel", "SplitFamily"]
+__all__ = ["NarrowFamily", "NarrowModel", "QuadratureFamily", "SplitFamily"]
 
 Caps = frozenset[Capability]
 
@@ -66,6 +67,12 @@ class NarrowFamily:
         out: tuple[Tensor, Tensor] = self._family.moments()
         return out
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Closed-form means and variances of each coordinate."""
+        self._need(Capability.GAUSSIAN)
+        out: tuple[Tensor, Tensor] = self._family.marginals()
+        return out
+
 
 class SplitFamily(NarrowFamily):
     """A family whose first draw is written as two equal ones of half its weight.
@@ -86,6 +93,28 @@ class SplitFamily(NarrowFamily):
             None if draw.log_q is None else torch.cat([draw.log_q, draw.log_q[..., :1]], -1),
             torch.cat([half, draw.log_weight[..., 1:], half], -1),
         )
+
+
+class QuadratureFamily(NarrowFamily):
+    """A family whose draws carry the weights of a quadrature rule over its noise.
+
+    Args:
+        family: A family whose draws have equal weights.
+        log_weight: Log weights of the rows of noise, normalised, ``(draw,)``.
+    """
+
+    def __init__(self, family: Any, log_weight: Tensor) -> None:
+        super().__init__(family, family.capabilities | {Capability.WEIGHTED})
+        self._log_weight = log_weight
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of the family."""
+        found: Iterator[torch.nn.Parameter] = self._family.parameters()
+        return found
+
+    def __call__(self, noise: Tensor, context: Tensor | None = None) -> Draw:
+        """Map the nodes of the rule to draws."""
+        return dataclasses.replace(self._family(noise, context), log_weight=self._log_weight)
 
 
 class NarrowModel(torch.nn.Module):
@@ -148,6 +177,13 @@ class NarrowModel(torch.nn.Module):
         """Log likelihood per datum."""
         self._need(Capability.PER_DATUM)
         out: Tensor = self._model.log_likelihood(z, batch)
+        return out
+
+    @property
+    def reference_draws(self) -> Tensor:
+        """Reference draws."""
+        self._need(Capability.REFERENCE_DRAWS)
+        out: Tensor = self._model.reference_draws
         return out
 
     def gaussian_prior(self) -> tuple[Tensor, Tensor]:

@@ -37,10 +37,16 @@ class Setting:
         leading = (draws,) if copies is None else (copies, draws)
         return draw_noise(self.family.noise_spec, leading, seeded(seed), dtype=self.target.model.dtype)
 
-    def loss(self, family: Any, noise: Tensor, model: Any = None, batch: Batch | None = None) -> Loss:
+    def loss(
+        self, family: Any, noise: Tensor, model: Any = None, batch: Batch | None = None, state: Any = None
+    ) -> Loss:
         model = self.target.model if model is None else model
-        state = self.objective.init_state(model, family, generator=seeded(0))
+        state = self.state(family, model) if state is None else state
         return self.objective.loss(family, model, noise, batch, state)
+
+    def state(self, family: Any, model: Any = None) -> Any:
+        model = self.target.model if model is None else model
+        return self.objective.after_warmup(self.objective.init_state(model, family, generator=seeded(0)))
 
 
 def build_at(target: targets.Target, spec: str) -> Family:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vifamily.families import Family
 from vifamily.families._stack import StackedFamily
+from vifamily.rng import draw_noise
 from vifamily.testing import tolerances
 from vifamily.testing._report import Broken, NotApplicable
 from vifamily.types import Loss, NoiseSpec
@@ -22,6 +23,7 @@ __all__ = [
     "flat_gradient",
     "grid_noise",
     "mean_is",
+    "normal_quadrature",
     "replicate",
     "seeded",
 ]
@@ -57,6 +59,19 @@ def grid_noise(spec: NoiseSpec, per_axis: int) -> Tensor:
         axis = axis / axis.square().mean().sqrt()
     points = torch.cartesian_prod(*[axis] * size).reshape(-1, *spec.shape)
     return points
+
+
+def normal_quadrature(size: int, *, spacing: float = 0.6, radius: float = 4.3) -> tuple[Tensor, Tensor]:
+    """Nodes ``(node, size)`` and log weights of the trapezoidal rule under the standard normal law.
+
+    Exact to many digits for smooth functions: the rule's error falls as ``exp(-2 pi^2 / spacing^2)``.
+    """
+    steps = math.ceil(radius / spacing)
+    axis = spacing * torch.arange(-steps, steps + 1, dtype=torch.float64)
+    points = torch.cartesian_prod(*[axis] * size).reshape(-1, size)
+    square = points.square().sum(-1)
+    points, square = points[square <= radius**2], square[square <= radius**2]
+    return points, torch.log_softmax(-0.5 * square, 0)
 
 
 def flat_gradient(loss: Loss, family: nn.Module, copies: int | None = None) -> Tensor:
@@ -127,13 +142,30 @@ def agree(a: Tensor, b: Tensor, tolerance: float, what: str, *, scale: Tensor | 
         raise Broken(got=f"a relative difference of {difference:.2g}", expected=f"{what}, to {tolerance:g}")
 
 
-def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps: int = 400, rate: float = 0.1) -> None:
-    """Minimise a loss on fixed noise by Adam with decaying steps."""
+def descend(
+    objective: Any,
+    family: Family,
+    model: Any,
+    noise: Tensor,
+    *,
+    steps: int = 400,
+    rate: float = 0.1,
+    fresh: bool = False,
+) -> None:
+    """Minimise a loss on fixed noise by Adam with decaying steps.
+
+    With ``fresh``, as many independent draws are made anew at each step, and the second half of the steps is averaged.
+    It is so too where the objective's state is a Markov chain, which does not move as it should on the same noise.
+    """
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate, foreach=False)
-    state = objective.init_state(model, family, generator=seeded(0))
+    state = objective.after_warmup(objective.init_state(model, family, generator=seeded(0)))
+    fresh, source = fresh or (isinstance(state, Tensor) and state.is_floating_point()), seeded(7)
+    total = [torch.zeros_like(p) for p in parameters]
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * 0.01 ** (step / steps)
+        if fresh:
+            noise = draw_noise(family.noise_spec, noise.shape[:1], source, dtype=noise.dtype)
         loss: Loss = objective.loss(family, model, noise, None, state)
         state = loss.state
         gradients = torch.autograd.grad(loss.surrogate.sum(), parameters, allow_unused=True)
@@ -142,3 +174,10 @@ def descend(objective: Any, family: Family, model: Any, noise: Tensor, *, steps:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
+        if fresh and step >= steps // 2:
+            for kept, parameter in zip(total, parameters, strict=True):
+                kept += parameter.detach() / (steps - steps // 2)
+    if fresh:
+        with torch.no_grad():
+            for kept, parameter in zip(total, parameters, strict=True):
+                parameter.copy_(kept)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.models import Density, LikelihoodModel, Model
+from vifamily.solvers._fixed_draws import balanced_draws
+from vifamily.types import NoiseSpec
 
 __all__ = [
     "Target",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 _LOG_2PI = math.log(2 * math.pi)
+_NUM_DRAWS = 256
+"""Reference draws of a target: few, since several contracts evaluate thousands of losses at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +56,18 @@ class Target:
         return self.mean, self.covariance
 
 
+def _normal_draws(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Balanced draws of a normal law, whose sample moments are exactly its own."""
+    unit = balanced_draws(NoiseSpec(tuple(mean.shape)), _NUM_DRAWS, 0)
+    return mean + unit @ torch.linalg.cholesky(covariance).mT
+
+
 def linear_regression() -> Target:
     """Conjugate: two coefficients with normal priors, twelve data with known noise.
 
     Its posterior is a correlated normal law with mean away from zero, its evidence is known, and the model can do
     whatever a model in likelihood form can (prior apart, likelihood per datum, minibatches, Gaussian prior,
-    predictive).
+    predictive). It carries reference draws whose sample moments are exact.
 
     Returns:
         The target.
@@ -89,7 +99,7 @@ def linear_regression() -> Target:
     mean = covariance @ (x.mT @ y / noise**2 + prior_mean / prior_sd**2)
     marginal = noise**2 * torch.eye(n, dtype=torch.float64) + x @ torch.diag(prior_sd**2) @ x.mT
     evidence = torch.distributions.MultivariateNormal(x @ prior_mean, marginal).log_prob(y)
-    return Target(model, float(evidence), mean, covariance)
+    return Target(model.with_reference_draws(_normal_draws(mean, covariance)), float(evidence), mean, covariance)
 
 
 def correlated_normal(rho: float = 0.9) -> Target:
@@ -99,7 +109,7 @@ def correlated_normal(rho: float = 0.9) -> Target:
         rho: Correlation, inside (-1, 1).
 
     Returns:
-        The target; its log density is normalised.
+        The target; its log density is normalised, and its reference draws have its exact moments.
 
     Raises:
         ConfigError: If ``rho`` is not inside (-1, 1).
@@ -111,10 +121,10 @@ def correlated_normal(rho: float = 0.9) -> Target:
     if not -1 < rho < 1:
         raise ConfigError(f"rho must lie inside (-1, 1), got {rho!r}.")
     covariance = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
-    normal = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), covariance)
-    return Target(
-        Density(normal.log_prob, dim=2, name="correlated normal"), 0.0, torch.zeros_like(covariance[0]), covariance
-    )
+    mean = torch.zeros_like(covariance[0])
+    normal = torch.distributions.MultivariateNormal(mean, covariance)
+    model = Density(normal.log_prob, dim=2, name="correlated normal")
+    return Target(model.with_reference_draws(_normal_draws(mean, covariance)), 0.0, mean, covariance)
 
 
 def mean_field_sd(alpha: float, rho: float) -> float:
@@ -169,17 +179,18 @@ def two_normals() -> Target:
         each = torch.stack([-0.5 * (z[:, 0] - c) ** 2 for c in (-3.0, 3.0)])
         return torch.logsumexp(each, 0) - math.log(2) - 0.5 * _LOG_2PI
 
-    mean = torch.zeros(1, dtype=torch.float64)
-    return Target(
-        Density(log_prob, dim=1, name="two normals"), 0.0, mean, torch.full((1, 1), 10.0, dtype=torch.float64)
-    )
+    mean, covariance = torch.zeros(1, dtype=torch.float64), torch.full((1, 1), 10.0, dtype=torch.float64)
+    each = _normal_draws(mean, torch.eye(1, dtype=torch.float64))
+    model = Density(log_prob, dim=1, name="two normals").with_reference_draws(torch.cat([each - 3, each + 3]))
+    return Target(model, 0.0, mean, covariance)
 
 
 def discrete() -> Target:
     """A discrete target: coordinates of two and three categories with dependent, unnormalised probabilities.
 
     Returns:
-        The target; its log evidence is the log of the sum over the six states.
+        The target; its log evidence is the log of the sum over the six states. Its reference draws hold each state in
+        proportion to its probability, rounded to whole draws.
 
     Example:
         >>> discrete().model.num_categories
@@ -191,7 +202,10 @@ def discrete() -> Target:
         return table[theta["a"].long(), theta["b"].long()]
 
     model = Density(log_prob, parameters={"a": "integer_interval(0, 1)", "b": "integer_interval(0, 2)"})
-    return Target(model, float(table.logsumexp((0, 1))))
+    states = torch.cartesian_prod(torch.arange(2), torch.arange(3)).double()
+    times = (4 * _NUM_DRAWS * table.flatten().softmax(0)).round().long()
+    draws = states.repeat_interleave(times, 0)
+    return Target(model.with_reference_draws(draws), float(table.logsumexp((0, 1))))
 
 
 def local_normal() -> Target:
@@ -222,10 +236,12 @@ def extreme() -> Target:
     """A log density that jumps between -1e4 and 1e4 within reach of standard normal draws.
 
     Returns:
-        The target; it has no finite evidence, only finite values and gradients.
+        The target; it has no finite evidence, only finite values and gradients. Its reference draws lie 1e4 away.
 
     Example:
         >>> extreme().model.log_joint(torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
         tensor([-10000.,  10000.], dtype=torch.float64)
     """
-    return Target(Density(lambda z: 1e4 * torch.tanh(40 * z[:, 0]), dim=2, name="extreme"), math.inf)
+    model = Density(lambda z: 1e4 * torch.tanh(40 * z[:, 0]), dim=2, name="extreme")
+    far = 1e4 * torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 1e-4]], dtype=torch.float64)
+    return Target(model.with_reference_draws(far), math.inf)

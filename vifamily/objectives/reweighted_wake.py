@@ -1,0 +1,105 @@
+"""The wake phase of reweighted wake-sleep: inclusive KL by self-normalised importance sampling from q."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vifamily.objectives._base import Estimator, Objective, ValueKind, log_ratio_parts
+from vifamily.objectives._snis import effective_share, weighted_draws, weights_apart
+from vifamily.registry import register
+from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
+
+__all__ = ["ReweightedWake"]
+
+
+@register("objectives", "reweighted_wake")
+@dataclasses.dataclass(frozen=True)
+class ReweightedWake(Objective):
+    r"""Wake phase of reweighted wake-sleep: inclusive KL with draws of q, reweighted.
+
+    .. math:: -\nabla_\lambda \mathrm{KL}(p \,\|\, q) = \mathbb{E}_p \nabla_\lambda \log q(z)
+              \approx \sum_{k=1}^K \bar w_k \nabla_\lambda \log q(z_k), \qquad
+              \bar w_k = \frac{w_k}{\sum_j w_j}, \quad w_k = \frac{p(x, z_k)}{q(z_k)}, \quad z_k \sim q .
+
+    Minimises :math:`\mathrm{KL}(p \,\|\, q)` with draws of q alone. The estimator ``wake`` is the formula above; it
+    needs no gradient of the log joint and no reparameterised draws, so discrete latents are fine. ``dreg`` is the
+    same mean by way of the draws,
+    :math:`\sum_k (\bar w_k - \bar w_k^2)\, \partial \log w_k / \partial z_k\; \partial z_k / \partial \lambda`, with q
+    held fixed in :math:`w`: each of its terms vanishes where q equals p, and the rest is seldom larger. Point-estimated
+    parameters of the model climb :math:`\sum_k \bar w_k \log p(x, z_k)` (``wake`` only). The value is
+    :math:`\sum_k \bar w_k \log(K \bar w_k)`, which tends to :math:`\mathrm{KL}(p \,\|\, q)` with K and cannot exceed
+    :math:`\log K`; the term ``ess`` is the effective sample size as a part of K.
+
+    The sleep phase of the method trains a conditional q on data simulated from the model; models offer no joint
+    simulation so far, and it is not here.
+
+    **Bias.** Of order 1/K from the division by the sum of weights, towards what the draws already cover; none at
+    q = p, and none in the limit of many draws. ``wake`` and ``dreg`` have the same bias.
+
+    **Blind to.** Modes that no draw of q comes near: their weight is not seen at all.
+
+    **Fails when.** The weights degenerate (``ess`` near 1/K): one draw takes all the weight and q shrinks onto it. The
+    number of draws needed grows about exponentially with the divergence, so with dimension; above some ten
+    coordinates start from another fit (``init=posterior``).
+
+    Source: J. Bornschein and Y. Bengio, "Reweighted wake-sleep" (ICLR 2015), equation 7; T. A. Le et al., "Revisiting
+    reweighted wake-sleep" (UAI 2019); ``dreg``: G. Tucker et al., "Doubly reparameterized gradient estimators" (ICLR
+    2019), equation 10.
+
+    Args:
+        estimator: ``"auto"``, ``"dreg"`` or ``"wake"``.
+
+    Example:
+        >>> from vifamily import plan
+        >>> plan("correlated_normal", "mean_field", "reweighted_wake").estimator
+        'dreg'
+    """
+
+    estimator: str = "auto"
+
+    needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_Q, Capability.DRAWS})
+    estimators: ClassVar[Mapping[str, Estimator]] = {
+        "dreg": Estimator(
+            model=frozenset({Capability.SCORE}),
+            family=frozenset({Capability.REPARAMETERISED}),
+            never_model=frozenset({Capability.LOCAL, Capability.POINT_PARAMETERS}),
+            never_family=frozenset({Capability.WEIGHTED, Capability.LOG_Q_BOUND}),
+            unless_asked=frozenset({Capability.CHEAP_LOG_Q}),
+            value_gradient=False,
+        ),
+        "wake": Estimator(
+            never_model=frozenset({Capability.LOCAL}),
+            never_family=frozenset({Capability.LOG_Q_BOUND}),
+            value_gradient=False,
+        ),
+    }
+    value_kind: ClassVar[ValueKind] = "surrogate"
+    subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
+    inclusive: ClassVar[bool] = True
+    min_draws: ClassVar[int] = 2
+    default_draws: ClassVar[int] = 64
+
+    def loss(
+        self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
+    ) -> Loss:
+        """Evaluate the wake phase (see :class:`Objective`)."""
+        draw = family(noise)
+        if self.estimator == "dreg":
+            log_p, _, _ = log_ratio_parts(model, draw, batch)
+            moving = log_p - family.log_prob(draw.z, frozen=True)
+            ratio = moving.detach()
+        else:
+            ratio, log_q, log_p = weighted_draws(family, model, draw, batch)
+        log_weight = draw.log_weight.detach()
+        log_share = torch.log_softmax(ratio + log_weight, -1)
+        share = log_share.exp()
+        if self.estimator == "dreg":
+            surrogate = -((share - share**2) * moving).sum(-1)
+        else:
+            surrogate = -(share * (log_q + log_p)).sum(-1)
+        return Loss(surrogate, weights_apart(log_share, log_weight), {"ess": effective_share(log_share, log_weight)})
