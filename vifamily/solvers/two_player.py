@@ -115,7 +115,9 @@ class TwoPlayerRun(AdamRun):
     def _others(self) -> FlatParameters:
         state = self.task.objective_state
         if not isinstance(state, GameState):
-            raise ConfigError("two_player needs the objective's state with its critic: start it by objective.init_state.")
+            raise ConfigError(
+                "two_player needs the objective's state with its critic: start it by objective.init_state."
+            )
         # a run changes its critic, and the task may start other runs
         self.game = dataclasses.replace(state, critic=copy.deepcopy(state.critic))
         self.task = dataclasses.replace(self.task, objective_state=self.game)
@@ -154,6 +156,10 @@ class TwoPlayerRun(AdamRun):
             gradients = torch.autograd.grad(loss.surrogate.sum(), self.model_flat.parameters, allow_unused=True)
         zero = torch.zeros_like(self.flat.value)
         return loss, loss.value.reshape(-1).tolist(), [zero, -self.model_flat.gather(gradients)]
+
+    def _rate(self, group: FlatParameters) -> float:
+        # the critic keeps its pace while the family slows down, so that it follows ever more closely
+        return self.step_size if group is self.flat else self.settings.critic_step_size
 
     # -- stages --------------------------------------------------------------------------------------------------------
     def _settled(self) -> Tensor:
@@ -206,6 +212,7 @@ class TwoPlayerRun(AdamRun):
         source = generator(self.task.seed, "audit", self.task.first_restart)
         last = self.step_count * self.settings.inner
         for k in range(self.settings.audit):
+            self.optimiser.param_groups[1]["lr"] = self.settings.critic_step_size * 0.03 ** (k / self.settings.audit)
             loss, _, packed = self._ascent(last + k, self._fresh(source, self.task.draws))
             if not bool(torch.isfinite(packed[1]).all()):
                 break
@@ -221,6 +228,7 @@ class TwoPlayerRun(AdamRun):
             group.set(old)
         self.optimiser.state.clear()
         self.optimiser.state.update(kept_state)
+        self.optimiser.param_groups[1]["lr"] = self.settings.critic_step_size
         self.objective_state = counted
         return {name: torch.stack(parts) for name, parts in rows.items()}
 
@@ -281,9 +289,7 @@ class TwoPlayerRun(AdamRun):
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
         super().restore(tensors, values)
-        self.objective_state = dataclasses.replace(
-            self.game, step=int(values["evaluations"]), seed=int(values["seed"])
-        )
+        self.objective_state = dataclasses.replace(self.game, step=int(values["evaluations"]), seed=int(values["seed"]))
 
 
 @contextlib.contextmanager

@@ -114,6 +114,7 @@ def _trained(s: Setting, family: Family, steps: int = 400) -> GameState:
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
         optimiser.step()
+        state = loss.state
     return state
 
 
@@ -193,7 +194,9 @@ def _mode_weights(objective: Objective) -> None:
     def mixture(weight: float) -> targets.Target:
         logs = torch.tensor([weight, 1 - weight], dtype=torch.float64).log()
         model = Density(
-            lambda z: torch.stack([logs[i] - 0.5 * (z[:, 0] - c) ** 2 for i, c in enumerate((-12.0, 12.0))]).logsumexp(0),
+            lambda z: torch.stack([logs[i] - 0.5 * (z[:, 0] - c) ** 2 for i, c in enumerate((-12.0, 12.0))]).logsumexp(
+                0
+            ),
             dim=1,
         )
         return targets.Target(model, 0.0)
