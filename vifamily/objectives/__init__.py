@@ -5,6 +5,7 @@ from __future__ import annotations
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
 from vifamily.objectives.batch_and_match import BatchAndMatch
+from vifamily.objectives.discrete_stein import DiscreteStein
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
@@ -14,6 +15,7 @@ from vifamily.objectives.renyi import Renyi
 __all__ = [
     "BatchAndMatch",
     "ClosedForm",
+    "DiscreteStein",
     "Elbo",
     "Estimator",
     "Gsm",
