@@ -114,7 +114,10 @@ def test_draws_of_all_latents_do_not_follow_into_the_form_with_local_latents():
 
 def test_a_model_of_local_latents_alone_has_none():
     model = LikelihoodModel(
-        None, data=torch.zeros(3, dtype=DOUBLE), local={"code": ((), "real")}, log_local=lambda t, c, y: -(c["code"] ** 2)
+        None,
+        data=torch.zeros(3, dtype=DOUBLE),
+        local={"code": ((), "real")},
+        log_local=lambda t, c, y: -(c["code"] ** 2),
     )
     with pytest.raises(ShapeError, match="without global parameters"):
         model.with_reference_draws(torch.zeros(3, 0))
