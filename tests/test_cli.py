@@ -73,6 +73,23 @@ def test_list_as_json(call):
     assert all(content["families"].values())
 
 
+def test_list_the_matrix(call):
+    done = call("list", "--matrix")
+    assert done.exit_code == 0, done.output
+    assert all(name in done.output for name in registry.names("families"))
+    content = json.loads(call("list", "--matrix", "--json").output)
+    assert {cell["family"] for cell in content["cells"]} == set(registry.names("families"))
+    assert call("list", "families", "--matrix").exit_code == 2
+
+
+def test_fit_shows_its_plan(call):
+    only = call("fit", "banana", "--family", "mean_field", "--objective", "iwae", "--dry-run")
+    assert only.exit_code == 0, only.output
+    assert "uses       of the model" in only.output and "warning    " in only.output and "k-hat" not in only.output
+    both = call("fit", "banana", "--family", "mean_field", "--plan", *SHORT)
+    assert "uses       of the model" in both.output and "k-hat" in both.output
+
+
 def test_fit_writes_everything(call, tmp_path):
     done = call("fit", "banana", "--family", "mean_field", "--out", "out", *SHORT)
     assert done.exit_code == 0, done.output

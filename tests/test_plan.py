@@ -1,11 +1,14 @@
 """Plans: what is resolved, chosen and refused before the first step."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from vifamily import registry
+from vifamily import fit, registry
 from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, UnknownNameError
 from vifamily.models import Density, LikelihoodModel
+from vifamily.objectives import Elbo
 from vifamily.plan import describe, plan
 from vifamily.types import Capability
 
@@ -179,3 +182,113 @@ def test_a_dtype_must_be_floating(dtype):
 def test_the_dtype_asked_for_reaches_the_latents():
     made = plan(density(), dtype=torch.float32)
     assert made.latent.dtype == made.model.dtype == torch.float32
+
+
+# --- what is used, and what to beware of ---
+
+
+def declares(**declared):
+    """An objective that declares something else than the one it is made of."""
+    return dataclasses.dataclass(frozen=True)(type("Declares", (Elbo,), declared))()
+
+
+def warned(objective, family="mean_field", model=None, **options):
+    return plan(density() if model is None else model, family, objective, "adam", **options).warnings
+
+
+def wide(dim):
+    return Density(lambda z: -0.5 * (z**2).sum(-1), dim=dim)
+
+
+def test_a_plan_says_what_it_uses():
+    made = plan(density(), "full_rank", "elbo(estimator=entropy)")
+    assert made.uses["family"] == ("closed-form entropy", "log density", "reparameterised draws")
+    assert made.uses["model"] == ("differentiable log joint", "log joint")
+    assert "of the family: closed-form entropy, log density" in str(made)
+
+
+def test_the_bound_itself_has_no_warnings():
+    for family in ("mean_field", "full_rank", "flow"):
+        assert warned("elbo", family) == ()
+    assert warned("elbo", model=wide(100)) == ()
+    assert warned("renyi(alpha=1)", model=wide(100)) == ()
+
+
+def test_blindness_is_said_and_more_so_of_families_that_hold_several_modes():
+    made = plan(density(), "full_rank", "gsm")
+    assert [w for w in made.warnings if w.startswith("blind to the weights of separate modes")]
+    assert "\nwarning    blind to" in str(made)
+    (one,) = [w for w in warned(declares(blind_to_mode_weights=True)) if "blind" in w]
+    (many,) = [w for w in warned(declares(blind_to_mode_weights=True), "mixture") if "blind" in w]
+    assert "of this family's parts" in many and "of this family's parts" not in one
+
+
+@pytest.mark.parametrize(("dim", "said"), [(20, False), (21, True)])
+def test_ratios_in_many_dimensions(dim, said):
+    for objective in ("renyi(alpha=0.5)", "iwae", "renyi(alpha=2)"):
+        assert any(f"density ratios in {dim} dimensions" in w for w in warned(objective, model=wide(dim))) is said
+
+
+def test_bias_in_the_number_of_draws():
+    assert any("O(1/draws)" in w and "over 7 draws" in w for w in warned("renyi(alpha=0.5)", draws=7))
+    assert any("7 draws" in w for w in warned("iwae", draws=7))
+    assert warned(declares(bias="off by a third at {draws} draws"), draws=6) == ("off by a third at 6 draws",)
+    assert any("O(1/draws)" in w for w in warned(declares(biased_at_posterior=True)))
+    assert any("normalised" in w for w in warned(declares(invariant_to_constants=False)))
+    assert any("certifies nothing" in w for w in warned("renyi(alpha=-1)"))
+
+
+def test_bias_on_minibatches_is_said_only_with_minibatches():
+    biased = declares(subsampling="biased")
+    assert any("biased on minibatches" in w for w in warned(biased, model=likelihood(), batch_size=4))
+    assert warned(biased, model=likelihood()) == ()
+
+
+def test_a_density_at_given_points_that_costs_an_inversion():
+    (said,) = warned("elbo(estimator=stl)", "flow")
+    assert "cheap log density at given points" in said
+    assert warned("elbo(estimator=stl)", "flow(passes=2)") == ()
+
+
+def test_second_derivatives_and_values_that_say_nothing():
+    twice = declares(needs_model=Elbo.needs_model | {Capability.SECOND_ORDER})
+    assert any("ReLU" in w for w in warned(twice))
+    assert any("no value that orders answers" in w for w in warned(declares(value_kind="none")))
+
+
+def test_matches_of_scores_do_not_weigh_by_ratios():
+    scores = declares(freezes_model=True, renyi_order=None)
+    assert declares(renyi_order=None).weighs_by_ratio
+    assert not scores.weighs_by_ratio
+    assert not any("ratios" in w for w in plan(density(), "full_rank", "batch_and_match").warnings)
+
+
+def test_planning_changes_nothing_and_repeats():
+    model = likelihood()
+    before = torch.get_rng_state()
+    first, second = (str(plan(model, "flow", "iwae", batch_size=None)) for _ in range(2))
+    assert first == second and torch.equal(before, torch.get_rng_state())
+
+
+def test_warnings_reach_record_and_diagnosis():
+    posterior = fit(density(), "full_rank", "gsm", seed=0)
+    (said,) = [note for note in posterior.record.notes if note.startswith("warning: blind")]
+    assert said in posterior.diagnose().notes
+    assert "warning: blind" in str(posterior.diagnose())
+
+
+def test_a_plan_is_shown_before_a_fit_on_request(capsys):
+    fit(density(), "mean_field", seed=0, steps=3, progress=False)
+    assert capsys.readouterr().out == ""
+    fit(density(), "mean_field", seed=0, steps=3, progress=False, show_plan=True)
+    assert capsys.readouterr().out == str(plan(density(), "mean_field")) + "\n"
+
+
+def test_a_family_of_another_space_is_refused_with_what_lives_there():
+    with pytest.raises(IncompatibleError) as caught:
+        plan(counts(), "mean_field", "elbo")
+    assert caught.value.works_with["families"] == ["categorical"]
+    assert "families on the discrete space: categorical" in str(caught.value)
+    with pytest.raises(IncompatibleError) as caught:
+        plan(density(), "categorical", "gsm")
+    assert caught.value.works_with["families"] == ["full_rank"]

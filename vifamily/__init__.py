@@ -9,7 +9,7 @@ torch.Size([1000, 2])
 from vifamily import errors, families, models, objectives, registry, rng, solvers, supports, trackers, types
 from vifamily.compare import compare
 from vifamily.fit import fit
-from vifamily.plan import plan
+from vifamily.plan import compatibility, plan
 from vifamily.posterior import Posterior, load
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "Posterior",
     "__version__",
     "compare",
+    "compatibility",
     "errors",
     "families",
     "fit",

@@ -111,10 +111,15 @@ def list_command(
         str | None, typer.Argument(help="One of objectives, families, models, weights, solvers, problems.")
     ] = None,
     *,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Print what can meet what instead.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Debug = False,
 ) -> int:
-    """List what is registered, with a sentence on each."""
+    """List what is registered, with a sentence on each; or every objective with every family, planned."""
+    if matrix:
+        if kind is not None:
+            raise ConfigError(f"--matrix shows objectives with families: leave {kind!r} out.")
+        return _print_matrix(as_json=as_json)
     kinds = registry.kinds() if kind is None else (kind,)
     found = {each: {name: registry.describe(each, name) for name in registry.names(each)} for each in kinds}
     if as_json:
@@ -127,6 +132,17 @@ def list_command(
             typer.echo(f"  {name.ljust(width)}  {text}")
         if not entries:
             typer.echo("  none")
+    return OK
+
+
+def _print_matrix(*, as_json: bool) -> int:
+    from vifamily.plan import compatibility
+
+    found = compatibility()
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        _console(quiet=False).print(found)
     return OK
 
 
@@ -143,6 +159,8 @@ def fit_command(
     restarts: Annotated[int, typer.Option(help="Fits from different starting points; the best one is kept.")] = 1,
     draws: Draws = None,
     time_limit: TimeLimit = None,
+    show_plan: Annotated[bool, typer.Option("--plan", help="Print the plan before the fit.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and fit nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the posterior, the figures and the report.")] = None,
     strict: Strict = False,
     quiet: Quiet = False,
@@ -152,8 +170,13 @@ def fit_command(
     from vifamily.compare.measure import as_problem
     from vifamily.compare.single import save_fit
     from vifamily.fit import fit
+    from vifamily.plan import plan
 
     built = as_problem(problem)
+    if dry_run or (show_plan and not quiet):
+        typer.echo(str(plan(built, family, objective, solver, draws=draws)))
+        if dry_run:
+            return OK
     posterior = fit(
         built,
         family,

@@ -49,6 +49,7 @@ def fit(
     encoder: torch.nn.Module | None = None,
     local_family: Any = None,
     compile: Literal["auto"] | bool = "auto",
+    show_plan: bool = False,
 ) -> Posterior:
     """Fit a posterior.
 
@@ -83,6 +84,8 @@ def fit(
         local_family: For models with local latents: the family of one datum's latents; None takes mean field.
         compile: Whether to compile the steps of ``adam``: ``"auto"`` where it pays; what cannot be compiled runs in
             torch, and the record's notes say why. Callbacks and trackers then see up to a hundred steps at once.
+        show_plan: Whether to print the plan before the first step: what is used of model and family, the estimator,
+            the solver and what to beware of. ``vf.plan`` gives it without a fit.
 
     Returns:
         The posterior: draws, density, summary, diagnosis.
@@ -116,6 +119,8 @@ def fit(
         model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype,
         compile=compile,
     )  # fmt: skip
+    if show_plan:
+        print(planned, flush=True)
     folder = None if checkpoint is None else checkpoints.prepare(checkpoint)
     loop = FitLoop(planned, seed=seed, most_steps=steps or _MOST_STEPS, restarts=restarts, init=init, folder=folder,
                  every=checkpoint_every, encoder=encoder, local_family=local_family,

@@ -49,7 +49,7 @@ class FitLoop:
         self.plan, self.seed, self.most_steps, self.restarts = planned, seed, most_steps, restarts
         self.folder, self.every = folder, every
         self.encoder, self.local_family = encoder, local_family
-        self.notes = list(planned.notes)
+        self.notes = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
         self.saved = None if folder is None else checkpoints.read_if_any(folder)
         self.began, self.seconds_before = time.monotonic(), 0.0
         self.torn = False

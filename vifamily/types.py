@@ -12,9 +12,20 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Batch", "Capability", "Draw", "FamilyLike", "LatentSpec", "Loss", "ModelLike", "NoiseSpec", "Space"]
+__all__ = [
+    "Batch",
+    "Capability",
+    "Draw",
+    "FamilyLike",
+    "GameState",
+    "LatentSpec",
+    "Loss",
+    "ModelLike",
+    "NoiseSpec",
+    "Space",
+]
 
 
 class Space(enum.StrEnum):
@@ -43,6 +54,7 @@ class Capability(enum.StrEnum):
     LOCAL = "local latents"
     GAUSSIAN_PRIOR = "Gaussian prior on unconstrained space"
     POINT_PARAMETERS = "point-estimated parameters"
+    GROUPS = "data in groups (groups=)"
     # families
     DRAWS = "draws"
     REPARAMETERISED = "reparameterised draws"
@@ -103,11 +115,16 @@ class Batch:
             first.
         size: Number of data in the batch.
         index: Positions of the data in the whole data set, ``(size,)``, or None where positions are unknown (streams).
+        group: Group of each datum, ``(size,)``, numbered from 0 within the batch, or None unless the batch is made of
+            whole groups.
+        num_groups: Number of groups in the batch, or None.
     """
 
     data: Any
     size: int
     index: Tensor | None = None
+    group: Tensor | None = None
+    num_groups: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,6 +142,21 @@ class Loss:
     value: Tensor
     terms: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     state: Any = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GameState:
+    """The state of an objective that is a game: a critic, on which the fit ascends.
+
+    Attributes:
+        critic: A module with everything of the second player; its parameters get their gradients from the surrogate.
+        seed: Root of whatever randomness the objective needs beyond the noise of the family (probes of a trace).
+        step: Number of evaluations so far; with the seed it addresses that randomness.
+    """
+
+    critic: nn.Module
+    seed: int
+    step: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,4 +231,4 @@ class ModelLike(Protocol):
         """Log of local prior times likelihood per datum, ``(..., draw, datum)``."""
 
     def scale(self, batch: Batch | None) -> float:
-        """``num_data / batch.size``: the one number that makes a minibatch sum unbiased."""
+        """The one number that makes a minibatch sum unbiased: units of sampling in all over those in the batch."""

@@ -6,6 +6,7 @@ Nothing is listed by hand, so a new file in ``vifamily/objectives`` has its page
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -191,6 +192,7 @@ def facts(entry: Any) -> Iterator[tuple[str, str]]:
         "subsampling": "Minibatches",
         "space": "Space",
         "spaces": "Spaces",
+        "min_draws": "Fewest draws per step",
         "default_draws": "Draws per step",
         "estimators": "Estimators, best first",
     }
@@ -208,6 +210,60 @@ def facts(entry: Any) -> Iterator[tuple[str, str]]:
             text = str(value).replace("_", " ")
         if text:
             yield label, text
+    if hasattr(entry, "blind_to_mode_weights"):
+        yield from objective_facts(entry)
+
+
+def objective_facts(entry: Any) -> Iterator[tuple[str, str]]:
+    """Yield what only objectives declare: what they are blind to, their order, and what they do to solver and model."""
+    blind = "does not see them: posteriors that differ in nothing else look the same to it"
+    yield "Weights of separate modes", blind if entry.blind_to_mode_weights else "seen"
+    with contextlib.suppress(ValueError, RuntimeError, TypeError):  # an entry that needs arguments has no defaults
+        order = entry().renyi_order
+        shown = (
+            "none"
+            if order is None
+            else f"between {order[0]:g} and {order[1]:g}"
+            if isinstance(order, tuple)
+            else f"{order:g}"
+        )
+        yield "Rényi order at its defaults", shown
+    yield "Solver", f"{entry.own_solver} only" if entry.own_solver else "any that descends a loss"
+    yield "The model's own parameters", "stay as they are" if entry.freezes_model else "are fitted beside the family"
+    if entry.never_model:
+        yield "Refuses models with", ", ".join(sorted(str(c) for c in entry.never_model))
+
+
+# --- what can meet what ---
+
+
+def list_table(rows: list[list[str]], title: str = "") -> list[str]:
+    """Return rows, the first a header, as a table."""
+    lines = [f".. list-table:: {title}".rstrip(), "   :header-rows: 1", "   :stub-columns: 1", ""]
+    for row in rows:
+        lines += [f"   {'* -' if i == 0 else '  -'} {cell}" for i, cell in enumerate(row)]
+    return [*lines, ""]
+
+
+def write_matrix(path: Path) -> None:
+    """Write the page of every objective with every family on every kind of model."""
+    found = importlib.import_module(f"{PACKAGE}.plan").compatibility()
+    lines = heading("What can meet what")
+    lines += [
+        "Every registered objective with every registered family, as ``vf.plan`` judges them; ``vifamily list "
+        "--matrix`` prints the same, with ``--json`` also why a cell is empty. :doc:`../planning` says how to read it.",
+        "",
+    ]
+    lines += heading("What objectives need", "-")
+    lines += ["● always, ○ in one of several ways (estimators), – not.", "", *list_table(found.needs_rows())]
+    lines += heading("What they are", "-") + list_table(found.traits_rows())
+    lines += heading("Where they run", "-")
+    lines += [f"{letter}: {text}." for letter, text in found.models.values()] + [""]
+    lines += list_table(found.overview_rows())
+    for model, (_, text) in found.models.items():
+        lines += heading(text[0].upper() + text[1:], "-")
+        lines += ["Estimator and solver that ``auto`` takes at the defaults.", "", *list_table(found.model_rows(model))]
+    write(path, lines)
 
 
 def entry_page(name: str, entry: Any) -> list[str]:
@@ -235,7 +291,8 @@ def own_entries(registry: ModuleType, kind: str) -> dict[str, Any]:
 def write_registry(folder: Path) -> None:
     """Write a page for each entry, an index for each kind and one above them."""
     registry = importlib.import_module(f"{PACKAGE}.registry")
-    kept = {folder / "index.rst"}
+    kept = {folder / "index.rst", folder / "matrix.rst"}
+    write_matrix(folder / "matrix.rst")
     top = heading("Registered entries")
     top += [
         "Everything that can be named in a spec string, from the registry.",
@@ -243,6 +300,7 @@ def write_registry(folder: Path) -> None:
         ".. toctree::",
         "   :maxdepth: 2",
         "",
+        "   matrix",
     ]
     for kind in registry.kinds():
         entries = own_entries(registry, kind)

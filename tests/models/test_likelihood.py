@@ -342,3 +342,32 @@ def test_batch_sizes_are_checked():
     with pytest.raises(ConfigError, match="DataLoader makes batches of 4"):
         model_of(DataLoader(Items(), batch_size=4)).batches(3, seed=0)
     assert registry.entry_name(model) == "likelihood"
+
+
+# --- other data ---
+
+
+def test_other_observed_data_make_another_model():
+    model = model_of((X, Y))
+    other = model.with_observed({"y": Y + 1})
+    fresh = model_of((X, Y + 1))
+    z = normal(5, 3)
+    assert torch.equal(other.log_joint(z), fresh.log_joint(z)) and not torch.equal(
+        other.log_joint(z), model.log_joint(z)
+    )
+    assert torch.equal(model.observed()["y"], Y) and torch.equal(other.observed()["y"], Y + 1)
+    assert other.capabilities == model.capabilities and other.num_data == model.num_data
+    named = LikelihoodModel((0.0, 1.0), lambda z, d: -((d["b"] - z[:, :1]) ** 2) * d["a"], dim=1,
+                            data={"a": Y.abs(), "b": Y})  # fmt: skip
+    moved = named.with_observed({"b": Y * 2}).observed()
+    assert torch.equal(moved["a"], Y.abs()) and torch.equal(moved["b"], Y * 2)
+
+
+def test_other_observed_data_are_checked():
+    model = model_of((X, Y))
+    with pytest.raises(ShapeError, match=r"shape of the old, \(12,\), got \(11,\)"):
+        model.with_observed({"y": Y[1:]})
+    with pytest.raises(ConfigError, match="observes y; there is no 'z' to replace"):
+        model.with_observed({"z": Y})
+    with pytest.raises(DataError, match="NaN"):
+        model.with_observed({"y": Y * torch.nan})

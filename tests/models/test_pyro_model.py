@@ -526,3 +526,28 @@ def test_a_discrete_latent_above_the_data_cannot_be_summed_out_of_a_batch():
     assert not {Capability.SUBSAMPLE, Capability.PER_DATUM, Capability.PRIOR} & model.capabilities
     with pytest.raises(IncompatibleError, match="outside the subsampled plate"):
         PyroModel(program, Y, 3)
+
+
+# --- other data ---
+
+
+def test_other_observed_data_make_another_program():
+    model = PyroModel(regression, X, Y)
+    other, fresh = model.with_observed({"y": Y + 1}), PyroModel(regression, X, Y + 1)
+    z = normal(5, 3)
+    assert torch.equal(other.log_joint(z), fresh.log_joint(z))
+    assert torch.equal(model.observed()["y"], Y) and other.capabilities == model.capabilities
+    keyword = PyroModel(regression, X, y=Y).with_observed({"y": Y + 1})
+    assert torch.equal(keyword.log_joint(z), fresh.log_joint(z))
+
+
+def test_data_that_are_no_argument_cannot_be_replaced():
+    def closed():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(Y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y)
+
+    with pytest.raises(NotAvailableError, match="data of 'y' are no argument of the program"):
+        PyroModel(closed).with_observed({"y": Y + 1})
+    with pytest.raises(NotAvailableError, match="are 2 arguments"):
+        PyroModel(lambda a, y: regression(X, y), Y, Y).with_observed({"y": Y + 1})

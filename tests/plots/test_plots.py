@@ -25,6 +25,8 @@ FIGURES = {
     ),
     "k_hat of weights": lambda: plots.k_hat(0.9, 0.67, log_weights=RNG.normal(size=400)),
     "k_hat of data": lambda: plots.k_hat(RNG.uniform(size=20), names=[f"row {i}" for i in range(20)]),
+    "ecdf_difference": lambda: plots.ecdf_difference(RNG.integers(0, 100, size=(60, 20)), 99, title="ranks"),
+    "probability_histograms": lambda: plots.probability_histograms(RNG.uniform(size=(60, 5)), list("abcde")),
     "cell_grid": lambda: plots.cell_grid(
         [plots.Row("p", ["a", "b"], reference=REFERENCE[:, :2]), plots.Row("r", ["a"], reference=REFERENCE[:, :1])],
         ["mean_field", "full_rank"],

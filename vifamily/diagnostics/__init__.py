@@ -11,32 +11,42 @@ from vifamily.diagnostics.bounds import (
     log_evidence,
     wasserstein_bounds,
 )
+from vifamily.diagnostics.calibration import Calibration, SymmetryCheck, sbc, vsbc
 from vifamily.diagnostics.diagnosis import Diagnosis
+from vifamily.diagnostics.fisher_gap import fisher_gap
 from vifamily.diagnostics.loo import Loo, loo
 from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
 from vifamily.diagnostics.predictive import PredictiveCheck, predictive_check
 from vifamily.diagnostics.psis import Psis, draws_needed, k_hat_threshold, psis
 from vifamily.diagnostics.restarts import restart_rhat
+from vifamily.diagnostics.stability import Labelled, Spread, Stability, stability, unit_stability
 from vifamily.diagnostics.stacking import RestartMixture, importance_mixture_weights, stacking_weights
 from vifamily.diagnostics.stein import SteinTest, kernel_stein
 from vifamily.diagnostics.summary import Summary, summarise
-from vifamily.diagnostics.two_sample import median_bandwidth, mmd, sliced_wasserstein
+from vifamily.diagnostics.two_sample import mmd, sliced_wasserstein
+from vifamily.numerics.kernels import median_bandwidth
 
 __all__ = [
+    "Calibration",
     "Diagnosis",
     "Estimate",
+    "Labelled",
     "Loo",
     "MomentErrors",
     "PredictiveCheck",
     "Psis",
     "RestartMixture",
+    "Spread",
+    "Stability",
     "SteinTest",
     "Summary",
+    "SymmetryCheck",
     "cubo",
     "distances",
     "divergence_bound",
     "draws_needed",
     "elbo",
+    "fisher_gap",
     "importance_mixture_weights",
     "iwae",
     "k_hat_threshold",
@@ -49,8 +59,12 @@ __all__ = [
     "predictive_check",
     "psis",
     "restart_rhat",
+    "sbc",
     "sliced_wasserstein",
+    "stability",
     "stacking_weights",
     "summarise",
+    "vsbc",
+    "unit_stability",
     "wasserstein_bounds",
 ]

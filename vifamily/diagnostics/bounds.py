@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError, ShapeError
+from vifamily.errors import ConfigError, ShapeError, VifamilyWarning
 from vifamily.numerics.log_mean_exp import log_mean_exp
+from vifamily.numerics.psis import FEWEST_DRAWS, psis
 
 __all__ = ["Estimate", "cubo", "divergence_bound", "elbo", "iwae", "log_evidence", "wasserstein_bounds"]
+
+_LARGEST_K = 0.7
+"""k-hat above which moments of order two of the weights are out of reach of any number of draws in practice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +165,8 @@ def wasserstein_bounds(z: Tensor, log_ratio: Tensor) -> dict[str, float]:
     :math:`W_p \le 2\, C_{2p}^{1/2p} (e^{D_2} - 1)^{1/2p}` with :math:`C_{2p}` the centred moment
     :math:`E\|z - \bar z\|^{2p}` of the approximation; the error of each mean is at most ``W_1``, of each standard
     deviation at most ``W_2``, of each covariance ``2 (sd W_2 + W_2^2)`` (Huggins et al. 2020, theorem 3.4 and
-    proposition 3.1). Loose in many dimensions, optimistic where k-hat is above its threshold.
+    proposition 3.1). Loose in many dimensions. The estimate of :math:`D_2` is too low where the weights have heavy
+    tails, so the numbers bound nothing where k-hat is above 0.7, nor where q misses a mode.
 
     Args:
         z: Draws of the approximation, ``(draw, dim)``.
@@ -168,10 +174,13 @@ def wasserstein_bounds(z: Tensor, log_ratio: Tensor) -> dict[str, float]:
 
     Returns:
         ``d2``, ``w1``, ``w2``, ``mean_error``, ``sd_error``, ``covariance_error``, in the units of ``z`` (squared for
-        the last).
+        the last), and ``k_hat`` (NaN of fewer than 25 draws).
 
     Raises:
         ShapeError: If the two do not have the same draws.
+
+    Warns:
+        VifamilyWarning: If k-hat is above 0.7, so that these are no bounds.
 
     Example:
         >>> z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
@@ -183,6 +192,14 @@ def wasserstein_bounds(z: Tensor, log_ratio: Tensor) -> dict[str, float]:
             f"bounds need draws (draw, dim) and ratios (draw,), got {tuple(z.shape)} and {tuple(log_ratio.shape)}."
         )
     d2 = max(divergence_bound(log_ratio).value, 0.0)
+    k = psis(log_ratio).k_hat if len(log_ratio) >= FEWEST_DRAWS else math.nan
+    if k > _LARGEST_K:
+        warnings.warn(
+            f"k-hat {k:.2f} is above {_LARGEST_K}: the divergence of order two cannot be estimated from these draws, "
+            "so what follows from it bounds nothing. Use a richer family.",
+            VifamilyWarning,
+            stacklevel=2,
+        )
     z = z.detach().to("cpu", torch.float64)
     square = ((z - z.mean(0)) ** 2).sum(-1)
     excess = math.expm1(d2) if d2 < 700 else math.inf
@@ -190,5 +207,6 @@ def wasserstein_bounds(z: Tensor, log_ratio: Tensor) -> dict[str, float]:
     w2 = 2 * (float((square**2).mean()) * excess) ** 0.25
     sd = float(z.std(0).max())
     return {
-        "d2": d2, "w1": w1, "w2": w2, "mean_error": w1, "sd_error": w2, "covariance_error": 2 * (sd * w2 + w2**2)
+        "d2": d2, "w1": w1, "w2": w2, "mean_error": w1, "sd_error": w2, "covariance_error": 2 * (sd * w2 + w2**2),
+        "k_hat": k,
     }  # fmt: skip

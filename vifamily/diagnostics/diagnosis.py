@@ -284,6 +284,11 @@ def _monte_carlo(found: Diagnosis, subject: Subject) -> str | None:
 
 
 def _blindness(found: Diagnosis, subject: Subject) -> str | None:
+    if found.k_hat is None and found.stein is not None and found.stein.p_value < 0.01:
+        return (
+            f"A Stein test finds that the draws differ from the model's posterior (p-value {found.stein.p_value:.3f}): "
+            "fit longer, or compare with a family that has a density, such as flow."
+        )
     if subject.blind_to_mode_weights:
         return (
             f"The objective {subject.objective} does not see the relative weights of separate modes: if there may be "
@@ -292,11 +297,6 @@ def _blindness(found: Diagnosis, subject: Subject) -> str | None:
         )
     if found.k_hat is not None:
         return None
-    if found.stein is not None and found.stein.p_value < 0.01:
-        return (
-            f"A Stein test finds that the draws differ from the model's posterior (p-value {found.stein.p_value:.3f}): "
-            "fit longer, or compare with a family that has a density, such as flow."
-        )
     return (
         f"k-hat is unavailable ({found.k_hat_note}), so this rests on what else there is: agreement of restarts, "
         "a Stein test, posterior.check, and comparison with a family that has a density."

@@ -42,8 +42,8 @@ def kernel_stein(
         score: Gradient of the log density at the draws, ``(draw, dim)``.
         generator: Randomness of the bootstrap.
         num_bootstrap: Number of bootstrap statistics.
-        kernel: ``"imq"`` (the formula above), ``"rbf"``, ``"multiscale"`` or ``"linear"``, which sees mean and covariance
-            alone.
+        kernel: ``"imq"`` (the formula above), ``"rbf"``, ``"multiscale"``, or ``"linear"``, which sees little but mean
+            and covariance.
 
     Returns:
         The statistic and its p-value.

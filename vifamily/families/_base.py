@@ -259,6 +259,15 @@ class Family(nn.Module, abc.ABC):
         matrix = torch.diag(self.scale) if self.scale.dim() == 1 else self.scale
         return self.to_latent(mean), matrix @ cov @ matrix.T
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Means and variances ``(dim,)`` of each coordinate of ``z``, closed form.
+
+        Raises:
+            NotAvailableError: If there is no closed form.
+        """
+        mean, covariance = self.moments()
+        return mean, covariance.diagonal()
+
     def precondition(self, shift: Tensor, scale: Tensor, covariance: Tensor | None = None) -> None:
         """Set the fixed affine map ``z = shift + scale u``; the distribution of ``u`` stays as it is.
 

@@ -150,6 +150,18 @@ class EllipticalFamily(Family):
         """One pair is enough where every coordinate has a scale and noise of its own; none for a network."""
         return 2 if self.head is None else None
 
+    def standard_marginals(self) -> tuple[Tensor, Tensor]:
+        """Means and variances ``(dim,)`` in standardised coordinates; overridden where they need no covariance."""
+        mean, covariance = self.standard_moments()
+        return mean, covariance.diagonal()
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Means and variances ``(dim,)`` of each coordinate of ``z``, without a covariance where that is possible."""
+        if self.scale.dim() != 1:
+            return super().marginals()
+        mean, variance = self.standard_marginals()
+        return self.to_latent(mean), self.scale.square() * variance
+
     def marginal_sd(self, scale: Tensor) -> Tensor:
         """Standard deviations ``(dim,)`` belonging to the second argument of ``start_at``."""
         return scale if scale.dim() == 1 else scale.square().sum(-1).sqrt()

@@ -77,6 +77,12 @@ class StackedFamily(nn.Module):
         """Base noise of one draw of one member."""
         return self._members[0].noise_spec
 
+    def __getattr__(self, name: str) -> Any:
+        # the affine maps of the members, with a leading restart axis
+        if name in ("shift", "scale") and name in self.__dict__.get("_buffer_names", ()):
+            return super().__getattr__(f"b{self._buffer_names.index(name)}")
+        return super().__getattr__(name)
+
     def fewest_fixed_draws(self) -> int | None:
         """What each member says."""
         return self._members[0].fewest_fixed_draws()
@@ -128,6 +134,11 @@ class StackedFamily(nn.Module):
         mean, covariance = self._each("moments")
         return mean, covariance
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Closed-form means and variances of each coordinate, ``(restart, dim)``."""
+        mean, variance = self._each("marginals")
+        return mean, variance
+
     def subset(self, rows: Sequence[int]) -> Family | StackedFamily:
         """Some of the members as a stack of their own, or the one member alone; copies."""
         members = self.members()
@@ -137,6 +148,22 @@ class StackedFamily(nn.Module):
         """Closed-form means and covariances in standardised coordinates, with a leading restart axis."""
         mean, covariance = self._each("standard_moments")
         return mean, covariance
+
+    def particles(self) -> Tensor:
+        """Members' particles in standardised coordinates, ``(restart, size, dim)``."""
+        return torch.stack([member.particles() for member in self.members()])  # type: ignore[operator]
+
+    @torch.no_grad()
+    def set_particles(self, points: Tensor) -> None:
+        """Put each member's particles at standardised coordinates, ``(restart, size, dim)``."""
+        for r, member in enumerate(self.members()):
+            member.set_particles(points[r])  # type: ignore[operator]
+            self._take(r, member)
+
+    def to_standard(self, z: Tensor) -> Tensor:
+        """Map ``z`` ``(restart, ..., dim)`` to standardised coordinates."""
+        out: Tensor = self._each("to_standard", z)
+        return out
 
     def to_latent(self, u: Tensor) -> Tensor:
         """Map standardised coordinates ``(restart, ..., dim)`` to ``z``."""
@@ -148,8 +175,12 @@ class StackedFamily(nn.Module):
         """Set each member to a Gaussian in standardised coordinates, ``(restart, dim)`` and ``(restart, ...)``."""
         for r, member in enumerate(self.members()):
             member.start_at(mean[r], scale[r])
-            for i, name in enumerate(self._names):
-                getattr(self, f"p{i}")[r] = member.get_parameter(name)
+            self._take(r, member)
+
+    def _take(self, row: int, member: Family) -> None:
+        """Copy a family's parameters into its row."""
+        for i, name in enumerate(self._names):
+            getattr(self, f"p{i}")[row] = member.get_parameter(name)
 
     @torch.no_grad()
     def members(self) -> list[Family]:

@@ -19,6 +19,7 @@ __all__ = ["Ensemble", "EnsembleFamily"]
 
 _POINTS = frozenset({Capability.DRAWS, Capability.REPARAMETERISED, Capability.FINITE, Capability.WEIGHTED})
 _CLOUDS = _POINTS | {Capability.LOG_Q, Capability.CHEAP_LOG_Q}
+_FREE = _POINTS | {Capability.PARTICLES}
 
 
 @register("families", "ensemble")
@@ -50,7 +51,7 @@ class Ensemble(FamilyEntry):
 
     size: int = 8
     jitter: float | None = None
-    capabilities = _POINTS
+    capabilities = _FREE
 
     def __post_init__(self) -> None:
         """Check the options; only an ensemble with jitter has a density."""
@@ -81,7 +82,7 @@ class EnsembleFamily(Family):
         super().__init__(latent)
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.size, self.jitter = size, jitter
-        self.capabilities = _POINTS if jitter is None else _CLOUDS
+        self.capabilities = _FREE if jitter is None else _CLOUDS
         self.noise_spec = NoiseSpec((0,) if jitter is None else (latent.dim,))
         self.register_buffer(
             "directions", normal((size, latent.dim), generator, dtype=latent.dtype, device=latent.device)
@@ -119,6 +120,20 @@ class EnsembleFamily(Family):
             eye = torch.eye(self.dim, dtype=mean.dtype, device=mean.device)
             covariance = covariance + (weight * (2 * self.log_jitter).exp()).sum() * eye
         return mean, covariance
+
+    def fewest_fixed_draws(self) -> int | None:
+        """Points use no noise, so that a loss on them is exact on any number of draws."""
+        return 1 if self.jitter is None else None
+
+    def particles(self) -> Tensor:
+        """Members in standardised coordinates, ``(size, dim)``, for solvers that move them."""
+        return self.points.detach().clone()
+
+    @torch.no_grad()
+    def set_particles(self, points: Tensor) -> None:
+        """Put the members at standardised coordinates ``(size, dim)``, with equal weights."""
+        self.points.copy_(points)
+        self.logits.zero_()
 
     @torch.no_grad()
     def sample(self, num_draws: int, *, generator: torch.Generator, context: Tensor | None = None) -> Tensor:

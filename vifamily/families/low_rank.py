@@ -20,6 +20,7 @@ __all__ = ["LowRank", "LowRankFamily"]
 
 _FACTOR_NORM = 0.3
 _FACTOR_STEPS = 30
+_MOST_PAIRS = 256
 
 
 @register("families", "low_rank")
@@ -97,8 +98,13 @@ class LowRankFamily(EllipticalFamily):
         self.start_at(torch.zeros_like(self.loc), torch.ones_like(self.loc))
 
     def fewest_fixed_draws(self) -> int | None:
-        """More pairs than columns: on fewer, a column and the diagonal cancel at every draw and grow at no cost."""
-        return 2 * self.rank + 4 if self.head is None else None
+        """More pairs than coordinates, or 256 where that is less.
+
+        On fewer pairs than columns, a column and the diagonal cancel at every draw and grow at no cost. On not many
+        more the optimum is bounded, but so far from that of the expectation that a descent does not come back from it.
+        """
+        pairs = max(min(self.dim, _MOST_PAIRS), self.rank + 1)
+        return 2 * pairs + 2 if self.head is None else None
 
     def _inner(self, factor: Tensor) -> Tensor:
         """Cholesky factor of ``I + W^T W``."""
@@ -148,6 +154,11 @@ class LowRankFamily(EllipticalFamily):
         diagonal = log_diagonal.exp()
         wide = diagonal[:, None] * factor
         return loc, self.radial.variance * (torch.diag(diagonal.square()) + wide @ wide.mT)
+
+    def standard_marginals(self) -> tuple[Tensor, Tensor]:
+        """Means and variances in standardised coordinates."""
+        loc, log_diagonal, factor = self.unconditional_values()
+        return loc, self.radial.variance * (2 * log_diagonal).exp() * (1 + factor.square().sum(-1))
 
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:

@@ -102,8 +102,13 @@ class MeanFieldFamily(EllipticalFamily):
 
     def standard_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance in standardised coordinates."""
+        loc, variance = self.standard_marginals()
+        return loc, torch.diag(variance)
+
+    def standard_marginals(self) -> tuple[Tensor, Tensor]:
+        """Means and variances in standardised coordinates."""
         loc, log_scale = self.unconditional_values()
-        return loc, torch.diag((2 * log_scale).exp() * self.radial.variance)
+        return loc, (2 * log_scale).exp() * self.radial.variance
 
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import DeviceError, ModelError, NotAvailableError, ShapeError, VifamilyError
+from vifamily.errors import ConfigError, DeviceError, ModelError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.models._reference import checked_reference
 from vifamily.rng import generator
 from vifamily.supports import Layout
@@ -130,6 +130,8 @@ class Model(nn.Module, abc.ABC):
     num_categories: tuple[int, ...] | None = None
     local_layout: Layout | None = None
     """Layout of one datum's local latents, for models that have them apart."""
+    num_groups: int | None = None
+    """Number of groups of the data, where they have some."""
 
     def __init__(
         self,
@@ -179,6 +181,9 @@ class Model(nn.Module, abc.ABC):
     def scale(self, batch: Batch | None) -> float:
         """``num_data / batch.size``; 1 for all data. The only place where the minibatch scale is computed.
 
+        Of a batch of whole groups it is the number of groups in all over that in the batch: groups are what was
+        sampled, and their sizes may differ.
+
         Raises:
             NotAvailableError: If a batch is given and the model does not state ``num_data``.
         """
@@ -186,7 +191,20 @@ class Model(nn.Module, abc.ABC):
             return 1.0
         if self.num_data is None:
             raise NotAvailableError("a minibatch needs the size of the whole data set: give the model num_data=.")
+        if batch.num_groups is not None and self.num_groups is not None:
+            return self.num_groups / batch.num_groups
         return self.num_data / batch.size
+
+    def groups_of(self, batch: Batch | None) -> tuple[Tensor, int]:
+        """Return the group of each datum, ``(datum,)`` numbered from 0 within the batch, and the number of groups.
+
+        Raises:
+            NotAvailableError: If the model's data have no groups, or the batch cuts one.
+        """
+        raise NotAvailableError(
+            f"the data of the model {type(self).__name__} have no groups: write it as "
+            "LikelihoodModel(..., groups=ids) with one id per datum."
+        )
 
     # -- densities -----------------------------------------------------------------------------------------------------
     def log_joint(self, z: Tensor, batch: Batch | None = None) -> Tensor:
@@ -262,6 +280,36 @@ class Model(nn.Module, abc.ABC):
     def observed(self) -> dict[str, Tensor]:
         """Return the observed data under the names that :meth:`predictive` uses."""
         raise NotAvailableError(f"the model {type(self).__name__} does not name its observed data.")
+
+    def with_observed(self, data: Mapping[str, Tensor]) -> Model:
+        """Return a copy of this model with other observed data, under the names that :meth:`observed` uses.
+
+        What is not observed (inputs, sizes) stays; this model is left as it is. Draws of :meth:`predictive`, one data
+        set at a time, are such data.
+
+        Args:
+            data: Name to data of the same shape; names that are left out keep their data.
+
+        Raises:
+            NotAvailableError: If the model does not know where its observed data are.
+            ConfigError: If a name is not that of observed data.
+            ShapeError: If a shape differs.
+        """
+        raise NotAvailableError(f"the model {type(self).__name__} cannot be given other data: make it anew with them.")
+
+    def _checked_observed(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New observed data in the model's dtype on its device, names and shapes checked."""
+        own = self.observed()
+        out = {}
+        for name, value in data.items():
+            if name not in own:
+                raise ConfigError(f"the model observes {', '.join(own) or 'nothing'}; there is no {name!r} to replace.")
+            old = own[name]
+            if not isinstance(value, Tensor) or value.shape != old.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ShapeError(f"the new {name!r} must have the shape of the old, {tuple(old.shape)}, got {got}.")
+            out[name] = value.detach().to(old.device, old.dtype)
+        return out
 
     @property
     def reference_draws(self) -> Tensor:

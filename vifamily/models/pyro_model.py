@@ -102,7 +102,7 @@ class PyroModel(Model):
         program = Program(fn, args, kwargs, dtype=dtype, device=torch.device(device), data_plate=data_plate)
         super().__init__(layout_of_sites(program.structure.latent), dtype=dtype, device=device)
         self.program, self.notes = program, list(dict.fromkeys(notes))
-        self._num_data = program.structure.num_data
+        self._num_data, self._data_plate = program.structure.num_data, data_plate
         self._data: dict[str, Tensor] | None = None
         self._probe()
 
@@ -312,6 +312,38 @@ class PyroModel(Model):
     def observed(self) -> dict[str, Tensor]:
         """Return the observed sites' values, all data."""
         return dict(self._observed())
+
+    def with_observed(self, data: Mapping[str, Tensor]) -> PyroModel:
+        """Return the same program with other observed data (see :meth:`Model.with_observed`).
+
+        The data must be arguments of the program, each found once among them by its value.
+
+        Raises:
+            NotAvailableError: If observed data are not an argument of the program, or are so more than once.
+        """
+        new, own = self._checked_observed(data), self._observed()
+        found = dict.fromkeys(new, 0)
+
+        def swap(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                for name, fresh in new.items():
+                    if value.shape == own[name].shape and torch.equal(value.to(own[name]), own[name]):
+                        found[name] += 1
+                        return fresh.to(value)
+            if type(value) in (tuple, list):
+                return type(value)(swap(v) for v in value)
+            return {k: swap(v) for k, v in value.items()} if type(value) is dict else value
+
+        args, kwargs = [swap(a) for a in self.program.args], {k: swap(v) for k, v in self.program.kwargs.items()}
+        for name, count in found.items():
+            if count != 1:
+                raise NotAvailableError(
+                    f"the data of {name!r} are {'no argument' if not count else f'{count} arguments'} of the program, "
+                    f"so they cannot be replaced: pass them as one, program(..., {name}), and observe obs={name}."
+                )
+        return PyroModel(
+            self.program.function, *args, dtype=self.dtype, device=self.device, data_plate=self._data_plate, **kwargs
+        )
 
     def _observed(self) -> dict[str, Tensor]:
         if self._data is None:

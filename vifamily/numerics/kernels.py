@@ -1,10 +1,10 @@
-"""Positive-definite kernels with the derivatives that Stein's identity needs, in closed form.
+r"""Positive-definite kernels with the derivatives that Stein's identity needs, in closed form.
 
 Points are ``(..., n, dim)`` against ``(..., m, dim)``; leading axes (restarts) broadcast, and so does a bandwidth with
 one number for each. Every kernel here is of the form in which
 
-.. math:: \\nabla_x k(x, y) = a(x, y)\\,(x - y) + b(x, y)\\,y, \\qquad
-          \\nabla_y k(x, y) = -a(x, y)\\,(x - y) + b(x, y)\\,x,
+.. math:: \nabla_x k(x, y) = a(x, y)\,(x - y) + b(x, y)\,y, \qquad
+          \nabla_y k(x, y) = -a(x, y)\,(x - y) + b(x, y)\,x,
 
 so that Stein kernels and directions are products of matrices: no tensor ``(n, m, dim)`` is kept for them.
 """

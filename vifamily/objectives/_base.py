@@ -38,6 +38,8 @@ class Estimator:
             should have.
         value_gradient: Whether the surrogate's gradient is that of the value on the same noise, so that a solver may
             minimise the value on fixed draws; not so for score functions and for estimators that hold a density fixed.
+        unbiased: Whether its mean is the gradient of the value's mean for every number of draws. Where not, the
+            difference vanishes as draws grow, and the contract kit checks that.
     """
 
     model: Caps = frozenset()
@@ -46,6 +48,7 @@ class Estimator:
     never_family: Caps = frozenset()
     unless_asked: Caps = frozenset()
     value_gradient: bool = True
+    unbiased: bool = True
 
     def lacks(self, model: Caps, family: Caps) -> tuple[str, ...]:
         """Return what stands in the way, in words."""
@@ -68,6 +71,8 @@ class Objective(abc.ABC):
 
     needs_model: ClassVar[Caps] = frozenset({Capability.LOG_JOINT})
     needs_family: ClassVar[Caps] = frozenset()
+    never_model: ClassVar[Caps] = frozenset()
+    """What the model must not have, for every estimator: local latents, say, where the log joint is taken whole."""
     estimators: ClassVar[Mapping[str, Estimator]] = {}
     """Gradient estimators, best first; ``"auto"`` takes the first that fits."""
     spaces: ClassVar[frozenset[Space]] = frozenset(Space)
@@ -83,11 +88,17 @@ class Objective(abc.ABC):
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
     freezes_model: ClassVar[bool] = False
     """Whether the model's own parameters stay as they are: a match of scores can be faked by moving the target."""
+    bias: ClassVar[str] = ""
+    """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
+    step). Where it is empty, plans call biased what weighs by ratios and is not linear in its draws."""
     inclusive: ClassVar[bool] = False
     """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
     biased_at_posterior: ClassVar[bool] = False
     """Whether on finitely many draws its mean gradient does not vanish at the posterior, but shrinks as draws are
     added."""
+    invariant_to_constants: ClassVar[bool] = True
+    """Whether a constant added to the log joint leaves the gradient as it is. Where not, the objective takes the log
+    joint to be normalised, or to be so by a log evidence that it was told."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
@@ -105,6 +116,31 @@ class Objective(abc.ABC):
         """
         return None
 
+    @property
+    def weighs_by_ratio(self) -> bool:
+        """Whether draws of q are weighed by powers of p / q, so that few of them carry the gradient in many dimensions.
+
+        Unless an entry says otherwise: where both log densities are needed, the order is not 1, and it is no match of
+        scores.
+        """
+        both = Capability.LOG_JOINT in self.needs_model and Capability.LOG_Q in self.needs_family
+        return both and not self.freezes_model and self.renyi_order != 1
+
+    @property
+    def targets_posterior(self) -> bool:
+        """Whether the exact posterior is an optimum; not so of an objective that was asked to aim at another law."""
+        return True
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps during which the loss is still on its way to what it stands for; no fit counts as converged before."""
+        return 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the choice made, in words; shown with the plan and kept in the record."""
+        return ()
+
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 16
 
@@ -119,6 +155,7 @@ class Objective(abc.ABC):
         """Return what a pair lacks, in words; empty when the objective can run on it."""
         out = [f"model: {c}" for c in sorted(self.needs_model - model)]
         out += [f"family: {c}" for c in sorted(self.needs_family - family)]
+        out += [f"model: no {c}" for c in sorted(self.never_model & model)]
         if space not in self.spaces:
             out.append(f"space: {space} is not one of {', '.join(sorted(self.spaces))}")
         if not out and self.estimators and self._estimator(model, family) is None:
@@ -186,6 +223,10 @@ class Objective(abc.ABC):
         axis first, and its rows are what each would carry alone.
         """
         return None
+
+    def after_warmup(self, state: Any) -> Any:
+        """Return the state that :meth:`init_state` gave as it would be after :attr:`warmup_steps` steps."""
+        return state
 
     @abc.abstractmethod
     def loss(

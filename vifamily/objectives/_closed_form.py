@@ -35,6 +35,7 @@ class ClosedForm(Objective):
     needs_family: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.DRAWS, Capability.GAUSSIAN, Capability.FULL_GAUSSIAN}
     )
+    never_model: ClassVar[frozenset[Capability]] = frozenset({Capability.LOCAL})
     value_kind: ClassVar[ValueKind] = "divergence"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     blind_to_mode_weights: ClassVar[bool] = True

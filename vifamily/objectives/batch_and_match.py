@@ -33,13 +33,22 @@ class BatchAndMatch(ClosedForm):
     No step size depends on the scale of the problem and no log density is used. Where ``2 (B + 1) < dim`` the equation
     is solved in the span of the draws and scores, so that a step costs ``O(dim^2 B)``.
 
-    *Target and bias.* A Gaussian posterior is a fixed point on every batch. Otherwise, as :math:`\lambda \to 0`, the
-    answer is the Gaussian with :math:`E_q[g] = 0` and :math:`\mathrm{cov}_q(g) = S^{-1}`: what minimises the divergence
-    when its draws are held fixed, which is not the q of least divergence. At a fixed :math:`\lambda` the average of the
-    iterates is off by an amount proportional to :math:`\lambda / B`, which the solver removes by halving
-    :math:`\lambda`. Since :math:`\mathrm{cov}_q(g)` exceeds the squared mean curvature, q is narrower than that of
-    reverse KL where the curvature varies. Noise of minibatches would add to :math:`\Gamma` and make q too narrow: they
-    are refused.
+    A Gaussian posterior is a fixed point on every batch. Otherwise, as :math:`\lambda \to 0`, the answer is the
+    Gaussian with :math:`E_q[g] = 0` and :math:`\mathrm{cov}_q(g) = S^{-1}`: what minimises the divergence when its
+    draws are held fixed, which is not the q of least divergence. Since :math:`\mathrm{cov}_q(g)` exceeds the squared
+    mean curvature, q is narrower than that of reverse KL where the curvature varies.
+
+    **Bias.** At a fixed :math:`\lambda` the average of the iterates is off by an amount proportional to
+    :math:`\lambda / B`, which the solver removes by halving :math:`\lambda`. Noise of minibatches would add to
+    :math:`\Gamma` and make q too narrow: they are refused.
+
+    **Blind to.** The weights of separate modes: scores do not see them.
+
+    **Fails when.** Scores of the tails dominate the batch (funnels, heavy curvature), or the posterior has several
+    modes, of which it takes one.
+
+    Source: Cai et al. 2024, "Batch and match: black-box variational inference with a score-based divergence", the
+    closed-form match step of section 3.
 
     Example:
         >>> import vifamily as vf

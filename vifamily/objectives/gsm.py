@@ -30,10 +30,19 @@ class Gsm(ClosedForm):
     Mean and covariance change by ``step`` times the averages of :math:`\delta` and :math:`\Delta` over the batch, which
     leaves the covariance positive definite; ``step = 1`` with one draw is the method as published.
 
-    *Target and bias.* A Gaussian posterior is a fixed point at every draw. Otherwise the iterates never settle; the
-    solver averages them and halves the step until that changes nothing, so that the answer is the Gaussian under which
-    :math:`\delta` and :math:`\Delta` have mean zero. That is another point than that of ``batch_and_match``, and of no
-    divergence. Minibatches would bias it: they are refused.
+    A Gaussian posterior is a fixed point at every draw. Otherwise the iterates never settle; the solver averages them
+    and halves the step until that changes nothing, so that the answer is the Gaussian under which :math:`\delta` and
+    :math:`\Delta` have mean zero. That is another point than that of ``batch_and_match``, and of no divergence.
+
+    **Bias.** That of a finite step, which the solver removes by halving it. Minibatches would add to it: they are
+    refused.
+
+    **Blind to.** The weights of separate modes: scores do not see them.
+
+    **Fails when.** The posterior is far from Gaussian: each draw asks for another Gaussian, and the average of them is
+    near none. Of several modes it takes one.
+
+    Source: Modi et al. 2023, "Variational inference with Gaussian score matching", the closed form for Gaussians.
 
     Example:
         >>> import vifamily as vf

@@ -34,11 +34,19 @@ class Renyi(Objective):
 
     One global ratio per draw. ``alpha`` in (0, 1) lies between inclusive and exclusive KL; the limits are the ELBO at
     1, the importance-weighted bound at 0, the largest log ratio at minus infinity (minimised) and the smallest at
-    infinity (maximised). Lower and upper are statements about the exact expectation: the Monte-Carlo value over K draws
-    is biased down for alpha < 1 and up for alpha > 1, and what is optimised is its expectation over K draws.
+    infinity (maximised).
 
-    The gradient's signal falls fast with dimension for alpha away from 1 (Geffner and Domke 2021): above some ten
-    dimensions look at the effective sample size before trusting a wider posterior.
+    **Bias.** Lower and upper are statements about the exact expectation: the Monte-Carlo value over K draws is biased
+    down for alpha < 1 and up for alpha > 1, by O(1/K), and what is optimised is its expectation over K draws, with an
+    unbiased gradient. Minibatches would bias it and are refused, unless every latent is local.
+
+    **Blind to.** Modes that q does not visit, for every alpha: no draw reports them.
+
+    **Fails when.** Alpha is away from 1 in many dimensions: the gradient's signal falls fast (Geffner and Domke 2021),
+    so above some ten dimensions look at the effective sample size before trusting a wider posterior. For alpha < 0
+    where the tails of q are lighter than the posterior's, the expectation is infinite and its estimate means nothing.
+
+    Source: Li and Turner 2016, section 3; the weights of ``dreg`` for alpha other than 0 are derived here.
 
     Args:
         alpha: Any real number, or ``inf`` or ``-inf``.

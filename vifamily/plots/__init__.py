@@ -6,9 +6,24 @@ changed. Save one with ``figure.savefig("picture.png")``; in a notebook, name it
 
 from __future__ import annotations
 
+from vifamily.plots.calibration import ecdf_difference, probability_histograms
 from vifamily.plots.cells import Panel, Row, cell_grid
 from vifamily.plots.contour import contour, grid_over
 from vifamily.plots.pairs import marginals, pairs
+from vifamily.plots.stability import stability
 from vifamily.plots.traces import k_hat, loss_trace
 
-__all__ = ["Panel", "Row", "cell_grid", "contour", "grid_over", "k_hat", "loss_trace", "marginals", "pairs"]
+__all__ = [
+    "Panel",
+    "Row",
+    "cell_grid",
+    "contour",
+    "ecdf_difference",
+    "grid_over",
+    "k_hat",
+    "loss_trace",
+    "marginals",
+    "pairs",
+    "probability_histograms",
+    "stability",
+]

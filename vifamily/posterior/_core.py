@@ -14,6 +14,7 @@ from vifamily.diagnostics.summary import Summary, summarise
 from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.families._base import Family
 from vifamily.models._base import Model
+from vifamily.numerics.newton import value_and_gradient
 from vifamily.posterior._linear_response import linear_response_covariance
 from vifamily.posterior._record import FitRecord
 from vifamily.rng import generator
@@ -308,6 +309,11 @@ class PosteriorCore:
     def log_likelihood_in_chunks(self, z: Tensor) -> Tensor:
         model = self.require_model("a likelihood per datum", Capability.PER_DATUM)
         return torch.cat([model.log_likelihood(part) for part in z.split(_CHUNK)]).double()
+
+    def scores_in_chunks(self, z: Tensor) -> Tensor:
+        """Gradient of the log joint at many points, ``(draw, dim)``, float64."""
+        model = self.require_model("a score", Capability.LOG_JOINT, Capability.SCORE)
+        return torch.cat([value_and_gradient(model.log_joint, part)[1] for part in z.split(_CHUNK)]).double()
 
 
 def check_count(name: str, value: Any) -> None:

@@ -101,10 +101,8 @@ def _stein(posterior: Posterior, seed: int | None) -> SteinTest | None:
         return None
     if Capability.FINITE in posterior.family.capabilities or Capability.SCORE not in model.capabilities:
         return None
-    z = posterior.draws(_STEIN_DRAWS, seed=seed).detach().clone()
-    z.requires_grad = True
-    with torch.enable_grad():
-        (score,) = torch.autograd.grad(model.log_joint(z).sum(), z)
+    z = posterior.draws(_STEIN_DRAWS, seed=seed)
+    score = posterior.scores_in_chunks(z)
     if not bool(score.isfinite().all()):
         return None
     return kernel_stein(z, score, generator=generator(posterior.record.seed, "stein"))

@@ -14,20 +14,25 @@ from torch import Tensor
 
 from vifamily.diagnostics import (
     Diagnosis,
+    Estimate,
     Loo,
     PredictiveCheck,
     Psis,
     RestartMixture,
+    Stability,
+    fisher_gap,
     importance_mixture_weights,
     loo,
     predictive_check,
     psis,
+    stability,
     stacking_weights,
 )
 from vifamily.diagnostics.inference_data import to_inference_data
 from vifamily.errors import ConfigError, NotAvailableError, VifamilyWarning
 from vifamily.families._base import Family, FamilyEntry
 from vifamily.models._base import Model
+from vifamily.numerics.newton import value_and_gradient
 from vifamily.posterior._core import PosteriorCore, check_count
 from vifamily.posterior._diagnose import diagnose
 from vifamily.posterior._draw_plots import draw_plot
@@ -286,6 +291,44 @@ class Posterior(PosteriorCore):
         self.require_model("leave-one-out", Capability.PER_DATUM)
         z, log_p, log_q = self.weighted(num_draws, seed=seed)
         return loo(self.log_likelihood_in_chunks(z), log_p - log_q)
+
+    def fisher_gap(self, *, num_draws: int = 1000, weight: str = "covariance", seed: int | None = None) -> Estimate:
+        """Mean squared difference of the scores of model and family: see :func:`vifamily.diagnostics.fisher_gap`.
+
+        Args:
+            num_draws: Number of draws.
+            weight: ``"covariance"`` (in units of the draws' own covariance) or ``"identity"``.
+            seed: Seed of the draws; by default that of the fit.
+
+        Returns:
+            The gap with its standard error.
+
+        Raises:
+            NotAvailableError: If the family has no density, or the model no score.
+        """
+        lacking = Capability.LOG_Q not in self.family.capabilities
+        if lacking or Capability.LOG_Q_BOUND in self.family.capabilities:
+            raise NotAvailableError(
+                f"a Fisher gap needs the score of the family, and {self.record.family} has no density: "
+                "posterior.diagnose() runs a kernel Stein test instead."
+            )
+        z = self.draws(num_draws, seed=seed)
+        of_family = torch.cat([value_and_gradient(self.family.log_prob, part)[1] for part in z.split(256)])
+        return fisher_gap(z, self.scores_in_chunks(z), of_family, weight=weight)
+
+    def stability(self, alpha: float | None = None, *, point: Tensor | None = None, **options: Any) -> Stability:
+        """Ask whether an ensemble at one point would move apart under the alpha-Rényi loss, and in which direction.
+
+        Args:
+            alpha: An alpha to judge; None asks for the critical one alone.
+            point: Where, ``(dim,)`` on unconstrained space; by default the posterior mean.
+            options: As in :func:`vifamily.diagnostics.stability`.
+
+        Raises:
+            NotAvailableError: If the model has no likelihood per datum.
+        """
+        model = self.require_model("stability", Capability.PER_DATUM)
+        return stability(model, self.mean(unconstrained=True) if point is None else point, alpha, **options)
 
     # -- other tools ---------------------------------------------------------------------------------------------------
     def to_arviz(self, *, num_draws: int = 1000, seed: int | None = None) -> Any:

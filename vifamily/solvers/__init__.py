@@ -9,7 +9,9 @@ from vifamily.solvers.closed_form import ClosedFormUpdates
 from vifamily.solvers.laplace import Laplace
 from vifamily.solvers.lbfgs import Lbfgs
 from vifamily.solvers.natural_gradient import NaturalGradient
+from vifamily.solvers.particle_flow import ParticleFlow
 from vifamily.solvers.pathfinder import Pathfinder
+from vifamily.solvers.two_player import TwoPlayer
 
 __all__ = [
     "Adam",
@@ -17,10 +19,12 @@ __all__ = [
     "Laplace",
     "Lbfgs",
     "NaturalGradient",
+    "ParticleFlow",
     "Pathfinder",
     "Run",
     "Solver",
     "StepReport",
     "Task",
+    "TwoPlayer",
     "worth_compiling",
 ]

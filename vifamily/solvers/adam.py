@@ -85,8 +85,7 @@ class AdamRun(Run):
     def __init__(self, task: Task, rule: StoppingRule, step_size: float, model_factor: float) -> None:
         self.task, self.rule, self.step_size, self.model_factor = task, rule, step_size, model_factor
         self.flat = FlatParameters(task.family.parameters(), task.restarts)
-        own = {id(p) for p in self.flat.parameters}
-        self.model_flat = FlatParameters([p for p in task.model.parameters() if id(p) not in own], 1)
+        self.model_flat = self._others()
         self.groups = [g for g in (self.flat, self.model_flat) if g.parameters]
         if not self.groups:
             raise ConfigError("there is nothing to optimise: neither the family nor the model has parameters.")
@@ -97,7 +96,9 @@ class AdamRun(Run):
             # the optimiser's parameter and the flat tensor share memory
             held["params"][0].data = group.value
         self.step_count, self.stage = 0, 0
-        self.monitor = StageMonitor(rule, 0, rule.rough)
+        # while the objective is still on its way to what it stands for, nothing is judged: the first stage begins after
+        self.warmup = int(getattr(task.objective, "warmup_steps", 0))
+        self.monitor = StageMonitor(rule, self.warmup, rule.rough)
         self.objective_state = task.objective_state
         self.sums = [torch.zeros_like(g.value) for g in self.groups]
         self.snapshots: list[tuple[int, list[Tensor]]] = [(0, [s.clone() for s in self.sums])]
@@ -111,13 +112,24 @@ class AdamRun(Run):
         self.notes: list[str] = []
         self.finished: str | None = None
         self.loop: AdamLoop | None = None
-        if task.compiled:
+        if task.compiled and self.warmup:
+            self.not_compiled = "the objective changes from step to step"
+        elif task.compiled:
             found = compile_adam(self)
             if isinstance(found, AdamLoop):
                 self.loop, self.compiled = found, True
             else:
                 self.not_compiled = found
                 self.optimiser.state.clear()
+
+    def _others(self) -> FlatParameters:
+        """Parameters beside the family's: point-estimated ones of the model."""
+        own = {id(p) for p in self.flat.parameters}
+        return FlatParameters([p for p in self.task.model.parameters() if id(p) not in own], 1)
+
+    def _owner(self, group: FlatParameters) -> Any:
+        """The module that a group's parameters come from."""
+        return self.task.family if group is self.flat else self.task.model
 
     def _rate(self, group: FlatParameters) -> float:
         return self.step_size * (1.0 if group is self.flat else self.model_factor)
@@ -182,7 +194,7 @@ class AdamRun(Run):
         bad = [name for name, term in loss.terms.items() if not bool(torch.isfinite(term).all())]
         # a term of a sum that is fine apart makes the sum itself the culprit
         term = bad[0] if bad else "the loss" if not all(abs(v) < float("inf") for v in values) else "the gradient"
-        owners = [self.task.family if g is self.flat else self.task.model for g in self.groups]
+        owners = [self._owner(g) for g in self.groups]
         parameter = bad_parameter(self.groups, owners, packed)
         where = f", first seen in the parameter {parameter!r}" if parameter else ""
         raise NonFiniteLossError(
@@ -210,14 +222,17 @@ class AdamRun(Run):
     def _report(self, values: list[float], *, watch: bool) -> StepReport:
         step, used = self.step_count, self.step_size
         since = step - self.monitor.first_step
-        if watch and since % self.rule.every == 0:
+        if step == self.warmup:
+            self._restart_stage()
+        if watch and since > 0 and since % self.rule.every == 0:
             self.monitor.add(self.watch())
-        if since == self.rule.next_check(since - 1):
+        if since > 0 and since == self.rule.next_check(since - 1):
             self._snapshot()
             verdict = self.monitor.judge(step, self._unit(self.monitor.rows[-1]))
             if verdict is not None:
                 self._end_stage(verdict)
         phase = f"stage {self.stage + 1}" + (", averaging" if self.monitor.stationary_from is not None else "")
+        phase = "warm-up" if since < 0 else phase
         terms = {name: column[-1] for name, column in self._terms.items()}
         return StepReport(step, tuple(values), terms, used, self.finished, phase)
 
@@ -285,6 +300,10 @@ class AdamRun(Run):
         # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
         near = self.change < max(4 * self.rule.tolerance, noise)
         self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        self._restart_stage()
+
+    def _restart_stage(self) -> None:
+        """Begin the averages of a stage anew."""
         self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
         self.gradient_sum.zero_()
         self.gradient_square.zero_()
@@ -338,9 +357,17 @@ class AdamRun(Run):
             "rhat": self.monitor.rhat,
             "mcse": self.monitor.error,
             "gradient_snr": snr,
-            "notes": tuple(self.notes),
+            "notes": (*self.notes, *self._unfinished()),
             "change": self.change,
         }
+
+    def _unfinished(self) -> tuple[str, ...]:
+        if self.step_count >= self.warmup:
+            return ()
+        return (
+            f"the fit ended after {self.step_count} of the {self.warmup} steps of its objective's warm-up: what it "
+            "was minimising is not yet what the objective stands for",
+        )
 
     # -- writing down --------------------------------------------------------------------------------------------------
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -213,7 +213,9 @@ class LbfgsRun(Run):
 
     def _fixed_loss(self) -> FixedLoss:
         task = self.task
-        family = self.family if task.linear_in_draws else Grouped(self.family, task.draws)
+        # families of points have no draws to group
+        single = task.linear_in_draws or math.prod(self.family.noise_spec.shape) == 0
+        family = self.family if single else Grouped(self.family, task.draws)
         return FixedLoss(
             lambda noise: task.objective_loss(family, task.model, noise, None, None),
             [p for g in self.groups for p in g.parameters],

@@ -67,6 +67,12 @@ class NarrowFamily:
         out: tuple[Tensor, Tensor] = self._family.moments()
         return out
 
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Closed-form means and variances of each coordinate."""
+        self._need(Capability.GAUSSIAN)
+        out: tuple[Tensor, Tensor] = self._family.marginals()
+        return out
+
 
 class SplitFamily(NarrowFamily):
     """A family whose first draw is written as two equal ones of half its weight.

@@ -46,7 +46,7 @@ class Setting:
 
     def state(self, family: Any, model: Any = None) -> Any:
         model = self.target.model if model is None else model
-        return self.objective.init_state(model, family, generator=seeded(0))
+        return self.objective.after_warmup(self.objective.init_state(model, family, generator=seeded(0)))
 
 
 def build_at(target: targets.Target, spec: str) -> Family:

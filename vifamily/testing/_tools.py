@@ -159,7 +159,7 @@ def descend(
     """
     parameters = [p for p in family.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=rate, foreach=False)
-    state = objective.init_state(model, family, generator=seeded(0))
+    state = objective.after_warmup(objective.init_state(model, family, generator=seeded(0)))
     fresh, source = fresh or (isinstance(state, Tensor) and state.is_floating_point()), seeded(7)
     total = [torch.zeros_like(p) for p in parameters]
     for step in range(steps):

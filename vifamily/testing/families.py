@@ -344,6 +344,10 @@ class _Checks(FamilyTools):
                 if self.has(family, Capability.GAUSSIAN):
                     raise
                 return
+            for got, part, what in zip(
+                family.marginals(), (mean, covariance.diagonal()), ("means", "variances"), strict=True
+            ):
+                agree(got, part, tolerances.EXACT, f"marginal {what} as in the moments")
             z = family.sample(4000, generator=seeded(13))
             mean_is(z, mean, "a mean of samples, the closed-form one")
             apart = z - mean

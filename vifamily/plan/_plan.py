@@ -1,9 +1,11 @@
-"""What a fit would do, or why it cannot: names resolved, needs checked, the estimator chosen, before step one."""
+"""What a fit would do, or why it cannot: names resolved, needs checked, the estimator chosen."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,10 +16,22 @@ from vifamily.families import Family, FamilyEntry
 from vifamily.families._adapters import as_entry
 from vifamily.models import Model
 from vifamily.objectives import Objective
+from vifamily.plan._warnings import chosen_estimator, warnings_of
 from vifamily.solvers import Solver, worth_compiling
 from vifamily.types import Capability, LatentSpec, Space
 
-__all__ = ["Plan", "plan"]
+__all__ = [
+    "Plan",
+    "alternatives",
+    "check_batches",
+    "check_pair",
+    "default_capabilities",
+    "describe",
+    "latent_of",
+    "make_plan",
+    "plan",
+    "resolve_model",
+]
 
 _LARGEST_FULL_RANK = 100
 _MOST_PARAMETERS = 200_000
@@ -39,6 +53,7 @@ class Plan:
         batch_size: Data per step, or None for all.
         notes: What was chosen on the user's behalf, in words.
         compile: Whether steps are compiled: ``"auto"``, True or False.
+        warnings: What should be known before the fit, in words: blindness, bias, noise (see :mod:`vifamily.plan`).
     """
 
     model: Model
@@ -51,12 +66,21 @@ class Plan:
     batch_size: int | None
     notes: tuple[str, ...] = ()
     compile: Literal["auto"] | bool = "auto"
+    warnings: tuple[str, ...] = ()
 
     @property
     def estimator(self) -> str | None:
         """Gradient estimator that will be used, or None where there is no choice or no gradient."""
         chosen = getattr(self.objective, "estimator", None)
         return None if chosen == "auto" else chosen
+
+    @property
+    def uses(self) -> Mapping[str, tuple[str, ...]]:
+        """Capabilities that the loss will use, of the ``"model"`` and of the ``"family"``."""
+        chosen = chosen_estimator(self.objective)
+        of_model = self.objective.needs_model | (frozenset() if chosen is None else chosen.model)
+        of_family = self.objective.needs_family | (frozenset() if chosen is None else chosen.family)
+        return {"model": tuple(sorted(of_model)), "family": tuple(sorted(of_family))}
 
     def _compiled(self) -> str:
         """Whether steps will be compiled, and why, for one restart without ``steps=``."""
@@ -78,11 +102,14 @@ class Plan:
             f"{str(self.latent.dtype).removeprefix('torch.')} on {self.latent.device}",
             f"family     {describe(self.entry)}",
             f"objective  {describe(self.objective)}",
+            f"uses       of the model: {', '.join(self.uses['model']) or 'nothing'}",
+            f"           of the family: {', '.join(self.uses['family']) or 'nothing'}",
             f"solver     {describe(self.solver)}",
             f"each step  {self.draws} draws, {data}",
             f"compiled   {self._compiled()}",
         ]
-        return "\n".join([*lines, *(f"note       {note}" for note in self.notes)])
+        lines += [f"note       {note}" for note in self.notes]
+        return "\n".join([*lines, *(f"warning    {warning}" for warning in self.warnings)])
 
 
 def describe(entry: Any) -> str:
@@ -194,7 +221,7 @@ def _solver_choice(
 def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
     """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
     if objective.own_solver is not None:
-        return objective.own_solver, "the objective's updates are in closed form"
+        return objective.own_solver, "the objective is not the descent of a loss, and this drives it"
     if batch_size is not None:
         return "adam", "minibatches change the loss at every step"
     if Capability.LOCAL in model.capabilities:
@@ -227,6 +254,17 @@ def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability]
         return None
 
 
+def _lacking(
+    objective: Objective, model: frozenset[Capability], family: frozenset[Capability], latent: LatentSpec
+) -> tuple[str, ...]:
+    """What stands in the way of an objective, a model and a family, in words."""
+    lacking = objective.missing(model, family, latent.space)
+    if {Capability.LOCAL} & model and {Capability.WEIGHTED} & family:
+        # local latents are drawn one beside each row of noise, of which such a family makes several draws
+        lacking += (f"family: no {Capability.WEIGHTED} (the model has {Capability.LOCAL})",)
+    return lacking
+
+
 def alternatives(objective: Objective, model: Model, family: frozenset[Capability]) -> dict[str, list[str]]:
     """Return registered families that this objective could use here, and objectives that this family could serve."""
     latent, of_model = latent_of(model), frozenset(model.capabilities)
@@ -234,17 +272,19 @@ def alternatives(objective: Objective, model: Model, family: frozenset[Capabilit
         name
         for name in registry.names("families")
         if (found := default_capabilities(name, latent)) is not None
-        and not objective.missing(of_model, found, latent.space)
+        and not _lacking(objective, of_model, found, latent)
     ]
-    objectives = []
-    for name in registry.names("objectives"):
-        try:
-            other = registry.build("objectives", name)
-        except (ValueError, RuntimeError, TypeError):
-            continue  # needs arguments
-        if not other.missing(of_model, family, latent.space):
-            objectives.append(name)
+    objectives = [name for name, other in _objectives() if not _lacking(other, of_model, family, latent)]
     return {"families": families, "objectives": objectives}
+
+
+def _objectives() -> list[tuple[str, Objective]]:
+    """Registered objectives at their defaults; those that need arguments are left out."""
+    found = []
+    for name in registry.names("objectives"):
+        with contextlib.suppress(ValueError, RuntimeError, TypeError):
+            found.append((name, registry.build("objectives", name)))
+    return found
 
 
 def check_pair(objective: Objective, model: Model, family: Family, entry: FamilyEntry) -> Objective:
@@ -253,7 +293,7 @@ def check_pair(objective: Objective, model: Model, family: Family, entry: Family
     Raises:
         IncompatibleError: If the three cannot meet.
     """
-    lacking = objective.missing(frozenset(model.capabilities), frozenset(family.capabilities), model.space)
+    lacking = _lacking(objective, frozenset(model.capabilities), frozenset(family.capabilities), latent_of(model))
     if lacking:
         other = alternatives(objective, model, frozenset(family.capabilities))
         raise IncompatibleError(
@@ -265,6 +305,21 @@ def check_pair(objective: Objective, model: Model, family: Family, entry: Family
             works_with=other,
         )
     return objective.resolve(model, family)
+
+
+def _check_space(entry: FamilyEntry, latent: LatentSpec, objective: Objective, model: Model) -> None:
+    """Refuse a family of another space, with what lives on this one."""
+    try:
+        entry.check_space(latent)
+    except IncompatibleError as error:
+        fitting = [n for n in registry.names("families") if default_capabilities(n, latent) is not None]
+        works = alternatives(objective, model, frozenset())["families"]
+        raise IncompatibleError(
+            f"{error}\n  families on the {latent.space} space: {', '.join(fitting) or 'none'}\n"
+            f"  of these, with the objective {describe(objective)!r}: {', '.join(works) or 'none'}",
+            missing=error.missing,
+            works_with={"families": works, "objectives": []},
+        ) from None
 
 
 def check_batches(objective: Objective, model: Model, batch_size: int | None) -> None:
@@ -292,11 +347,13 @@ def check_batches(objective: Objective, model: Model, batch_size: int | None) ->
         objective.subsampling == "per_datum" and model.dim == 0
     )
     if not allowed:
+        others = [n for n, other in _objectives() if other.subsampling in ("unbiased", "biased")]
         raise IncompatibleError(
             f"the objective {describe(objective)!r} is not a sum over data, so a minibatch would change what it "
             "converges to. Use all data (no batch_size), an objective such as elbo, or a model whose latents are all "
-            "local.",
+            f"local.\n  objectives that take minibatches: {', '.join(others)}",
             missing=("objective: unbiased minibatches",),
+            works_with={"families": [], "objectives": others},
         )
 
 
@@ -328,8 +385,10 @@ def make_plan(
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
-    entry = _family_choice(family, found, named, notes)
+    own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
+    entry = _family_choice(family, found, own, notes)
     latent = latent_of(found)
+    _check_space(entry, latent, loss, found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
     way = _solver_choice(named, loss, found, built, batch_size, notes)
     way.check_objective(loss)
@@ -338,6 +397,7 @@ def make_plan(
     if not way.writes(built):
         loss = check_pair(loss, found, built, entry)
     check_batches(loss, found, batch_size)
+    notes += loss.notes
     way.check(model=found, family=built, batch_size=batch_size, objective=loss)
     if draws is None:
         draws = way.default_draws if way.default_draws and loss.linear_in_draws else loss.default_draws
@@ -346,7 +406,9 @@ def make_plan(
     least = max(loss.min_draws, 2 if getattr(loss, "estimator", None) == "score" else 1)
     if draws < least:
         raise ConfigError(f"the objective {describe(loss)!r} needs at least {least} draws per step, got draws={draws}.")
-    return Plan(found, problem, entry, loss, way, latent, draws, batch_size, tuple(notes), compile)
+    # where a solver fills the family by its own formula, the objective is reported only
+    said = () if way.writes(built) else warnings_of(loss, found, built, draws=draws, batch_size=batch_size)
+    return Plan(found, problem, entry, loss, way, latent, draws, batch_size, tuple(notes), compile, said)
 
 
 def plan(

@@ -1,0 +1,159 @@
+"""The fast Walsh-Hadamard transform, and the algebra of vectors indexed by bits that goes with it.
+
+``H`` is the Walsh-Hadamard matrix in natural (Sylvester) order, ``H_ij = (-1)^popcount(i & j)``, of size ``D = 2^p``;
+divided by ``sqrt(D)`` it is orthogonal and its own inverse. It is a Kronecker product of smaller ones, so that the
+transform of a row is two or three small matrix products: that is all it is here, which is why it has every derivative,
+runs under ``vmap`` and on any device, and compiles.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vifamily.errors import ShapeError
+
+__all__ = ["dyadic_convolution", "hadamard", "next_power_of_two", "split_powers_of_two"]
+
+_DENSE = 7
+"""Up to size ``2^7`` one product with the whole matrix is fastest."""
+_TWO_FACTORS = 12
+"""Up to size ``2^12`` two factors are, above that three."""
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _signs(power: int) -> np.ndarray:
+    """The matrix of size ``2^power``, entries one and minus one."""
+    out = np.ones((1, 1))
+    for _ in range(power):
+        out = np.block([[out, out], [out, -out]])
+    return out
+
+
+# made on import, while no tracer is at work: a matrix made under one would belong to its graph
+_SIGNS = {power: torch.from_numpy(_signs(power)) for power in range(_DENSE + 1)}
+_UNIT = {power: signs * 2.0 ** (-power / 2) for power, signs in _SIGNS.items()}
+# in half precision only powers of two are exact: what is left of the scale is applied to the result
+_HALF_UNIT = {power: signs * 2.0 ** -(power // 2) for power, signs in _SIGNS.items()}
+
+
+def _factors(power: int) -> tuple[int, ...]:
+    """Powers of the Kronecker factors, outermost first, as equal as they can be."""
+    if power <= _DENSE:
+        return (power,)
+    count = 2 if power <= _TWO_FACTORS else max(3, -(-power // _DENSE))
+    least, more = divmod(power, count)
+    return (least,) * (count - more) + (least + 1,) * more
+
+
+def hadamard(x: Tensor, *, orthonormal: bool = True) -> Tensor:
+    r"""Walsh-Hadamard transform along the last axis.
+
+    .. math:: y = \bar H x, \qquad \bar H_{ij} = D^{-1/2} (-1)^{|i \wedge j|},
+
+    with ``|i and j|`` the number of bits that the indices share. It is two or three matrix products whose work grows
+    little faster than ``D``, is linear, differentiable any number of times in both modes, batched over leading axes and
+    over ``torch.vmap``, and compiles as one graph. Orthonormal, it is its own inverse.
+
+    Args:
+        x: ``(..., D)``, ``D`` a power of two; any floating dtype and device. Products of half-precision numbers are
+            summed as the device's matrix products sum them.
+        orthonormal: Whether to divide by ``sqrt(D)``.
+
+    Returns:
+        ``(..., D)`` in the dtype of ``x``.
+
+    Raises:
+        ShapeError: If the last axis is not a power of two, or there is none.
+
+    Example:
+        >>> hadamard(torch.tensor([1.0, 0.0, -1.0, 2.0]), orthonormal=False)
+        tensor([ 2., -2.,  0.,  4.])
+    """
+    size = x.shape[-1] if x.dim() else 0
+    if size < 1 or size & (size - 1):
+        raise ShapeError(
+            f"a Walsh-Hadamard transform needs a power of two along the last axis, got shape {tuple(x.shape)}: pad it "
+            f"with zeros to {next_power_of_two(max(size, 1))}, or cut it into blocks of powers of two."
+        )
+    power = size.bit_length() - 1
+    factors = _factors(power)
+    half = x.dtype in _HALVES
+    table = _SIGNS if not orthonormal else _HALF_UNIT if half else _UNIT
+    out, after = x, size
+    for factor in factors:
+        matrix = table[factor].to(device=x.device, dtype=x.dtype)
+        rows = 2**factor
+        after //= rows
+        # the factor acts on an axis of its own, with the later factors' axes behind it
+        if after == 1:
+            out = out.reshape(*x.shape[:-1], size // rows, rows) @ matrix
+        else:
+            out = matrix @ out.reshape(*x.shape[:-1], size // (rows * after), rows, after)
+    out = out.reshape(x.shape)
+    odd = sum(factor % 2 for factor in factors)
+    return out * 2.0 ** (-odd / 2) if orthonormal and half and odd else out
+
+
+def dyadic_convolution(a: Tensor, b: Tensor) -> Tensor:
+    r"""Convolution over indices that add bit by bit.
+
+    .. math:: c_k = \sum_i a_i b_{i \oplus k},
+
+    with the exclusive or of indices. Transforms turn it into a product of coordinates, so it costs three of them.
+
+    Args:
+        a: ``(..., D)``, ``D`` a power of two.
+        b: ``(..., D)``; leading axes broadcast.
+
+    Returns:
+        ``(..., D)``.
+
+    Raises:
+        ShapeError: If the last axes differ or are no power of two.
+
+    Example:
+        >>> dyadic_convolution(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0]))
+        tensor([13., 11.])
+    """
+    if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-1]:
+        raise ShapeError(
+            f"a dyadic convolution needs two vectors of one length, got shapes {tuple(a.shape)} and {tuple(b.shape)}."
+        )
+    return hadamard(hadamard(a) * hadamard(b)) * math.sqrt(a.shape[-1])
+
+
+def next_power_of_two(size: int) -> int:
+    """Return the least power of two that is not below ``size``.
+
+    Example:
+        >>> [next_power_of_two(n) for n in (1, 2, 3, 9)]
+        [1, 2, 4, 16]
+    """
+    return 1 << (size - 1).bit_length()
+
+
+def split_powers_of_two(size: int, largest: int | None = None) -> tuple[int, ...]:
+    """Write a length as a sum of powers of two, the largest first.
+
+    Args:
+        size: What is to be cut, at least 1.
+        largest: Largest piece, a power of two, or None for no bound.
+
+    Returns:
+        The pieces; without a bound, the binary expansion of ``size``.
+
+    Example:
+        >>> split_powers_of_two(25), split_powers_of_two(25, 8)
+        ((16, 8, 1), (8, 8, 8, 1))
+    """
+    pieces = []
+    while size:
+        piece = 1 << (size.bit_length() - 1)
+        piece = piece if largest is None else min(piece, largest)
+        pieces.append(piece)
+        size -= piece
+    return tuple(pieces)

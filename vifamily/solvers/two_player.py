@@ -1,0 +1,298 @@
+"""Two players: a family that descends and a critic that ascends, by simultaneous steps of Adam."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import ConfigError, IncompatibleError
+from vifamily.registry import entry_name, register
+from vifamily.rng import draw_noise, generator
+from vifamily.solvers._base import Solver, StepReport, Task
+from vifamily.solvers._flat import FlatParameters
+from vifamily.solvers._stopping import StageMonitor, StoppingRule
+from vifamily.solvers.adam import AdamRun
+from vifamily.types import GameState, Loss
+
+__all__ = ["TwoPlayer"]
+
+_AUDIT_DRAWS = 1024
+_LARGE = 0.05
+"""Divergence per coordinate, in standardised units, above which the notes say that the family does not match."""
+
+
+@register("solvers", "two_player")
+@dataclasses.dataclass(frozen=True)
+class TwoPlayer(Solver):
+    r"""Drives objectives that are games (``operator``): the family descends on a value, a critic ascends on it.
+
+    Both take one step of Adam on the same draws, from the gradients at the point where both stand (simultaneous, not
+    nested, steps); ``inner`` above one gives the critic further steps on draws of their own beforehand. The value of a
+    game falls and rises, so it says nothing about convergence. What is watched is the family: means and log sds of its
+    coordinates. At each step size they are watched until stationary (split R-hat) and averaged until the Monte-Carlo
+    error of their averages is below ``mcse``; then both step sizes are halved, until that changes no average by more
+    than ``tolerance`` posterior sds.
+
+    At the end the averaged and the last family are audited: each stays where it is, the critic is trained on for
+    ``audit`` steps on fresh draws, and its value on further fresh draws counts. The better one is the answer, and the
+    notes report what was found. Restarts are compared by that value too, as what the critic reached on the draws of
+    training is optimistic, and of a critic that lags behind says nothing. Stationary iterates may also mean that the
+    critic sees no difference where there is one; the audit shows it only as far as that critic can learn to see it.
+
+    Args:
+        step_size: First step size of the family; None takes a tenth of what suits the family with ``adam``.
+        critic_step_size: First step size of the critic.
+        inner: Steps of the critic for each of the family.
+        tolerance: Largest change on halving the step sizes, in posterior sds and log sds.
+        mcse: Largest Monte-Carlo error of the averages, in the same units.
+        audit: Steps of the critic in the audit.
+
+    Raises:
+        ConfigError: If a number is out of range.
+
+    Example:
+        >>> from vifamily import registry
+        >>> registry.build("solvers", "two_player(inner=2)").inner
+        2
+    """
+
+    step_size: float | None = None
+    critic_step_size: float = 0.01
+    inner: int = 1
+    tolerance: float = 0.03
+    mcse: float = 0.03
+    audit: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("step_size", "critic_step_size", "tolerance", "mcse"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if (value is not None or name != "step_size") and not (number and 0 < value < math.inf):
+                raise ConfigError(f"two_player({name}=...) must be a positive number, got {value!r}.")
+        for name, least in (("inner", 1), ("audit", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"two_player({name}=...) must be an integer of at least {least}, got {value!r}.")
+
+    def check_objective(self, objective: Any) -> None:
+        """Refuse an objective without a second player (see :class:`~vifamily.solvers._base.Solver`)."""
+        if getattr(objective, "own_solver", None) != entry_name(self):
+            raise IncompatibleError(
+                f"the solver 'two_player' drives games of a family against a critic, and {entry_name(objective)!r} has "
+                "no critic: use objective='operator', or another solver.",
+                missing=("a critic",),
+                works_with={"objectives": ["operator"]},
+            )
+
+    def start(self, task: Task) -> TwoPlayerRun:
+        """Begin a run."""
+        self.check_objective(task.objective)
+        return TwoPlayerRun(task, self)
+
+
+class TwoPlayerRun(AdamRun):
+    """One run of :class:`TwoPlayer`: that of ``adam`` with a critic for a second group, whose gradient is turned round.
+
+    Args:
+        task: What is to be minimised; its objective state holds the critic.
+        settings: Hyper-parameters.
+    """
+
+    def __init__(self, task: Task, settings: TwoPlayer) -> None:
+        self.settings = settings
+        rule = StoppingRule(tolerance=settings.tolerance, mcse=settings.mcse)
+        first = settings.step_size or 0.1 * task.step_size
+        super().__init__(dataclasses.replace(task, compiled=False), rule, first, settings.critic_step_size / first)
+        self.objective_state = self.game
+
+    def _others(self) -> FlatParameters:
+        state = self.task.objective_state
+        if not isinstance(state, GameState):
+            raise ConfigError(
+                "two_player needs the objective's state with its critic: start it by objective.init_state."
+            )
+        # a run changes its critic, and the task may start other runs
+        self.game = dataclasses.replace(state, critic=copy.deepcopy(state.critic))
+        self.task = dataclasses.replace(self.task, objective_state=self.game)
+        return FlatParameters(self.game.critic.parameters(), 1)
+
+    def _owner(self, group: FlatParameters) -> Any:
+        return self.task.family if group is self.flat else self.game.critic
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+    def step(self) -> StepReport:
+        """Take one step of both players, after those of the critic alone (see :class:`Run`)."""
+        for k in range(self.settings.inner - 1):
+            loss, values, packed = self._ascent(self.step_count * self.settings.inner + k)
+            self._check_finite(loss, values, packed)
+            self._move(packed)
+            self.objective_state = loss.state
+        return super().step()
+
+    def _move(self, packed: list[Tensor]) -> None:
+        for held, gradient in zip(self.optimiser.param_groups, packed, strict=True):
+            held["params"][0].grad = gradient
+        # a group without a gradient stays, and so do its moments
+        self.optimiser.param_groups[0]["params"][0].grad = None
+        self.optimiser.step()
+
+    def _evaluate(self, step: int) -> tuple[Loss, list[float], list[Tensor]]:
+        inner = self.settings.inner
+        loss, values, (family, critic) = super()._evaluate(step * inner + inner - 1)
+        return loss, values, [family, -critic]
+
+    def _ascent(self, index: int, noise: Tensor | None = None) -> tuple[Loss, list[float], list[Tensor]]:
+        """Value and the critic's gradient alone, the family held where it is."""
+        with held(self.flat.parameters), torch.enable_grad():
+            at = self.task.noise_at(index) if noise is None else noise
+            loss = self._loss(at, index)
+            gradients = torch.autograd.grad(loss.surrogate.sum(), self.model_flat.parameters, allow_unused=True)
+        zero = torch.zeros_like(self.flat.value)
+        return loss, loss.value.reshape(-1).tolist(), [zero, -self.model_flat.gather(gradients)]
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+    def _settled(self) -> Tensor:
+        """Average of what is watched over the stationary part of the stage."""
+        rows = self.monitor.rows
+        since = 0 if self.monitor.stationary_from is None else self.monitor.stationary_from - self.monitor.first_step
+        return torch.stack(rows[min(since // self.rule.every, len(rows) - 1) :]).mean(0)
+
+    def _end_stage(self, verdict: str) -> None:
+        """Judge whether smaller steps changed anything, and make them smaller; the players stay where they are."""
+        if verdict == "slow":
+            what = (
+                "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
+            )
+            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
+        row = self._settled()
+        if self.previous is not None:
+            self.change = float(((row - self.previous).abs() / self._unit(row)).nan_to_num(0.0).max())
+        noise = 2 * math.hypot(self.monitor.error, self.previous_error)
+        small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
+        if small and self.stage >= 2 and verdict == "done" and self.monitor.error < self.rule.mcse:
+            self.finished = "converged"
+            return
+        self.previous_error, self.stage = self.monitor.error, self.stage + 1
+        if self.stage >= self.rule.stages:
+            self.finished = "smallest_step"
+            return
+        self.previous = row
+        self.step_size *= self.rule.shrink
+        for group, one in zip(self.groups, self.optimiser.param_groups, strict=True):
+            one["lr"] = self._rate(group)
+        near = self.change < max(4 * self.rule.tolerance, noise)
+        self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
+        self.gradient_sum.zero_()
+        self.gradient_square.zero_()
+        self.gradient_count = 0
+
+    # -- the answer ----------------------------------------------------------------------------------------------------
+    def _audit(self, value: Tensor) -> dict[str, Tensor]:
+        """Train the critic on against a family that stays, and evaluate it on fresh draws; nothing is changed by it.
+
+        Returns:
+            The value and its terms on eight sets of fresh draws, name to ``(8, restart)``.
+        """
+        kept = [g.value.clone() for g in self.groups]
+        kept_state = {p: {k: v.clone() for k, v in s.items()} for p, s in self.optimiser.state.items()}
+        counted = self.objective_state
+        self.flat.set(value)
+        source = generator(self.task.seed, "audit", self.task.first_restart)
+        last = self.step_count * self.settings.inner
+        for k in range(self.settings.audit):
+            loss, _, packed = self._ascent(last + k, self._fresh(source, self.task.draws))
+            if not bool(torch.isfinite(packed[1]).all()):
+                break
+            self._move(packed)
+            self.objective_state = loss.state
+        rows: dict[str, list[Tensor]] = {}
+        for k in range(8):
+            with torch.no_grad():
+                loss = self._loss(self._fresh(source, _AUDIT_DRAWS), last + k)
+            for name, part in {"value": loss.value, **loss.terms}.items():
+                rows.setdefault(name, []).append(part.reshape(-1))
+        for group, old in zip(self.groups, kept, strict=True):
+            group.set(old)
+        self.optimiser.state.clear()
+        self.optimiser.state.update(kept_state)
+        self.objective_state = counted
+        return {name: torch.stack(parts) for name, parts in rows.items()}
+
+    def _fresh(self, source: torch.Generator, draws: int) -> Tensor:
+        family, like = self.task.family, self.task.monitor_noise
+        leading = (draws,) if self.task.restarts == 1 else (self.task.restarts, draws)
+        return draw_noise(family.noise_spec, leading, source, dtype=like.dtype, device=like.device)
+
+    def output(self) -> Mapping[str, Any]:
+        """Write the better of the averaged and the last family (see :class:`~vifamily.solvers._base.Run`)."""
+        last, average = self.flat.value.clone(), self.average()[0]
+        found = [self._audit(value) for value in (average, last)]
+        score = [f["value"].mean(0).nan_to_num(math.inf, posinf=math.inf, neginf=math.inf) for f in found]
+        apart = (found[0]["value"] - found[1]["value"]).std(0) / math.sqrt(8)
+        chosen = score[1] < score[0] - 2 * apart.nan_to_num(0.0)
+        self.flat.set(torch.where(chosen.unsqueeze(-1), last, average))
+        rows = {k: torch.where(chosen, found[1][k], found[0][k]) for k in found[0]}
+        snr = None
+        if self.gradient_count > 1:
+            mean = self.gradient_sum / self.gradient_count
+            sd = (self.gradient_square / self.gradient_count - mean**2).clamp_min(0).sqrt()
+            ratio = (mean.abs() / sd)[sd > 0]
+            snr = float(ratio.median()) if ratio.numel() else float("inf")
+        return {
+            "losses": rows["value"].mean(0).tolist(),
+            "rhat": self.monitor.rhat,
+            "mcse": self.monitor.error,
+            "gradient_snr": snr,
+            "notes": (*self.notes, *self._report_of(rows, int(chosen.sum()))),
+            "change": self.change,
+        }
+
+    def _report_of(self, rows: dict[str, Tensor], last: int) -> list[str]:
+        """What the audit found, in words."""
+        best = int(rows["value"].mean(0).nan_to_num(math.inf).argmin())
+        said = [
+            f"{name} {float(part[:, best].mean()):.3g} ± {float(part[:, best].std()) / math.sqrt(8):.1g}"
+            for name, part in rows.items()
+        ]
+        out = [f"audit on fresh draws, the critic trained on: {', '.join(said)}"]
+        tau = getattr(self.task.objective, "tau", None)
+        if tau is not None and "penalty" in rows:
+            divergence = 4 * tau * rows["value"][:, best]
+            error = float(divergence.std()) / math.sqrt(8)
+            out.append(f"Fisher divergence in standardised coordinates: {float(divergence.mean()):.3g} ± {error:.1g}")
+            if float(divergence.mean()) > _LARGE * self.task.family.latent.dim + 3 * error:
+                out.append("the scores of family and target differ by that much: the family does not match the target")
+        if last:
+            out.append("the last iterate was better than the average, and is returned")
+        return out
+
+    # -- writing down --------------------------------------------------------------------------------------------------
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state (see :class:`~vifamily.solvers._base.Run`)."""
+        out, values = super().tensors()
+        return out, {**values, "evaluations": self.objective_state.step, "seed": self.objective_state.seed}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
+        super().restore(tensors, values)
+        self.objective_state = dataclasses.replace(self.game, step=int(values["evaluations"]), seed=int(values["seed"]))
+
+
+@contextlib.contextmanager
+def held(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Hold parameters fixed, so that no graph is built through them."""
+    for parameter in parameters:
+        parameter.requires_grad_(requires_grad=False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(requires_grad=True)
