@@ -14,7 +14,6 @@ OBJECTIVES = [
     "renyi(alpha=2)",
     "renyi(alpha=-1)",
     "f_divergence(kind=kl_reverse)",
-    "f_divergence(kind=jensen_shannon, estimator=reparameterised)",
     "f_divergence(kind=amari_alpha, alpha=0.7, normalise=running)",
     "roc_arc(normalise=self)",
     "perturbative(order=1)",
