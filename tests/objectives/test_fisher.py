@@ -123,7 +123,9 @@ def test_heavy_tails_have_no_best_width(tools):
     assert cauchy("covariance", 100.0, tools) > 100 * cauchy("covariance", 1.0, tools)
 
 
-@pytest.mark.parametrize(("apart", "weight", "published"), [(3.0, 0.8, 8.1e-3), (3.0, 0.95, 2.26e-2), (4.0, 0.8, 3.3e-4)])
+@pytest.mark.parametrize(
+    ("apart", "weight", "published"), [(3.0, 0.8, 8.1e-3), (3.0, 0.95, 2.26e-2), (4.0, 0.8, 3.3e-4)]
+)
 def test_mode_weights_hardly_count(apart, weight, published):
     """The numbers of the docstring, against reverse KL of 0.19 and 0.49."""
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64).requires_grad_()

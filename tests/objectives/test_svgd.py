@@ -42,7 +42,9 @@ def test_one_particle_goes_to_the_mode(kernel):
 
 def test_two_particles_are_the_closed_form():
     """Two particles at +-a on N(0, 1), fixed h: symmetric equilibrium where a (1 + k) / 2 = 2 a k / (2 h^2)."""
-    posterior = vf.fit(normal_model(1), "ensemble(size=2)", "svgd(bandwidth=1.0)", "particle_flow(tolerance=1e-7)", seed=0)
+    posterior = vf.fit(
+        normal_model(1), "ensemble(size=2)", "svgd(bandwidth=1.0)", "particle_flow(tolerance=1e-7)", seed=0
+    )
     a = float(posterior.family.points.detach().abs().mean() * posterior.family.scale)
     k = float(torch.tensor(-0.5 * (2 * a) ** 2).exp())
     # phi(a) = (-a + k a) / 2 + k (2 a) / 2 = 0
@@ -102,7 +104,9 @@ def test_the_start_makes_up_for_scales_and_correlations():
     matrix = torch.tensor([[100.0, 0.0], [3.0, 0.01]], dtype=torch.float64)
     inverse = torch.linalg.inv(matrix)
     plain = vf.fit(normal_model(2), "ensemble(size=20)", "svgd", seed=0)
-    mapped = vf.fit(Density(lambda z: -0.5 * (z @ inverse.mT).square().sum(-1), dim=2), "ensemble(size=20)", "svgd", seed=0)
+    mapped = vf.fit(
+        Density(lambda z: -0.5 * (z @ inverse.mT).square().sum(-1), dim=2), "ensemble(size=20)", "svgd", seed=0
+    )
     wanted = matrix @ plain.family.moments()[1] @ matrix.mT
     torch.testing.assert_close(mapped.family.moments()[1], wanted, rtol=1e-3, atol=1e-5)
 

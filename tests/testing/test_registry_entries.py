@@ -13,6 +13,8 @@ OBJECTIVES = [
     "renyi(alpha=1)",
     "renyi(alpha=2)",
     "renyi(alpha=-1)",
+    "fisher(weight=covariance)",
+    "ksd(bandwidth=1.0)",
 ]
 FAMILIES = [
     "mean_field(student_t=4)",
@@ -37,6 +39,11 @@ def test_objectives_at_their_defaults(name):
 @pytest.mark.parametrize("spec", OBJECTIVES)
 def test_objectives_with_options(spec):
     assert "gradient" in testing.check_objective(spec).passed
+
+
+@pytest.mark.parametrize("spec", ["svgd(kernel=imq)", "svgd(kernel=linear)", "svgd(bandwidth=1.0, cycles=2)"])
+def test_particle_objectives_with_options(spec):
+    assert "kl_descent" in testing.check_objective(spec).passed
 
 
 @pytest.mark.parametrize("alpha", ["inf", "-inf"])
