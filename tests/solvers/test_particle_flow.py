@@ -40,8 +40,9 @@ def test_short_steps_do_not_pass_for_rest():
 def test_a_smaller_tolerance_leaves_less_to_go():
     left = []
     for tolerance in (0.05, 0.005, 0.0005):
-        posterior = vf.fit(normal_model(3), "ensemble(size=20)", "svgd", f"particle_flow(tolerance={tolerance})", seed=0,
-                           init=torch.full((3,), 2.0, dtype=torch.float64))  # fmt: skip
+        start = torch.full((3,), 2.0, dtype=torch.float64)
+        solver = f"particle_flow(tolerance={tolerance})"
+        posterior = vf.fit(normal_model(3), "ensemble(size=20)", "svgd", solver, seed=0, init=start)
         assert posterior.record.stop_reason == "converged"
         note = next(n for n in posterior.record.notes if "left to go" in n)
         left.append(float(note.split("about ")[1].split()[0]))
@@ -78,9 +79,11 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, batch, method):
 
 def test_steps_are_reported_one_by_one():
     seen = []
-    vf.fit(
-        normal_model(), "ensemble(size=4)", "svgd", seed=0, steps=3, callbacks=[lambda r: seen.append(r.step) and None]
-    )
+
+    def note(report):
+        seen.append(report.step)
+
+    vf.fit(normal_model(), "ensemble(size=4)", "svgd", seed=0, steps=3, callbacks=note)
     assert seen == [1, 2, 3]
 
 

@@ -42,9 +42,9 @@ class Ksd(ScoreBased):
               + s'^\top \nabla_z k + \operatorname{tr} \nabla_z \nabla_{z'} k \big],
               \qquad s = \nabla_z \log p(x, z),\ s' = \nabla_{z'} \log p(x, z'),
 
-    the largest value that Stein's operator takes on average under q over the unit ball of the kernel's space. It is
-    minimised by the reparameterised gradient, which passes through the score. Families without density are allowed:
-    this is what ``implicit`` is for.
+    the square of the largest value that Stein's operator takes on average under q over the unit ball of the kernel's
+    space. It is minimised by the reparameterised gradient, which passes through the score. Families without density are
+    allowed: this is what ``implicit`` is for.
 
     Two statistics estimate it on n draws. ``"u"`` leaves out the pairs of a draw with itself: unbiased, and may be
     negative. ``"v"`` keeps them, with the weights of the draws: never negative; for the members of an ``ensemble`` it
