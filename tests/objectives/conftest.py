@@ -7,7 +7,7 @@ import torch
 
 from vifamily import registry
 from vifamily.testing._tools import flat_gradient, replicate
-from vifamily.types import LatentSpec
+from vifamily.types import Draw, LatentSpec
 
 
 def gaussian(mean, sd, spec="mean_field"):
@@ -24,6 +24,27 @@ def quadrature_noise(num):
     """Normal noise whose equal-weight sums are integrals: mid-points of equal probability, (num, 1)."""
     points = torch.special.ndtri((torch.arange(num, dtype=torch.float64) + 0.5) / num)
     return (points / points.square().mean().sqrt())[:, None]
+
+
+class GridGaussian(torch.nn.Module):
+    """A normal law in one dimension as a weighted grid of points: sums over it are integrals, tails included."""
+
+    def __init__(self, mean, sd, half_width=40.0, points=8001):
+        super().__init__()
+        self.mean = torch.nn.Parameter(torch.tensor(float(mean), dtype=torch.float64))
+        self.log_sd = torch.nn.Parameter(torch.tensor(math.log(sd), dtype=torch.float64))
+        self.grid = torch.linspace(-half_width, half_width, points, dtype=torch.float64)[:, None]
+
+    def __call__(self, noise, context=None):
+        log_q = self.log_prob(self.grid)
+        return Draw(self.grid, log_q, log_q.log_softmax(-1))
+
+    def log_prob(self, z, context=None, *, frozen=False):
+        scaled = (z[..., 0] - self.mean) / self.log_sd.exp()
+        return -0.5 * scaled**2 - self.log_sd - 0.5 * math.log(2 * math.pi)
+
+    def moments(self):
+        return self.mean[None], (2 * self.log_sd).exp()[None, None]
 
 
 def minimum(objective, model, family, noise, rounds=20):
@@ -64,6 +85,7 @@ def same_mean(a, b, errors=5.0):
 def tools():
     class Tools:
         gaussian = staticmethod(gaussian)
+        on_grid = GridGaussian
         quadrature_noise = staticmethod(quadrature_noise)
         minimum = staticmethod(minimum)
         replicated_gradient = staticmethod(replicated_gradient)

@@ -12,9 +12,8 @@ from vifamily.models import Density
 from vifamily.objectives import Fisher
 from vifamily.rng import draw_noise
 from vifamily.testing import targets
-from vifamily.testing._narrow import QuadratureFamily
 from vifamily.testing._settings import moved
-from vifamily.testing._tools import flat_gradient, normal_quadrature, seeded
+from vifamily.testing._tools import flat_gradient, seeded
 from vifamily.types import Capability, LatentSpec
 
 PRECISION = torch.tensor([[2.0, 0.9, -0.3], [0.9, 1.5, 0.4], [-0.3, 0.4, 0.8]], dtype=torch.float64)
@@ -26,7 +25,7 @@ def normal_model():
 
 def test_optima_on_two_normals(tools):
     """By quadrature, from either side; the reference is a table made with other code."""
-    model, noise = targets.two_normals().model, tools.quadrature_noise(4000)
+    model, noise = targets.two_normals().model, tools.quadrature_noise(2000)
     for start, wanted in (((2.0, 1.2), (3.04, 0.98, 0.0329)), ((0.0, 3.0), (0.0, 2.63, 2.457))):
         family = tools.gaussian(*start)
         mean, sd, value = tools.minimum(Fisher(), model, family, noise)
@@ -47,14 +46,13 @@ def test_mean_field_on_a_correlated_normal_lands_on_its_closed_form(weight):
     mean, covariance = posterior.family.moments()
     torch.testing.assert_close(covariance.diagonal(), variance, rtol=1e-4, atol=0)
     assert mean.abs().max() < 1e-4
-    loss = Fisher(weight).loss(
-        posterior.family, normal_model(), draw_noise(posterior.family.noise_spec, (4000,), seeded(1))
-    )
+    noise = draw_noise(posterior.family.noise_spec, (4000,), seeded(1))
+    loss = Fisher(weight).loss(posterior.family, normal_model(), noise)
     assert float(loss.value) == pytest.approx(least, rel=0.15)
 
 
 @pytest.mark.parametrize("weight", ["identity", "covariance"])
-def test_no_gradient_noise_at_the_posterior(weight, tools):
+def test_no_gradient_noise_at_the_posterior(weight):
     target = targets.linear_regression()
     mean, covariance = target.moments()
     family = registry.build("families", "full_rank").build(LatentSpec(2), generator=seeded(0))
@@ -68,8 +66,6 @@ def test_no_gradient_noise_at_the_posterior(weight, tools):
 def test_the_weighted_divergence_does_not_depend_on_units():
     matrix = torch.tensor([[3.0, 0.0], [1.0, 0.02]], dtype=torch.float64)
     inverse = torch.linalg.inv(matrix)
-    inner = targets.two_normals()
-    del inner
 
     def log_prob(z):
         return -0.25 * z[:, 0] ** 4 - 0.5 * (z[:, 1] - z[:, 0] ** 2) ** 2
@@ -102,27 +98,17 @@ def test_normalisers_do_not_matter(tools):
     assert float(Fisher().loss(family, model, noise).value) == float(Fisher().loss(family, plain, noise).value)
 
 
-def test_stratified_draws_count_by_their_weights():
+def test_stratified_draws_count_by_their_weights(tools):
     """On a mixture with unequal weights the value is the integral under the mixture."""
     family = registry.build("families", "mixture(components=2)").build(LatentSpec(1), generator=seeded(0))
-    family = moved(family, 0.5, seed=1)
+    family = moved(family, 0.8, seed=1)
     model = targets.two_normals().model
-    nodes, weights = normal_quadrature(1, spacing=0.1, radius=8)
-    size = nodes.shape[0]
-    # every component draws from every row of noise; rows get the weights of the rule
-    draw = family(nodes)
-    components = draw.z.shape[0] // size
-    rule = (weights + math.log(size)).repeat_interleave(components) if components > 1 else weights
-    by_rows = draw.z[:components, 0].unique().numel() == components
-    if not by_rows:
-        pytest.skip("draws are laid out in another way")
-    seen = QuadratureFamily(family, (draw.log_weight + rule).log_softmax(-1))
-    got = float(Fisher().loss(seen, model, nodes).value)
+    _, values = tools.replicated_gradient(Fisher(), model, family, draws=4, copies=4000)
     grid = torch.linspace(-15, 15, 6001, dtype=torch.float64)[:, None].requires_grad_()
     log_q, log_p = family.log_prob(grid), model.log_joint(grid)
     gap = torch.autograd.grad(log_q.sum() - log_p.sum(), grid)[0].square().squeeze(-1)
-    wanted = float((log_q.exp() * gap).sum() * (grid[1] - grid[0]).detach())
-    assert got == pytest.approx(wanted, rel=0.01)
+    wanted = float((log_q.exp() * gap).detach().sum() * (grid[1] - grid[0]).detach())
+    assert abs(float(values.mean()) - wanted) < 5 * float(values.std()) / 4000**0.5
 
 
 def cauchy(weight, sd, tools):
@@ -149,7 +135,7 @@ def test_mode_weights_hardly_count(apart, weight, published):
         return both.logsumexp(0) - 0.5 * math.log(2 * math.pi)
 
     gap = torch.autograd.grad((log(weight) - log(0.5)).sum(), x)[0]
-    value = float((log(weight).exp() * gap.square()).sum() * (x[1] - x[0]).detach())
+    value = float((log(weight).exp() * gap.square()).detach().sum() * (x[1] - x[0]).detach())
     assert value == pytest.approx(published, rel=0.02)
 
 
@@ -169,8 +155,8 @@ def test_refusals():
     kinked.capabilities = kinked.capabilities - {Capability.SECOND_ORDER}
     with pytest.raises(IncompatibleError, match="twice differentiable"):
         vf.plan(kinked, "mean_field", "fisher")
-    with pytest.raises(IncompatibleError, match="local latents"):
-        vf.plan(targets.local_normal().model, "mean_field", "fisher")
+    everything = frozenset(Capability) - {Capability.LOG_Q_BOUND}
+    assert Fisher().missing(everything, everything) == ("model: no local latents",)
     with pytest.raises(IncompatibleError, match="not a sum over data"):
         vf.plan(targets.linear_regression().model, "full_rank", "fisher", batch_size=4)
 

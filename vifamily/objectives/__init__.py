@@ -8,6 +8,7 @@ from vifamily.objectives._units import unit_log_likelihood
 from vifamily.objectives.annealed import Annealed
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.distilled_importance import DistilledImportance
+from vifamily.objectives.discrete_stein import DiscreteStein
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.f_divergence import FDivergence
@@ -35,6 +36,7 @@ __all__ = [
     "BatchAndMatch",
     "ClosedForm",
     "DistilledImportance",
+    "DiscreteStein",
     "Elbo",
     "EnergyDistance",
     "Estimator",

@@ -50,9 +50,9 @@ class FDivergence(Csiszar):
     **Fails when.** The dimension is high: for f with :math:`f''(u) u^2` away from a constant a few draws carry all
     weight and the signal of the gradient falls exponentially (Geffner and Domke 2021); above some ten dimensions look
     at the term ``largest_weight``. ``pearson``, ``chi_square`` and ``t_power`` of large t have infinite variance unless
-    q has heavier tails than p. ``total_variation`` has almost no gradient where q and p hardly overlap. On fixed draws
-    the value is least where q slips between the draws, so solvers that minimise it there are refused but for
-    ``kl_reverse``.
+    q has heavier tails than p, and ``log1p_abs``, which looks at 1/u, unless it has lighter ones. ``total_variation``
+    has almost no gradient where q and p hardly overlap. On fixed draws the value is least where q slips between the
+    draws, so solvers that minimise it there are refused but for ``kl_reverse``.
 
     Source: Ali and Silvey (1966) and Csiszár (1967) for the divergences; Roeder et al. (2017) and Tucker et al. (2019)
     for the path gradient of ``kl_reverse`` and of importance weighting, here for every f, derived in

@@ -58,7 +58,8 @@ class Ksd(ScoreBased):
 
     Kernels, with lengths in units of the bandwidth h: ``"imq"`` :math:`(1 + r^2/h^2)^{-1/2}`, ``"rbf"``
     :math:`\exp(-r^2 / 2h^2)`, ``"multiscale"`` (the mean of three of these at h/2, h and 2h) and ``"linear"``
-    :math:`z^\top z'/h^2 + 1`, which sees the means of :math:`s` and of :math:`s z^\top` alone.
+    :math:`z^\top z'/h^2 + 1`, which sees the means of :math:`s` and of :math:`s z^\top` alone, and for a family that cannot
+    match both may move the mean to mend the second moments.
     ``bandwidth="median"`` is the median distance between the draws of each step, held fixed in the gradient: what is
     followed is the discrepancy under the kernel of the moment, and values at different q are not comparable to the
     last digit. Steps with a bandwidth that is a number descend one function.

@@ -125,11 +125,13 @@ class Perturbative(Objective):
               \qquad T_N(t) = \sum_{n=0}^{N} \frac{t^n}{n!}, \quad w = \frac{p(x, z)}{q(z)}.
 
     The exponential function in :math:`p(x) = e^c\,\mathbb{E}_q[e^{\log w - c}]` is replaced by its Taylor polynomial,
-    which for odd N lies below it everywhere. The loss is minus the bound. At order 1 it is the evidence lower bound,
-    and it rises with the order. The importance weights w are replaced by the polynomial weights
-    :math:`T_{N-1}(\log w - c)`, which are positive and vary far less. How q changes depends on the target: on two
-    separate modes it is wider than under the evidence lower bound, for mean field on a bivariate normal law it is the
-    same at every order.
+    which for odd N lies below it everywhere. The loss is minus the bound. At order 1 it is the evidence lower bound.
+    The importance weights w are replaced by the polynomial weights :math:`T_{N-1}(\log w - c)`, which are positive and
+    vary far less. Where log ratios are skewed to the right (heavy tails of the posterior) the bound is tighter at
+    higher orders and q is wider; where they are skewed to the left it may be looser. A normal q on a t law with three
+    degrees of freedom has the sd 1.26 at order 1 and 1.74 at order 3; on two modes at -3 and 3, order 3 prefers the q
+    that covers both, of sd 2.30, to one mode, and order 1 does not; mean field on a bivariate normal law is the same at
+    every order.
 
     The reference level c (minus the reference energy of the source, which fits it as a parameter beside q) is at its
     best where :math:`\mathbb{E}_q[(\log w - c)^N] = 0`. It is found exactly for the draws of each step, so that nothing
@@ -143,7 +145,7 @@ class Perturbative(Objective):
     **Bias.** What is optimised is the expectation of the K-draw bound; it lies near the formula above, with an
     error of O(1/K), and below the log evidence.
 
-    **Blind to.** Modes in which q has no draws; less so than reverse KL, more so than importance weighting.
+    **Blind to.** Modes in which q has no draws. A large ratio counts by its logarithm to the power N - 1 only.
 
     **Fails when.** Log ratios scatter over much more than a few units, as in high dimension or at a poor start: the
     bound is then far from the evidence, and since :math:`T_{N-1}` is even, draws with very *small* ratios get large
@@ -190,11 +192,9 @@ class Perturbative(Objective):
         return self.order == 1 and self.estimator != "score"
 
     @property
-    def renyi_order(self) -> float | tuple[float, float] | None:
-        """Reverse KL at order 1, between it and the importance-weighted bound at order 3; not known above."""
-        if self.order == 1:
-            return 1.0
-        return (0.0, 1.0) if self.order == 3 else None
+    def renyi_order(self) -> float | None:
+        """Reverse KL at order 1; above it agrees with no Rényi divergence."""
+        return 1.0 if self.order == 1 else None
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None

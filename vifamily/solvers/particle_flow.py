@@ -21,6 +21,8 @@ _WINDOW = 25
 """Steps over which movement is judged."""
 _STAGE_WINDOWS = 20
 _STAGES = 12
+_SMALLEST = 0.02
+"""Step size, in tolerances, from which on no smaller one is tried."""
 _STILL = 2.0
 """Movement between two windows, in step sizes, below which a smaller step is taken; at most it is the window."""
 _FLOOR = 1e-3
@@ -226,7 +228,7 @@ class ParticleRun(Run):
         self.last_stage = now
         if self.quiet >= 2:
             self.finished = "converged"
-        elif self.stage + 1 >= _STAGES:
+        elif self.stage + 1 >= _STAGES and self.step_size < _SMALLEST * self.tolerance:
             self.finished = "smallest_step"
         if self.finished is not None:
             return

@@ -157,6 +157,10 @@ class TwoPlayerRun(AdamRun):
         zero = torch.zeros_like(self.flat.value)
         return loss, loss.value.reshape(-1).tolist(), [zero, -self.model_flat.gather(gradients)]
 
+    def _rate(self, group: FlatParameters) -> float:
+        # the critic keeps its pace while the family slows down, so that it follows ever more closely
+        return self.step_size if group is self.flat else self.settings.critic_step_size
+
     # -- stages --------------------------------------------------------------------------------------------------------
     def _settled(self) -> Tensor:
         """Average of what is watched over the stationary part of the stage."""
@@ -208,6 +212,7 @@ class TwoPlayerRun(AdamRun):
         source = generator(self.task.seed, "audit", self.task.first_restart)
         last = self.step_count * self.settings.inner
         for k in range(self.settings.audit):
+            self.optimiser.param_groups[1]["lr"] = self.settings.critic_step_size * 0.03 ** (k / self.settings.audit)
             loss, _, packed = self._ascent(last + k, self._fresh(source, self.task.draws))
             if not bool(torch.isfinite(packed[1]).all()):
                 break
@@ -223,6 +228,7 @@ class TwoPlayerRun(AdamRun):
             group.set(old)
         self.optimiser.state.clear()
         self.optimiser.state.update(kept_state)
+        self.optimiser.param_groups[1]["lr"] = self.settings.critic_step_size
         self.objective_state = counted
         return {name: torch.stack(parts) for name, parts in rows.items()}
 

@@ -114,6 +114,7 @@ def _trained(s: Setting, family: Family, steps: int = 400) -> GameState:
         for parameter, gradient in zip(parameters, found, strict=True):
             parameter.grad = gradient
         optimiser.step()
+        state = loss.state
     return state
 
 

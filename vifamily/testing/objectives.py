@@ -23,6 +23,7 @@ from vifamily.testing._narrow import NarrowFamily, NarrowModel, QuadratureFamily
 from vifamily.testing._particles import check_particles
 from vifamily.testing._report import Broken, Contracts, NotApplicable, Report
 from vifamily.testing._settings import Setting, build_at, exact_family, local_family, moved, unbiased
+from vifamily.testing._states import check_states, on_states
 from vifamily.testing._tools import (
     agree,
     descend,
@@ -126,6 +127,8 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
         check.extreme_weights,
     ):
         contracts.run(contract.__name__, contract)
+    if on_states(built):
+        check_states(contracts, built)
     return contracts.report()
 
 
@@ -318,6 +321,8 @@ class _Checks:
 
     def draw_weights(self) -> None:
         """Weights of draws are used as such: one draw written as two halves changes nothing."""
+        if getattr(self.objective, "reads_states_in_order", False):
+            raise NotApplicable("its draws are all states, in their order, and not exchangeable")
         found = [s for s in self.settings() if Capability.WEIGHTED in s.family.capabilities]
         if not found:
             raise NotApplicable("it does not run on families whose draws carry weights")

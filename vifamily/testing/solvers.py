@@ -20,6 +20,7 @@ from vifamily.objectives import Elbo
 from vifamily.rng import NoiseStream, draw_noise
 from vifamily.solvers import Run, Solver, Task
 from vifamily.testing import targets, tolerances
+from vifamily.testing._games import is_game
 from vifamily.testing._report import Broken, Contracts, Report
 from vifamily.testing._tools import agree, seeded
 from vifamily.types import Capability, LatentSpec
@@ -83,14 +84,21 @@ def _task(solver: Solver, model: Any, restarts: int = 1) -> Any:
     objective = _objective_for(solver)
     spec = "ensemble(size=12)" if Capability.PARTICLES in objective.needs_family else "full_rank"
     members = [_family(10 * r, spec) for r in range(restarts)]
+    if is_game(objective):
+        # as in a fit: a critic moves at one pace whatever the units, so its coordinates are those of a rough answer
+        mean, covariance = targets.linear_regression().moments()
+        for member in members:
+            member.precondition(mean + 0.3, 1.2 * torch.linalg.cholesky(covariance))
     family: Any = members[0] if restarts == 1 else StackedFamily(members)
-    stream = NoiseStream(0, family.noise_spec, draws=_DRAWS, restarts=restarts)
+    # a critic learns nothing from a handful of draws
+    draws = objective.default_draws if is_game(objective) else _DRAWS
+    stream = NoiseStream(0, family.noise_spec, draws=draws, restarts=restarts)
     fixed = draw_noise(family.noise_spec, (32,), seeded(1))
     if restarts > 1:
         fixed = fixed.expand(restarts, *fixed.shape)
     state = objective.init_state(model, family, generator=seeded(0))
     return Task(objective.loss, model, family, stream.at, lambda step: None, fixed, restarts, 0.05, state,
-                draws=_DRAWS, objective=objective)  # fmt: skip
+                draws=draws, objective=objective)  # fmt: skip
 
 
 def _drive(run: Run, steps: int) -> str | None:
