@@ -121,10 +121,10 @@ class Objective(abc.ABC):
         """Whether draws of q are weighed by powers of p / q, so that few of them carry the gradient in many dimensions.
 
         Unless an entry says otherwise: where both log densities are needed, the order is not 1, and it is no match of
-        scores.
+        scores, which is blind to the weights of modes.
         """
         both = Capability.LOG_JOINT in self.needs_model and Capability.LOG_Q in self.needs_family
-        return both and not self.freezes_model and self.renyi_order != 1
+        return both and not self.blind_to_mode_weights and self.renyi_order != 1
 
     @property
     def targets_posterior(self) -> bool:
