@@ -88,9 +88,10 @@ class Objective(abc.ABC):
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
     freezes_model: ClassVar[bool] = False
     """Whether the model's own parameters stay as they are: a match of scores can be faked by moving the target."""
-    bias: ClassVar[str] = ""
+    bias: ClassVar[str | None] = None
     """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
-    step). Where it is empty, plans call biased what weighs by ratios and is not linear in its draws."""
+    step); empty for nothing. None: plans call biased what weighs by ratios and is not linear in its draws, and what is
+    declared ``biased_at_posterior``."""
     inclusive: ClassVar[bool] = False
     """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
     biased_at_posterior: ClassVar[bool] = False

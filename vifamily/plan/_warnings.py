@@ -68,8 +68,8 @@ def _ratios(objective: Objective, dim: int) -> Iterator[str]:
 def _few_draws(objective: Objective, draws: int) -> Iterator[str]:
     estimator = chosen_estimator(objective)
     declared = objective.biased_at_posterior or not (estimator is None or estimator.unbiased)
-    if objective.bias:
-        yield objective.bias.format(draws=draws)
+    if objective.bias is not None:
+        yield from [objective.bias.format(draws=draws)] if objective.bias else []
     elif declared or (objective.weighs_by_ratio and not objective.linear_in_draws):
         yield (
             f"biased in the number of draws: what is minimised is an expectation over {draws} draws, which differs "
