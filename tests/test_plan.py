@@ -233,6 +233,7 @@ def test_bias_in_the_number_of_draws():
     assert any("O(1/draws)" in w and "over 7 draws" in w for w in warned("renyi(alpha=0.5)", draws=7))
     assert any("7 draws" in w for w in warned("iwae", draws=7))
     assert warned(declares(bias="off by a third at {draws} draws"), draws=6) == ("off by a third at 6 draws",)
+    assert warned(declares(bias="", renyi_order=0.5)) == ()
     assert any("O(1/draws)" in w for w in warned(declares(biased_at_posterior=True)))
     assert any("normalised" in w for w in warned(declares(invariant_to_constants=False)))
     assert any("certifies nothing" in w for w in warned("renyi(alpha=-1)"))
@@ -257,7 +258,7 @@ def test_second_derivatives_and_values_that_say_nothing():
 
 
 def test_matches_of_scores_do_not_weigh_by_ratios():
-    scores = declares(freezes_model=True, renyi_order=None)
+    scores = declares(blind_to_mode_weights=True, renyi_order=None)
     assert declares(renyi_order=None).weighs_by_ratio
     assert not scores.weighs_by_ratio
     assert not any("ratios" in w for w in plan(density(), "full_rank", "batch_and_match").warnings)

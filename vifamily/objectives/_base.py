@@ -88,9 +88,10 @@ class Objective(abc.ABC):
     """Whether posteriors that differ in the weights of separate modes alone look the same to it."""
     freezes_model: ClassVar[bool] = False
     """Whether the model's own parameters stay as they are: a match of scores can be faked by moving the target."""
-    bias: ClassVar[str] = ""
+    bias: ClassVar[str | None] = None
     """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
-    step). Where it is empty, plans call biased what weighs by ratios and is not linear in its draws."""
+    step); empty for nothing. None: plans call biased what weighs by ratios and is not linear in its draws, and what is
+    declared ``biased_at_posterior``."""
     inclusive: ClassVar[bool] = False
     """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
     biased_at_posterior: ClassVar[bool] = False
@@ -121,10 +122,10 @@ class Objective(abc.ABC):
         """Whether draws of q are weighed by powers of p / q, so that few of them carry the gradient in many dimensions.
 
         Unless an entry says otherwise: where both log densities are needed, the order is not 1, and it is no match of
-        scores.
+        scores, which is blind to the weights of modes.
         """
         both = Capability.LOG_JOINT in self.needs_model and Capability.LOG_Q in self.needs_family
-        return both and not self.freezes_model and self.renyi_order != 1
+        return both and not self.blind_to_mode_weights and self.renyi_order != 1
 
     @property
     def targets_posterior(self) -> bool:

@@ -100,6 +100,7 @@ class Csiszar(Objective):
             "_way": way,
             "estimators": ratio_estimators(bend=generator.smooth, additive=scaled, model_parameters=False),
             "invariant_to_constants": generator.shift_only or not scaled,
+            "bias": "" if scaled else None,
             "freezes_model": not bound,
             "subsampling": "unbiased" if bound else "per_datum",
             "value_kind": "divergence" if way != "none" else "lower_bound" if bound else "surrogate",

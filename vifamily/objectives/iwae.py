@@ -53,7 +53,7 @@ class Iwae(Objective):
     estimator: str = "auto"
 
     needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_Q})
-    bias: ClassVar[str] = (
+    bias: ClassVar[str | None] = (
         "the bound over {draws} draws has a q of its own, wider than elbo's and meant for importance weighting with as "
         "many draws; it changes with draws="
     )

@@ -75,7 +75,8 @@ class Ksd(ScoreBased):
 
     **Fails when.** q starts narrow at a stationary point of the posterior (a mode, or the valley between two modes):
     begin wide. Dimensions are many: distances concentrate, and the signal drowns in the n (n - 1) pairs. Coordinates
-    have unlike scales: the kernel has one length for all of them.
+    have unlike scales: the kernel has one length for all of them. The log joint goes through ReLU or other piecewise
+    linear functions: the gradient takes second derivatives of it, which are zero there.
 
     Source: Liu, Lee and Jordan (2016), "A kernelized Stein discrepancy for goodness-of-fit tests", equation 14; Gorham
     and Mackey (2017), "Measuring sample quality with kernels", for the inverse multiquadric.

@@ -62,8 +62,10 @@ class RenyiPredictive(Objective):
     **Bias.** Over an ensemble of points there is none, and minibatches are unbiased. Over K draws of a continuous q the
     loss is biased upwards, by about alpha times the variance of the log likelihoods of a datum over 2K where alpha
     times their spread is small, and what is minimised is its expectation over K draws. At alpha = 0 there is none.
+
     **Blind to.** Which member is which, and the scale of an unnormalised likelihood; with ``unit="datum"`` also to
     whatever makes data of one group alike.
+
     **Fails when.** Members are started at one point: identical members have identical gradients and stay together at
     every alpha. Where a member can represent conflicting data as a distribution of its own, members coincide at the
     optimum for every alpha below 1, and what they specialise in early passes; route larger units (``unit="group"``)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -245,8 +245,13 @@ def _automatic(objective: Objective, model: Model, family: Family, batch_size: i
 
 def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability] | None:
     """Capabilities of a registered family with its default options on a latent space; None when it cannot cover it."""
+    return _capabilities_by_default(registry.lookup("families", name), latent)
+
+
+@functools.lru_cache(maxsize=256)  # by the entry itself, so that a name that is registered anew is asked anew
+def _capabilities_by_default(make: Any, latent: LatentSpec) -> frozenset[Capability] | None:
     try:
-        entry = registry.build("families", name)
+        entry = make()
         if entry.space is not latent.space:
             return None
         return frozenset(entry.build(latent, generator=torch.Generator(device="cpu")).capabilities)
@@ -280,11 +285,17 @@ def alternatives(objective: Objective, model: Model, family: frozenset[Capabilit
 
 def _objectives() -> list[tuple[str, Objective]]:
     """Registered objectives at their defaults; those that need arguments are left out."""
-    found = []
-    for name in registry.names("objectives"):
-        with contextlib.suppress(ValueError, RuntimeError, TypeError):
-            found.append((name, registry.build("objectives", name)))
-    return found
+    built = ((name, _at_defaults(registry.lookup("objectives", name))) for name in registry.names("objectives"))
+    return [(name, objective) for name, objective in built if objective is not None]
+
+
+@functools.lru_cache(maxsize=256)
+def _at_defaults(make: Any) -> Objective | None:
+    try:
+        objective: Objective = make()
+    except (ValueError, RuntimeError, TypeError):
+        return None
+    return objective
 
 
 def check_pair(objective: Objective, model: Model, family: Family, entry: FamilyEntry) -> Objective:

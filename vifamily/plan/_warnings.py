@@ -67,10 +67,9 @@ def _ratios(objective: Objective, dim: int) -> Iterator[str]:
 
 def _few_draws(objective: Objective, draws: int) -> Iterator[str]:
     estimator = chosen_estimator(objective)
-    # both may be left out by entries that are unbiased
-    declared = getattr(objective, "biased_at_posterior", False) or not getattr(estimator, "unbiased", True)
-    if objective.bias:
-        yield objective.bias.format(draws=draws)
+    declared = objective.biased_at_posterior or not (estimator is None or estimator.unbiased)
+    if objective.bias is not None:
+        yield from [objective.bias.format(draws=draws)] if objective.bias else []
     elif declared or (objective.weighs_by_ratio and not objective.linear_in_draws):
         yield (
             f"biased in the number of draws: what is minimised is an expectation over {draws} draws, which differs "
@@ -78,7 +77,7 @@ def _few_draws(objective: Objective, draws: int) -> Iterator[str]:
         )
     if objective.value_kind == "upper_bound":
         yield "the value is estimated from draws and lies below the upper bound on average: it certifies nothing"
-    if not getattr(objective, "invariant_to_constants", True):
+    if not objective.invariant_to_constants:
         yield (
             "takes the log joint to be normalised: with another constant in it this is another objective. Give the log "
             "evidence where the entry takes one"
