@@ -47,6 +47,15 @@ def test_members_of_a_location_have_the_variance_of_the_formula(alpha, tolerance
     assert variance == pytest.approx(max(0.0, 2 - 1 / alpha), rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.parametrize("alpha", [0.22, 0.28, 0.6, 0.72])
+def test_directions_open_one_at_a_time(alpha):
+    case = CASES["location in the plane"]
+    values = torch.linalg.eigvalsh(settle(case, alpha, about(case, seed=0)).covariance).flip(0)
+    expected = torch.tensor([max(0.0, v - 1 / alpha) for v in (4.0, 1.5)], dtype=F64)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0.1)  # 24 quantiles a side are normal only so far
+    assert float(values[1]) < 1e-2 or alpha > 1 / 1.5
+
+
 def test_two_groups_halve_the_loss_of_the_mixture():
     case = contradictory_groups(2.0, 32, inputs=normal_quantiles(32))
     apart = settle(case, 0.8, about(case, seed=0))

@@ -81,8 +81,8 @@ def unit_stability(
         prior_precision: :math:`\lambda/\sigma_0^2`, added to the diagonal of V: the part of the divergence to a normal
             prior that members at points keep. A number, or ``(dim,)``.
         search: Whether to search for the best pair of members at ``alpha``, some 60 evaluations.
-        tolerance: Relative residual of eigenvalues on the matrix-free route.
-        max_steps: Steps of Lanczos' method at most.
+        tolerance: Relative residual of eigenvalues on the matrix-free route, as far as the parameters' dtype allows.
+        max_steps: Steps of Lanczos' method at most; each keeps a vector. Linear solves take up to ten times as many.
         seed: Seed of its starting vectors.
         labels: A name for each coordinate, for the table.
 
@@ -109,7 +109,7 @@ def unit_stability(
     if not bool(scores.isfinite().all()):
         raise ConfigError("the score of a unit is not finite at this point.")
     if curvature == "hessian":
-        bend = Curvature(curvature, data.hessian_product)
+        bend = Curvature(curvature, data.hessian_product, dtype=held[0].dtype)
     elif curvature == "fisher":
         rows = fisher_rows(labelled, held, group)
 
@@ -119,7 +119,7 @@ def unit_stability(
         bend = Curvature(curvature, lambda v: rows.T @ (rows @ v) / len(scores), lambda: rows, trace)
     elif curvature == "gauss_newton":
         split = _split(outputs, log_likelihood_of, len(functions))
-        bend = Curvature(curvature, lambda v: split.product(data, v), lambda: split.rows(data))
+        bend = Curvature(curvature, lambda v: split.product(data, v), lambda: split.rows(data), None, held[0].dtype)
     else:
         raise ConfigError(f"curvature must be 'hessian', 'fisher' or 'gauss_newton', got {curvature!r}.")
     analysis = _Analysis(
