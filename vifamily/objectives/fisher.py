@@ -107,4 +107,5 @@ class Fisher(ScoreBased):
         if self.weight == "identity":
             return apart.square().sum(-1)
         _, covariance = family.moments()  # type: ignore[attr-defined]
-        return ((apart @ covariance) * apart).sum(-1)
+        square: Tensor = ((apart @ covariance) * apart).sum(-1)
+        return square

@@ -198,11 +198,12 @@ class Svgd(ScoreBased):
         """Evaluate the discrepancy of the particles (see :class:`Objective`); it is reported, not differentiated."""
         with torch.no_grad():
             z = family(noise).z
-        to_standard, to_latent = (getattr(family, name, None) for name in ("to_standard", "to_latent"))
-        if to_standard is None or to_latent is None:
-            points, where = z, lambda u: u
-        else:
-            points, where = to_standard(z), to_latent
-        _, score = value_and_gradient(lambda u: model.log_joint(where(u), batch), points)
+        standard: Any = family if hasattr(family, "to_standard") else None
+        points = z if standard is None else standard.to_standard(z)
+
+        def log_joint(u: Tensor) -> Tensor:
+            return model.log_joint(u if standard is None else standard.to_latent(u), batch)
+
+        _, score = value_and_gradient(log_joint, points)
         found = self.flow(points, score)
         return Loss(found.discrepancy, found.discrepancy, {"bandwidth": found.bandwidth})

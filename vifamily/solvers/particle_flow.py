@@ -200,7 +200,8 @@ class ParticleRun(Run):
         """Standard deviation of the particles ``(restart, 1, dim)``; one for a single particle."""
         if self.points.shape[-2] == 1:
             return torch.ones_like(self.points)
-        return self.points.std(-2, correction=0, keepdim=True).clamp_min(_FLOOR)
+        spread: Tensor = self.points.std(-2, correction=0, keepdim=True)
+        return spread.clamp_min(_FLOOR)
 
     def _size(self, apart: Tensor) -> float:
         """Largest root mean square over particles of a displacement, in standard deviations."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _draws(target: targets.Target, *leading: int, seed: int) -> Tensor:
     mean, covariance = target.moments()
-    return mean + _random(*leading, mean.shape[0], seed=seed) @ torch.linalg.cholesky(covariance).mT
+    draws: Tensor = mean + _random(*leading, mean.shape[0], seed=seed) @ torch.linalg.cholesky(covariance).mT
+    return draws
 
 
 def _score(model: Any, points: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ def _kl_descent(objective: Any) -> None:
 
     def divergence(step: float) -> Tensor:
         determinant = torch.linalg.slogdet(torch.eye(2, dtype=torch.float64) + step * jacobian).logabsdet
-        return (-target.model.log_joint(points + step * direction) - determinant).mean()
+        found: Tensor = (-target.model.log_joint(points + step * direction) - determinant).mean()
+        return found
 
     # the direction is of any size: the step keeps the move small
     small = 1e-4 / float(direction.abs().max() + jacobian.abs().max())
@@ -171,7 +174,7 @@ def _flow_minibatches(objective: Any) -> None:
     source = model.batches(4, seed=0)
     parts = []
     for i in range((model.num_data or 0) // 4):
-        score = value_and_gradient(lambda z, i=i: model.log_joint(z, source.at(i)), points)[1]
+        score = value_and_gradient(functools.partial(model.log_joint, batch=source.at(i)), points)[1]
         parts.append(objective.flow(points, score).direction)
     whole = objective.flow(points, _score(model, points)).direction
     agree(torch.stack(parts).mean(0), whole, tolerances.EXACT, "the direction of all data as the mean over an epoch's")
