@@ -79,6 +79,10 @@ class MarkovianScoreClimbing(Objective):
     value_kind: ClassVar[ValueKind] = "surrogate"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     inclusive: ClassVar[bool] = True
+    bias: ClassVar[str] = (
+        "biased until the Markov chain, which starts at a draw of q, has forgotten its start; not by the number of "
+        "draws"
+    )
     min_draws: ClassVar[int] = 3
     default_draws: ClassVar[int] = 64
 

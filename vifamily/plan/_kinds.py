@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vifamily.models import Density, LikelihoodModel, Model
-from vifamily.types import Capability
 
 __all__ = ["KINDS", "ModelKind"]
 
@@ -33,20 +31,6 @@ class ModelKind:
     make: Callable[[], Model]
 
 
-class DrawnDensity(Density):
-    """A density of which exact draws are at hand, as of a named problem with a reference."""
-
-    def __init__(self, log_prob: Callable[[Any], Tensor], draws: Tensor) -> None:
-        super().__init__(log_prob, dim=draws.shape[-1])
-        self._reference = draws
-        self.capabilities = self.capabilities | {Capability.REFERENCE_DRAWS}
-
-    @property
-    def reference_draws(self) -> Tensor:
-        """The draws on unconstrained space, ``(draw, dim)``."""
-        return self._reference
-
-
 _MEAN = (1.0, -0.5)
 _FACTOR = ((1.0, 0.0), (0.6, 0.8))
 
@@ -63,7 +47,8 @@ def _density() -> Model:
 
 def _reference() -> Model:
     noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return DrawnDensity(_normal, noise.new_tensor(_MEAN) + noise @ noise.new_tensor(_FACTOR).mT)
+    draws = noise.new_tensor(_MEAN) + noise @ noise.new_tensor(_FACTOR).mT
+    return _density().with_reference_draws(draws)
 
 
 def _likelihood() -> Model:
