@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -12,11 +13,20 @@ from vifamily import registry, testing
 from vifamily.families import Family, FamilyEntry
 from vifamily.families.mean_field import MeanField, MeanFieldFamily
 from vifamily.models import Density, LikelihoodModel
-from vifamily.objectives import Elbo, Estimator, Iwae, Objective, Renyi
+from vifamily.objectives import (
+    Elbo,
+    Estimator,
+    InclusiveKlDraws,
+    Iwae,
+    MarkovianScoreClimbing,
+    Objective,
+    Renyi,
+    ReweightedWake,
+)
 from vifamily.objectives._power import power_bound
 from vifamily.solvers.adam import Adam
 from vifamily.testing import ContractError
-from vifamily.types import Capability, Draw, LatentSpec, Loss, NoiseSpec
+from vifamily.types import Capability, Draw, LatentSpec, Loss, NoiseSpec, Space
 
 
 def broken(check, entry, contract, **options):
@@ -264,6 +274,61 @@ def test_a_wrong_order_is_caught():
 
     error = broken(testing.check_objective, Claims(), "misspecified")
     assert "0.6602" in str(error) and "0.43" in str(error)
+
+
+def test_a_reverse_divergence_that_claims_to_be_the_inclusive_one_is_caught():
+    wrong = changed(Elbo, lambda loss, *_: loss, inclusive=True)
+    broken(testing.check_objective, wrong(), "misspecified")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedDraws(InclusiveKlDraws):
+    """Maximum likelihood on reference draws, shifted: its gradient does not vanish at the posterior."""
+
+    biased_at_posterior: ClassVar[bool] = True
+    spaces: ClassVar = frozenset({Space.REAL})
+
+    def loss(self, family, model, noise, batch=None, state=None):
+        draws = model.reference_draws
+        shifted = SimpleNamespace(reference_draws=draws + 0.5 * draws.std(0), capabilities=model.capabilities)
+        return super().loss(family, shifted, noise, batch, state)
+
+
+def test_a_bias_that_more_draws_do_not_shrink_is_caught():
+    broken(testing.check_objective, ShiftedDraws(), "zero_at_posterior")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stuck(MarkovianScoreClimbing):
+    """A chain that never moves."""
+
+    def loss(self, family, model, noise, batch=None, state=None):
+        return dataclasses.replace(super().loss(family, model, noise, batch, state), state=state)
+
+
+def test_a_chain_that_does_not_move_is_caught():
+    # with few draws per step the first draw would be averaged in for good
+    broken(testing.check_objective, Stuck(average=False), "conjugate")
+
+
+def test_undeclared_reference_draws_are_caught():
+    wrong = changed(Elbo, lambda loss, family, model, *_: (model.reference_draws, loss)[1])
+    broken(testing.check_objective, wrong(), "declared_needs")
+
+
+def test_weights_of_draws_that_are_not_normalised_are_caught():
+    class Unnormalised(ReweightedWake):
+        """The sum of ratios left in."""
+
+        def loss(self, family, model, noise, batch=None, state=None):
+            loss = super().loss(family, model, noise, batch, state)
+            draw = family(noise)
+            ratio = (model.log_joint(draw.z) - family.log_prob(draw.z)).detach()
+            return dataclasses.replace(
+                loss, surrogate=loss.surrogate * (ratio + draw.log_weight.detach()).logsumexp(-1).exp()
+            )
+
+    broken(testing.check_objective, Unnormalised(), "constant_invariance")
 
 
 def test_a_contract_that_does_not_exist_cannot_be_skipped():

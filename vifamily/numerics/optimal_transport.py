@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Transport", "sinkhorn", "sinkhorn_divergence"]
+__all__ = ["Transport", "own_transport", "sinkhorn", "sinkhorn_divergence"]
 
 _OVERSTEP = 1.5
 _SETTLED = 1e-11
@@ -137,6 +137,7 @@ def sinkhorn_divergence(
     iterations: int,
     log_weight_x: Tensor | None = None,
     log_weight_y: Tensor | None = None,
+    own_y: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Sinkhorn divergence between two point sets, with squared distances as costs.
 
@@ -154,6 +155,7 @@ def sinkhorn_divergence(
         iterations: Most iterations of each problem.
         log_weight_x: Normalised log weights of ``x``, ``(n,)`` or ``(..., n)``; equal ones if None.
         log_weight_y: Normalised log weights of ``y``, likewise.
+        own_y: Value of the transport from ``y`` to itself, where it is known; None computes it.
 
     Returns:
         The divergence, detached, and a surrogate whose gradient is the divergence's at its converged potentials, each
@@ -172,11 +174,27 @@ def sinkhorn_divergence(
     options = {"epsilon": epsilon, "iterations": iterations}
     across = sinkhorn(cost.detach(), a.detach(), b.detach(), **options)  # type: ignore[arg-type]
     own = sinkhorn(own_cost.detach(), a.detach(), a.detach(), symmetric=True, **options)  # type: ignore[arg-type]
-    other = sinkhorn(_square(y, y), b.detach(), b.detach(), symmetric=True, **options)  # type: ignore[arg-type]
-    value = across.value - 0.5 * (own.value + other.value)
+    other = own_transport(y, epsilon=epsilon, iterations=iterations, log_weight=b) if own_y is None else own_y
+    value = across.value - 0.5 * (own.value + other)
     moved = (across.plan * cost).sum((-1, -2)) - 0.5 * (own.plan * own_cost).sum((-1, -2))
     weighed = (a.exp() * (across.first - own.first)).sum(-1)
     return value, moved + weighed
+
+
+def own_transport(y: Tensor, *, epsilon: float, iterations: int, log_weight: Tensor | None = None) -> Tensor:
+    """Value of the transport of a weighted set to itself, with squared distances as costs, ``(..., m, dim) -> (...)``.
+
+    Args:
+        y: The points.
+        epsilon: Strength of the penalty.
+        iterations: Most iterations.
+        log_weight: Normalised log weights; equal ones if None.
+
+    Returns:
+        The value, without gradient.
+    """
+    b = _weights(log_weight, y).detach()
+    return sinkhorn(_square(y, y), b, b, epsilon=epsilon, iterations=iterations, symmetric=True).value
 
 
 def _weights(log_weight: Tensor | None, points: Tensor) -> Tensor:

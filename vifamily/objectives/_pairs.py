@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vifamily.objectives._base import Estimator, Objective, ValueKind, weighted_
 from vifamily.objectives._reference import check_part, first_state, reference_part, reference_sd, remembered
 from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
 
-__all__ = ["Paired", "standardised"]
+__all__ = ["Paired", "standardised", "thinned"]
 
 _PATH = frozenset({Capability.REPARAMETERISED})
 _MOST_PAIRED = 2000
@@ -37,6 +37,7 @@ class Paired(Objective):
     """
 
     needs_model: ClassVar[frozenset[Capability]] = frozenset({Capability.REFERENCE_DRAWS})
+    never_model: ClassVar[frozenset[Capability]] = frozenset({Capability.LOCAL})
     needs_family: ClassVar[frozenset[Capability]] = _PATH
     estimators: ClassVar[Mapping[str, Estimator]] = {
         "points": Estimator(family=_PATH | {Capability.FINITE}, never_family=frozenset({Capability.LOG_Q})),
@@ -57,6 +58,10 @@ class Paired(Objective):
     @abc.abstractmethod
     def similarity(self, x: Tensor, y: Tensor, model: ModelLike) -> Tensor:
         """Similarity between all pairs, ``(..., n, dim), (..., m, dim) -> (..., n, m)``."""
+
+    def on_quadrature(self) -> Self:
+        """Return this objective with sums over all pairs, which are exact for the nodes and weights of a rule."""
+        return dataclasses.replace(self, estimator="points")  # type: ignore[call-arg]
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Tensor | None:
         """Count steps where the reference draws take turns."""

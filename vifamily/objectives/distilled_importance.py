@@ -83,6 +83,10 @@ class DistilledImportance(Objective):
     }
     value_kind: ClassVar[ValueKind] = "surrogate"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
+    bias: ClassVar[str] = (
+        "the normalised weights of {draws} draws are biased by O(1/draws), and while the term epsilon is not 0 the "
+        "target is a tempered one"
+    )
     min_draws: ClassVar[int] = 2
     default_draws: ClassVar[int] = 64
 

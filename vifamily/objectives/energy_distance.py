@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Self
 
 from torch import Tensor
 
@@ -71,6 +72,10 @@ class EnergyDistance(Paired):
     def __post_init__(self) -> None:
         check_number("power", self.power, 0, 2, "a number between 0 and 2")
         super().__post_init__()
+
+    def on_quadrature(self) -> Self:
+        """Return the exact sums over pairs, or itself where the kink of the distance is too sharp for a rule."""
+        return super().on_quadrature() if self.power >= 1 else self
 
     def similarity(self, x: Tensor, y: Tensor, model: ModelLike) -> Tensor:
         """Minus the distance to the power (see :class:`~vifamily.objectives._pairs.Paired`)."""

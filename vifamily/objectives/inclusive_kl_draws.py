@@ -29,8 +29,10 @@ class InclusiveKlDraws(Objective):
     it evaluates neither the log joint nor a draw of q, so a step has no noise and discrete latents are fine. A Gaussian
     family ends at the sample moments of the draws: ``full_rank`` at their mean and covariance, ``mean_field`` at their
     means and *marginal* standard deviations. A ``semi_implicit`` family is refused: its density at given points is an
-    average over fixed mixing noise, which would be fitted in place of the law of its draws. Its use is to compress a long Markov chain into a density, and to say
-    what the best of a family under this divergence would be.
+    average over fixed mixing noise, which would be fitted in place of the law of its draws.
+
+    Its use is to compress a long Markov chain into a density, and to say what the best of a family under this
+    divergence would be.
 
     **Bias.** The gradient is exact for the draws given, and unbiased for p where they are independent of it and exact.
     What q learns is the draws: their Monte-Carlo error stays in the answer, and families with many parameters fit it
@@ -64,6 +66,7 @@ class InclusiveKlDraws(Objective):
     reference_batch: int | None = None
 
     needs_model: ClassVar[frozenset[Capability]] = frozenset({Capability.REFERENCE_DRAWS})
+    never_model: ClassVar[frozenset[Capability]] = frozenset({Capability.LOCAL})
     needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_Q})
     value_kind: ClassVar[ValueKind] = "surrogate"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "unbiased"

@@ -81,6 +81,10 @@ class ReweightedWake(Objective):
     value_kind: ClassVar[ValueKind] = "surrogate"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     inclusive: ClassVar[bool] = True
+    bias: ClassVar[str] = (
+        "the normalised weights of {draws} draws are biased by O(1/draws) towards what the draws cover; msc has no "
+        "such bias in the long run"
+    )
     min_draws: ClassVar[int] = 2
     default_draws: ClassVar[int] = 64
 

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _LOG_2PI = math.log(2 * math.pi)
-_NUM_DRAWS = 256
+_NUM_DRAWS = 512
 """Reference draws of a target: few, since several contracts evaluate thousands of losses at once."""
 
 
