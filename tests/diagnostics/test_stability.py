@@ -8,9 +8,10 @@ import torch
 from scipy import integrate, optimize
 
 import vifamily as vf
+from vifamily import registry
 from vifamily.diagnostics import Labelled, stability, unit_stability
 from vifamily.errors import ConfigError, NotAvailableError, ShapeError
-from vifamily.types import Batch
+from vifamily.types import Batch, LatentSpec
 
 EXACT = 1e-10
 F64 = torch.float64
@@ -427,6 +428,74 @@ def test_held_out_data_and_the_posterior_method():
     posterior = vf.fit(model, solver="laplace", seed=0)
     assert posterior.stability().alpha_star == pytest.approx(0.25, rel=1e-6)
     assert posterior.stability(0.5, point=torch.zeros(1, dtype=F64)).stable is False
+
+
+def test_single_precision_products_stop_at_their_rounding(generator):
+    x = torch.randn(40, 30, generator=generator)
+    y = torch.randn(40, generator=generator)
+    theta = torch.zeros(30, requires_grad=True)
+
+    def log_likelihood():
+        return -0.5 * (y - x @ theta).square() - 0.05 * theta.square().sum()
+
+    dense, free = (
+        unit_stability(log_likelihood, theta, 0.1, route=r, damping=0.0, search=False, sweep=())
+        for r in ("dense", "matrix_free")
+    )
+    assert free.alpha_star == pytest.approx(dense.alpha_star, rel=1e-3) and free.residual < 1e-4
+
+
+def test_units_of_the_model_are_its_groups(generator):
+    x, y = noisy_labels(generator, 60, 2, 0.2)
+    ids = torch.arange(60) % 20
+    plain = logistic(x, y)
+    grouped = vf.models.LikelihoodModel(
+        (0.0, 100.0), plain.likelihood_function, data=(x, y), dim=2, groups=[f"g{i:02d}" for i in ids.tolist()]
+    )
+    z = top(plain)
+    found = stability(grouped, z, units="group")
+    assert found.num_units == 20
+    assert found.alpha_star == pytest.approx(stability(plain, z, units=ids).alpha_star, rel=EXACT)
+    assert found.alpha_star != pytest.approx(stability(grouped, z).alpha_star, rel=1e-3)
+    with pytest.raises(NotAvailableError, match="no groups"):
+        stability(plain, z, units="group")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_hessian_of_the_loss_at_collapsed_members(alpha, generator):
+    """Eigenvalues of V / M once, those of (V - alpha J) / M for each of M - 1 contrasts, per unit."""
+    size, n = 5, 80
+    model = logistic(*noisy_labels(generator, n, 2, 0.2))
+    z = top(model)
+    found = stability(model, z, alpha)
+    family = registry.build("families", f"ensemble(size={size})").build(
+        LatentSpec(2), generator=torch.Generator().manual_seed(0)
+    )
+    objective = registry.build("objectives", f"renyi_predictive(alpha={alpha})").resolve(model, family)
+    logits, noise = family.logits.detach(), torch.zeros(1, 0, dtype=F64)
+
+    def loss(points):
+        parts = {"points": points.reshape(size, 2), "logits": logits}
+        return objective.loss(Called(family, parts), model, noise).surrogate / n
+
+    hessian = torch.autograd.functional.hessian(loss, z.repeat(size))
+    scores = torch.autograd.functional.jacobian(lambda p: model.log_likelihood(p[None])[0], z)
+    v = -torch.autograd.functional.hessian(lambda p: model.log_likelihood(p[None])[0].mean(), z)
+    both = torch.linalg.eigvalsh(v), torch.linalg.eigvalsh(v - alpha * scores.T @ scores / n)
+    expected = torch.cat([both[0], both[1].repeat(size - 1)]).sort().values / size
+    prior = 1 / 100.0**2 / n / size  # the cross term of the prior
+    torch.testing.assert_close(torch.linalg.eigvalsh(hessian), expected + prior, rtol=1e-9, atol=1e-11)
+    assert found.smallest == pytest.approx(float(both[1][0]), rel=1e-9, abs=1e-11)
+
+
+class Called:
+    """A family with other parameters, differentiable in them."""
+
+    def __init__(self, family, parameters):
+        self.family, self.parameters, self.capabilities = family, parameters, family.capabilities
+
+    def __call__(self, noise, context=None):
+        return torch.func.functional_call(self.family, self.parameters, (noise,))
 
 
 def test_the_report_prints_and_draws():

@@ -139,8 +139,9 @@ def test_median_bandwidth_is_where_it_was():
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda: Imq(power=0.5), lambda: Imq(offset=0.0), lambda: Linear(0.0), lambda: Sum(()), lambda: Sum((Rbf(),), (-1.0,)),
-     lambda: Sum((Rbf(),), factors=(1.0, 2.0)), lambda: named_kernel("gauss"), lambda: named_kernel(3)],
+    [lambda: Imq(power=0.5), lambda: Imq(offset=0.0), lambda: Linear(0.0), lambda: Sum(()),
+     lambda: Sum((Rbf(),), (-1.0,)), lambda: Sum((Rbf(),), factors=(1.0, 2.0)), lambda: named_kernel("gauss"),
+     lambda: named_kernel(3)],
 )  # fmt: skip
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigError):

@@ -22,8 +22,8 @@ def test_a_linear_kernel_matches_mean_and_covariance():
     target = targets.linear_regression()
     mean, covariance = target.moments()
     for size in (3, 25):
-        posterior = vf.fit(target.model, f"ensemble(size={size})", "svgd(kernel=linear)", "particle_flow(tolerance=1e-6)",
-                           seed=0)  # fmt: skip
+        solver = "particle_flow(tolerance=1e-6)"
+        posterior = vf.fit(target.model, f"ensemble(size={size})", "svgd(kernel=linear)", solver, seed=0)
         assert posterior.record.stop_reason == "converged"
         found, spread = posterior.family.moments()
         torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
@@ -41,8 +41,10 @@ def test_one_particle_goes_to_the_mode(kernel):
 
 
 def test_two_particles_are_the_closed_form():
-    """Two particles at +-a on N(0, 1), fixed h: symmetric equilibrium where a (1 + k) / 2 = 2 a k / (2 h^2)."""
-    posterior = vf.fit(normal_model(1), "ensemble(size=2)", "svgd(bandwidth=1.0)", "particle_flow(tolerance=1e-7)", seed=0)
+    """Two particles at +-a on N(0, 1), h = 1: at rest where (-a + k a) / 2 + a k = 0, that is, k = 1/3."""
+    posterior = vf.fit(
+        normal_model(1), "ensemble(size=2)", "svgd(bandwidth=1.0)", "particle_flow(tolerance=1e-7)", seed=0
+    )
     a = float(posterior.family.points.detach().abs().mean() * posterior.family.scale)
     k = float(torch.tensor(-0.5 * (2 * a) ** 2).exp())
     # phi(a) = (-a + k a) / 2 + k (2 a) / 2 = 0
@@ -102,7 +104,9 @@ def test_the_start_makes_up_for_scales_and_correlations():
     matrix = torch.tensor([[100.0, 0.0], [3.0, 0.01]], dtype=torch.float64)
     inverse = torch.linalg.inv(matrix)
     plain = vf.fit(normal_model(2), "ensemble(size=20)", "svgd", seed=0)
-    mapped = vf.fit(Density(lambda z: -0.5 * (z @ inverse.mT).square().sum(-1), dim=2), "ensemble(size=20)", "svgd", seed=0)
+    mapped = vf.fit(
+        Density(lambda z: -0.5 * (z @ inverse.mT).square().sum(-1), dim=2), "ensemble(size=20)", "svgd", seed=0
+    )
     wanted = matrix @ plain.family.moments()[1] @ matrix.mT
     torch.testing.assert_close(mapped.family.moments()[1], wanted, rtol=1e-3, atol=1e-5)
 
@@ -176,7 +180,7 @@ def test_the_contracts_find_biased_minibatches():
         return score.square().mean((-2, -1), keepdim=True)
 
     wrong = changed(lambda points, score, found: {"direction": found.direction + 0.1 * square(score)})
-    skip = dict.fromkeys(("stein_identity", "kl_descent", "rotations", "repulsion", "single_particle", "conjugate_moments",
-                          "rate_is_value"), "planted for another")  # fmt: skip
+    others = "stein_identity kl_descent rotations repulsion single_particle conjugate_moments rate_is_value"
+    skip = dict.fromkeys(others.split(), "planted for another")
     with pytest.raises(testing.ContractError, match="flow_minibatches"):
         testing.check_objective(wrong, skip=skip)

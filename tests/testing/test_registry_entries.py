@@ -21,6 +21,8 @@ OBJECTIVES = [
     "thermodynamic(partitions=3, estimator=covariance)",
     "annealed(of=roc_arc, part=likelihood)",
     "tempered(temperature=3)",
+    "fisher(weight=covariance)",
+    "ksd(bandwidth=1.0)",
 ]
 FAMILIES = [
     "mean_field(student_t=4)",
@@ -46,6 +48,11 @@ def test_objectives_at_their_defaults(name):
 @pytest.mark.parametrize("spec", OBJECTIVES)
 def test_objectives_with_options(spec):
     assert "gradient" in testing.check_objective(spec).passed
+
+
+@pytest.mark.parametrize("spec", ["svgd(kernel=imq)", "svgd(kernel=linear)", "svgd(bandwidth=1.0, cycles=2)"])
+def test_particle_objectives_with_options(spec):
+    assert "kl_descent" in testing.check_objective(spec).passed
 
 
 @pytest.mark.parametrize("alpha", ["inf", "-inf"])

@@ -51,6 +51,15 @@ class ModelUnits:
 
         return function
 
+    def units(self, name: str) -> Tensor | None:
+        """Return the unit of each datum, or None where each is its own."""
+        if name not in ("datum", "group"):
+            raise ConfigError(f"units must be 'datum', 'group' or the unit of each datum, got {name!r}.")
+        if name == "datum":
+            return None
+        group: Tensor = self.model.groups_of(self.batch)[0]
+        return group
+
     # -- labels of the model -------------------------------------------------------------------------------------------
     def _data(self) -> tuple[Any, int]:
         source = getattr(self.model, "source", None)

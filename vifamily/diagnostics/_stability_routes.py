@@ -129,8 +129,9 @@ class Free(Route):
         scores: ``(unit, dim)``, called S.
         curvature: V.
         generator: Randomness of the starting vectors.
-        tolerance: Relative residual of eigenvalues; that of linear solves is ten thousand times smaller.
-        max_steps: Steps of Lanczos' method at most.
+        tolerance: Relative residual of eigenvalues; that of linear solves is ten thousand times smaller, as far as the
+            arithmetic allows.
+        max_steps: Steps of Lanczos' method at most, and a tenth of those of a linear solve.
     """
 
     name = "matrix_free"
@@ -139,7 +140,9 @@ class Free(Route):
         self, scores: Tensor, curvature: Curvature, generator: torch.Generator, tolerance: float, max_steps: int
     ) -> None:
         super().__init__(scores)
-        self.tolerance, self.max_steps = tolerance, max_steps
+        rounding = 10 * torch.finfo(curvature.dtype).eps
+        self.tolerance, self.solve_tolerance = max(tolerance, rounding), max(1e-4 * tolerance, rounding)
+        self.max_steps = max_steps
         self.product, self.trace = curvature.product, curvature.trace
         self._starts = {
             size: torch.randn(size, generator=generator, dtype=torch.float64).to(scores)
@@ -164,8 +167,11 @@ class Free(Route):
         def raised(vector: Tensor) -> Tensor:
             return self.product(vector) + added * vector
 
+        left: list[float] = []
+
         def solve(right: Tensor) -> Tensor:
-            solved = conjugate_gradients(raised, right, max_steps=10 * len(right), tolerance=1e-4 * self.tolerance)
+            solved = conjugate_gradients(raised, right, max_steps=10 * self.max_steps, tolerance=self.solve_tolerance)
+            left.append(solved.residual)
             if solved.downhill is not None:
                 raise _NotPositiveError
             return solved.solution
@@ -181,7 +187,7 @@ class Free(Route):
             lowest = self.smallest(0.0, added)
             return Critical(0.0, lowest.vector, lowest.value, lowest.residual)
         direction = direction / direction.norm()
-        residual = top.residual / max(abs(top.value), 1e-300)
+        residual = max(top.residual / max(abs(top.value), 1e-300), *left)
         return Critical(_inverse(top.value), direction, float(direction @ raised(direction)), residual)
 
     def smallest(self, alpha: float, added: Tensor | float) -> Eigenpair:

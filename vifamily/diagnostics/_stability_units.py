@@ -213,12 +213,14 @@ class Curvature:
         product: ``v -> V v``.
         factor: Makes F, ``(row, dim)``, with ``V = F^T F / num_units``, or None where there is none.
         trace: Gives the trace of V, or None where it would have to be estimated.
+        dtype: Floating dtype in which products are computed.
     """
 
     name: str
     product: Callable[[Tensor], Tensor]
     factor: Callable[[], Tensor] | None = None
     trace: Callable[[], float] | None = None
+    dtype: torch.dtype = torch.float64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from vifamily.diagnostics._stability_report import Spread, Stability
 from vifamily.diagnostics._stability_routes import Critical, Dense, Free, Gram, Route
 from vifamily.diagnostics._stability_units import Curvature, GaussNewton, Labelled, Units, as_functions, fisher_rows
 from vifamily.errors import ConfigError, ShapeError
+from vifamily.numerics.soft_routing import power_value
 
 __all__ = ["Labelled", "Spread", "Stability", "stability", "unit_stability"]
 
@@ -80,8 +81,8 @@ def unit_stability(
         prior_precision: :math:`\lambda/\sigma_0^2`, added to the diagonal of V: the part of the divergence to a normal
             prior that members at points keep. A number, or ``(dim,)``.
         search: Whether to search for the best pair of members at ``alpha``, some 60 evaluations.
-        tolerance: Relative residual of eigenvalues on the matrix-free route.
-        max_steps: Steps of Lanczos' method at most.
+        tolerance: Relative residual of eigenvalues on the matrix-free route, as far as the parameters' dtype allows.
+        max_steps: Steps of Lanczos' method at most; each keeps a vector. Linear solves take up to ten times as many.
         seed: Seed of its starting vectors.
         labels: A name for each coordinate, for the table.
 
@@ -108,7 +109,7 @@ def unit_stability(
     if not bool(scores.isfinite().all()):
         raise ConfigError("the score of a unit is not finite at this point.")
     if curvature == "hessian":
-        bend = Curvature(curvature, data.hessian_product)
+        bend = Curvature(curvature, data.hessian_product, dtype=held[0].dtype)
     elif curvature == "fisher":
         rows = fisher_rows(labelled, held, group)
 
@@ -118,7 +119,7 @@ def unit_stability(
         bend = Curvature(curvature, lambda v: rows.T @ (rows @ v) / len(scores), lambda: rows, trace)
     elif curvature == "gauss_newton":
         split = _split(outputs, log_likelihood_of, len(functions))
-        bend = Curvature(curvature, lambda v: split.product(data, v), lambda: split.rows(data))
+        bend = Curvature(curvature, lambda v: split.product(data, v), lambda: split.rows(data), None, held[0].dtype)
     else:
         raise ConfigError(f"curvature must be 'hessian', 'fisher' or 'gauss_newton', got {curvature!r}.")
     analysis = _Analysis(
@@ -133,7 +134,7 @@ def stability(
     z: Tensor,
     alpha: float | None = None,
     *,
-    units: Tensor | Sequence[int] | None = None,
+    units: Tensor | Sequence[int] | Literal["datum", "group"] = "datum",
     curvature: Literal["hessian", "fisher", "gauss_newton"] = "hessian",
     label_values: Sequence[float] | None = None,
     num_label_draws: int = 32,
@@ -159,7 +160,8 @@ def stability(
         model: A model with a log likelihood per datum.
         z: The point, ``(dim,)``, unconstrained.
         alpha: An alpha to judge; None asks for the critical one alone.
-        units: As in :func:`unit_stability`.
+        units: What is routed in training: each datum, or each ``"group"`` of the model's (``groups=``); or the unit of
+            each datum, as in :func:`unit_stability`.
         curvature: ``"hessian"``, ``"fisher"`` (labels of the model), or ``"gauss_newton"``.
         label_values: For the Fisher matrix: all values that a label can take (``[0, 1]``), which makes it exact.
         num_label_draws: Labels drawn for each datum where ``label_values`` is None, by the model's ``simulate``; fewer
@@ -193,6 +195,7 @@ def stability(
         (0.2, False, -1.5)
     """
     view = ModelUnits(model, z, batch)
+    group = view.units(units) if isinstance(units, str) else _checked_units(units)
     given: dict[str, Any] = dict(options)
     if curvature == "fisher":
         given["labelled"] = (
@@ -205,13 +208,12 @@ def stability(
     if isinstance(prior_precision, str):
         if prior_precision != "model":
             raise ConfigError(f"prior_precision must be a number, a tensor or 'model', got {prior_precision!r}.")
-        group = _checked_units(units)
         prior_precision = view.prior_precision(None if group is None else int(group.max()) + 1)
     return unit_stability(
         view.log_likelihood,
         view.point,
         alpha,
-        units=units,
+        units=group,
         curvature=curvature,
         prior_precision=prior_precision,
         labels=view.labels,
@@ -279,24 +281,20 @@ class _Analysis:
             covariance = covariance / self.route.num_units
         laplace = (self.route.num_units * found.curvature) ** -0.5 if found.curvature > 0 else math.inf
         inflation = left**-0.5 if stable else math.inf
-        separation, gain = _best_pair(data, found, alpha) if search else (math.nan, math.nan)
+        separation, gain = _best_pair(data, found, alpha, self.prior) if search else (math.nan, math.nan)
         return Spread(alpha, laplace * inflation, inflation, covariance, separation, gain)
 
 
-def _best_pair(data: Units, found: Critical, alpha: float) -> tuple[float, float]:
-    """Half the distance, and the gain per unit, of the best two equally weighted members on the line."""
+def _best_pair(data: Units, found: Critical, alpha: float, prior: Tensor | float) -> tuple[float, float]:
+    """Half the distance and the gain per unit of the best two equal members on the line, prior included."""
     together = float(data.values().mean())
     unit = abs(found.curvature) ** -0.5 if found.curvature else 1.0
 
     def gain(log_distance: float) -> float:
         step = unit * math.exp(log_distance) * found.direction
         one, other = data.values(step), data.values(-step)
-        apart = 0.5 * (one - other)
-        # log cosh, written so that it neither overflows nor loses small values
-        size = (alpha * apart).abs()
-        cosh = torch.where(size < 1e-4, 0.5 * size.square(), size + torch.log1p(torch.exp(-2 * size)) - math.log(2))
-        shared = 0.5 * (one + other) + (cosh / alpha if alpha > 0 else 0.0)
-        value = float(shared.mean())
+        pair = power_value(torch.stack([one, other]), one.new_zeros(2), alpha)
+        value = -float(pair.mean()) - 0.5 * float((prior * step.square()).sum())
         return value - together if math.isfinite(value) else -math.inf
 
     grid = np.linspace(math.log(1e-2), math.log(30.0), 25)

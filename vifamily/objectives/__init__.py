@@ -7,8 +7,8 @@ from vifamily.objectives._closed_form import ClosedForm
 from vifamily.objectives._units import unit_log_likelihood
 from vifamily.objectives.annealed import Annealed
 from vifamily.objectives.batch_and_match import BatchAndMatch
-from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.discrete_stein import DiscreteStein
+from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.f_divergence import FDivergence

@@ -28,10 +28,11 @@ class Fisher(ScoreBased):
     .. math:: F(q) = \mathbb{E}_q\,|s_p(z) - s_q(z)|^2_W, \qquad s_p = \nabla_z \log p(x, z), \quad
               s_q = \nabla_z \log q(z),
 
-    with :math:`W = I`, or with ``weight="covariance"`` :math:`W = \operatorname{cov}(q)`, which leaves the number unchanged
-    by affine maps of the latents. Neither normaliser enters: not that of the joint, and not that of q. It is minimised by the reparameterised gradient, which
-    passes through both scores and so needs second derivatives of both log densities; at q = p every draw's gradient is
-    zero. With ``weight="covariance"`` the covariance is the family's own in closed form and is differentiated too.
+    with :math:`W = I`, or with ``weight="covariance"`` :math:`W = \operatorname{cov}(q)`, which leaves the number
+    unchanged by affine maps of the latents. Neither normaliser enters: not that of the joint, and not that of q. It is
+    minimised by the reparameterised gradient, which passes through both scores and so needs second derivatives of both
+    log densities; at q = p every draw's gradient is zero. With ``weight="covariance"`` the covariance is the family's
+    own in closed form and is differentiated too.
 
     On a normal posterior with precision :math:`\Lambda` the best mean-field q has variances
     :math:`v_i = (\Lambda^2)_{ii}^{-1/2}`, and with ``weight="covariance"`` those that solve

@@ -42,35 +42,36 @@ class Ksd(ScoreBased):
               + s'^\top \nabla_z k + \operatorname{tr} \nabla_z \nabla_{z'} k \big],
               \qquad s = \nabla_z \log p(x, z),\ s' = \nabla_{z'} \log p(x, z'),
 
-    the largest value that Stein's operator takes on average under q over the unit ball of the kernel's space. It is
-    minimised by the reparameterised gradient, which passes through the score. Families without density are allowed:
-    this is what ``implicit`` is for.
+    the square of the largest value that Stein's operator takes on average under q over the unit ball of the kernel's
+    space. It is minimised by the reparameterised gradient, which passes through the score. Families without density are
+    allowed: this is what ``implicit`` is for.
 
     Two statistics estimate it on n draws. ``"u"`` leaves out the pairs of a draw with itself: unbiased, and may be
     negative. ``"v"`` keeps them, with the weights of the draws: never negative; for the members of an ``ensemble`` it
     is not an estimate but the discrepancy of the ensemble itself. ``"auto"`` takes ``"v"`` where draws carry weights
     and ``"u"`` elsewhere: with unequal weights, from which strata the draws come would have to be known.
 
-    Members of an ensemble that descend this discrepancy are KSD descent (Korba et al. 2021):
-    ``fit(model, "ensemble(size=20)", "ksd(bandwidth=1.0, statistic=v)", solver="lbfgs")``, deterministic, or with
-    ``adam``; their weights are fitted too. Members that start on a line of symmetry between modes stay on it, and some are stranded at saddles: look
-    at several restarts.
+    Members of an ensemble that descend this discrepancy are KSD descent (Korba et al. 2021): ``fit(model,
+    "ensemble(size=20)", "ksd(bandwidth=1.0, statistic=v)", solver="lbfgs")``, deterministic, or with ``adam``; their
+    weights are fitted too. Members that start on a line of symmetry between modes stay on it, and some are stranded at
+    saddles: look at several restarts.
 
     Kernels, with lengths in units of the bandwidth h: ``"imq"`` :math:`(1 + r^2/h^2)^{-1/2}`, ``"rbf"``
     :math:`\exp(-r^2 / 2h^2)`, ``"multiscale"`` (the mean of three of these at h/2, h and 2h) and ``"linear"``
-    :math:`z^\top z'/h^2 + 1`, which sees the means of :math:`s` and of :math:`s z^\top` alone, and for a family that cannot
-    match both may move the mean to mend the second moments.
-    ``bandwidth="median"`` is the median distance between the draws of each step, held fixed in the gradient: what is
-    followed is the discrepancy under the kernel of the moment, and values at different q are not comparable to the
-    last digit. Steps with a bandwidth that is a number descend one function.
+    :math:`z^\top z'/h^2 + 1`, which sees the means of :math:`s` and of :math:`s z^\top` alone, and for a family that
+    cannot match both may move the mean to mend the second moments. ``bandwidth="median"`` is the median distance
+    between the draws of each step, held fixed in the gradient: what is followed is the discrepancy under the kernel of
+    the moment, and values at different q are not comparable to the last digit. Steps with a bandwidth that is a number
+    descend one function.
 
     **Bias.** ``"u"`` is unbiased in value and gradient for a fixed bandwidth. ``"v"`` on n random draws exceeds the
     discrepancy by a mean of the diagonal over n, which favours a narrow q. A minibatch would add the variance of its
     scores, since both factors share it: minibatches are refused.
 
     **Blind to.** The weights of separate modes: between the equal mixture of N(-3, 1) and N(3, 1) and one with weights
-    0.95 and 0.05 it is 0.0001 (``imq``, h = 1), where the standard deviation of ``"u"`` from 1500 draws is 0.0006. ``"rbf"`` is also blind to draws that run off to infinity, in three dimensions or more.
-    Never let it be the only check of an answer.
+    0.95 and 0.05 it is 0.0001 (``imq``, h = 1), where the standard deviation of ``"u"`` from 1500 draws is 0.0006.
+    ``"rbf"`` is also blind to draws that run off to infinity, in three dimensions or more. Never let it be the only
+    check of an answer.
 
     **Fails when.** q starts narrow at a stationary point of the posterior (a mode, or the valley between two modes):
     begin wide. Dimensions are many: distances concentrate, and the signal drowns in the n (n - 1) pairs. Coordinates

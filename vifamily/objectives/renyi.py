@@ -36,6 +36,11 @@ class Renyi(Objective):
     1, the importance-weighted bound at 0, the largest log ratio at minus infinity (minimised) and the smallest at
     infinity (maximised).
 
+    This is not the per-datum objective ``renyi_predictive``. Here the whole ratio is taken to the power 1 - alpha once,
+    and for every alpha the bound is best at the exact posterior; there each datum's likelihood is taken to the power
+    alpha, and away from alpha = 0 the optimum is a predictively oriented posterior. Only ``renyi(alpha=1)`` and
+    ``renyi_predictive(alpha=0)``, both the ELBO, are the same.
+
     **Bias.** Lower and upper are statements about the exact expectation: the Monte-Carlo value over K draws is biased
     down for alpha < 1 and up for alpha > 1, by O(1/K), and what is optimised is its expectation over K draws, with an
     unbiased gradient. Minibatches would bias it and are refused, unless every latent is local.

@@ -146,6 +146,11 @@ class RenyiPredictive(Objective):
         return self.alpha == 0
 
     @property
+    def predictive_order(self) -> float:
+        """The order, alpha itself."""
+        return float(self.alpha)
+
+    @property
     def warmup_steps(self) -> int:
         """Steps after which the loss stays the same."""
         return self.warmup

@@ -79,8 +79,7 @@ class Svgd(ScoreBased):
     ``linear``     1.00 1.00 1.00 1.00
     ============== ==== ==== ==== ====
 
-    :math:`\phi` is linear in the scores, so a minibatch leaves
-    it unbiased.
+    :math:`\phi` is linear in the scores, so a minibatch leaves it unbiased.
 
     **Blind to.** The weights of separate modes: how many particles a mode gets is decided by where they started. The
     value is as blind as every Stein discrepancy.

@@ -62,12 +62,13 @@ def stability(
 
 
 def _draw_pull(axes: Axes, values: style.Array) -> None:
-    low, high = np.quantile(values, [0.002, 0.998])
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
-    bins = int(np.clip(np.sqrt(values.size), 10, 60))
+    low, high = (float(q) for q in np.quantile(values, [0.002, 0.998]))
+    low, high = min(low, 0.0), max(high, 0.0)
+    width = (high - low or 1.0) / float(np.clip(np.sqrt(values.size), 10, 60))
+    # zero is an edge, so that no bar holds units of both signs
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
     for side, colour in ((values <= 0, style.REFERENCE), (values > 0, style.POSTERIOR)):
-        axes.hist(np.clip(values[side], low, high), bins=bins, range=(low, high), color=colour, alpha=0.75)
+        axes.hist(np.clip(values[side], edges[0], edges[-1]), bins=list(edges), color=colour, alpha=0.75)
     axes.axvline(0, color=style.INK, linewidth=0.8)
     axes.set_xlabel("score of a unit along the direction", fontsize=style.LABEL_SIZE, color=style.INK)
     axes.set_ylabel("units", fontsize=style.LABEL_SIZE, color=style.INK)

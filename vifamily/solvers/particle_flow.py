@@ -25,6 +25,8 @@ _SMALLEST = 0.02
 """Step size, in tolerances, from which on no smaller one is tried."""
 _STILL = 2.0
 """Movement between two windows, in step sizes, below which a smaller step is taken; at most it is the window."""
+_NEAR = 10.0
+"""Distance left to go, in tolerances, beyond which particles that hardly move do not count as at rest."""
 _FLOOR = 1e-3
 """Least spread of the particles, in standardised coordinates, that counts as a unit."""
 
@@ -42,8 +44,9 @@ class ParticleFlow(Solver):
     coordinate, on average over 25 steps. The step size is halved whenever the particles move, from one average over 25
     steps to the next, less than twice its length; what Adam or Adagrad remember is then forgotten.
 
-    On minibatches the velocity is noisy and never vanishes: there the fit ends when halving the step size has twice in
-    a row moved the averaged particles by less than ``tolerance``, and the average is the answer.
+    It ends too when halving the step size has twice in a row moved the particles, averaged over 25 steps, by less than
+    ``tolerance`` and the distance left to go is below ten times that. On minibatches the velocity is noisy and never
+    vanishes: there the halvings alone decide, and the average is the answer.
 
     Restarts run side by side and end together. The weights of the particles stay equal.
 
@@ -224,7 +227,9 @@ class ParticleRun(Run):
 
     def _end_stage(self, now: Tensor, *, noisy: bool, slow: bool) -> None:
         change = math.inf if self.last_stage is None else self._size(now - self.last_stage)
-        self.quiet = self.quiet + 1 if change < self.tolerance and not slow else 0
+        # without noise, steps that have become too short to move anything must not pass for rest
+        rest = noisy or self.left < _NEAR * self.tolerance
+        self.quiet = self.quiet + 1 if change < self.tolerance and not slow and rest else 0
         self.last_stage = now
         if self.quiet >= 2:
             self.finished = "converged"

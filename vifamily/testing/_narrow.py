@@ -123,7 +123,7 @@ class NarrowModel(torch.nn.Module):
     Args:
         model: The model.
         capabilities: What may be used of it.
-        constant: Added to its log joint.
+        constant: Added to its log joint, and so to its log prior.
     """
 
     def __init__(self, model: Any, capabilities: Caps, constant: float = 0.0) -> None:
@@ -170,7 +170,7 @@ class NarrowModel(torch.nn.Module):
     def log_prior(self, z: Tensor) -> Tensor:
         """Log prior density."""
         self._need(Capability.PRIOR)
-        out: Tensor = self._model.log_prior(z)
+        out: Tensor = self._model.log_prior(z) + self.constant
         return out
 
     def log_likelihood(self, z: Tensor, batch: Batch | None = None) -> Tensor:
@@ -184,6 +184,12 @@ class NarrowModel(torch.nn.Module):
         """Reference draws."""
         self._need(Capability.REFERENCE_DRAWS)
         out: Tensor = self._model.reference_draws
+        return out
+
+    def groups_of(self, batch: Batch | None) -> tuple[Tensor, int]:
+        """Group of each datum."""
+        self._need(Capability.GROUPS)
+        out: tuple[Tensor, int] = self._model.groups_of(batch)
         return out
 
     def gaussian_prior(self) -> tuple[Tensor, Tensor]:
