@@ -49,8 +49,8 @@ class LikelihoodModel(Model):
         log_local: Log of local prior times likelihood, ``(theta, local, data) -> (draw, datum)``, where ``local`` is a
             dict of ``(draw, datum, *shape)``; their log Jacobian is added by the model.
         groups: An integer or text for each datum; data that share one belong together (an annotator, a session, a
-            document). Minibatches are then made of whole groups, of ``batch_size`` data on average, and an objective with
-            ``unit="group"`` treats each group as one observation.
+            document). Minibatches are then made of whole groups, of ``batch_size`` data on average, and an objective
+            with ``unit="group"`` treats each group as one observation.
         sample_prior: ``sample_prior(num_draws, generator)`` gives named parameters or points ``(num_draws, dim)``.
         simulate: ``simulate(theta, generator)`` gives new data, a dict of ``(draw, ...)`` or one tensor (called ``y``).
         dtype: Floating dtype; data must have it already.

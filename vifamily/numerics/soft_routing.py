@@ -72,8 +72,15 @@ def power_value(log_likelihood: Tensor, log_weight: Tensor, alpha: float) -> Ten
     small = (power.detach().abs().amax(-2) < _SMALL).unsqueeze(-2)
     excess = (weight * torch.expm1(torch.where(small, power, torch.zeros_like(power)))).sum(-2)
     near = centre.squeeze(-2) + torch.log1p(excess) / alpha
-    far = torch.logsumexp(log_weight.unsqueeze(-1) + alpha * log_likelihood, -2) / alpha
+    top = _best(log_likelihood)
+    far = top.squeeze(-2) + torch.logsumexp(log_weight.unsqueeze(-1) + alpha * (log_likelihood - top), -2) / alpha
     return -torch.where(small.squeeze(-2), near, far)
+
+
+def _best(log_likelihood: Tensor) -> Tensor:
+    """Largest log likelihood of each unit, ``(..., 1, unit)``, without a gradient; 0 where none is finite."""
+    top = log_likelihood.detach().amax(-2, keepdim=True)
+    return torch.where(torch.isfinite(top), top, torch.zeros_like(top))
 
 
 def route(log_likelihood: Tensor, log_weight: Tensor, alpha: float) -> Routing:
@@ -98,7 +105,8 @@ def route(log_likelihood: Tensor, log_weight: Tensor, alpha: float) -> Routing:
     value = power_value(log_likelihood, log_weight, alpha)
     with torch.no_grad():
         a, log_prior = log_likelihood.detach(), log_weight.detach().log_softmax(-1).unsqueeze(-1)
-        responsibility = torch.softmax(log_prior + alpha * a, -2)
+        # differences first: a product with alpha would round the digits that tell members apart
+        responsibility = torch.softmax(log_prior + alpha * (a - _best(a)), -2)
         # a member that says a unit is impossible has no part in it, at no cost
         named = torch.where(responsibility > 0, a, torch.zeros_like(a)) if alpha else a
         fit = -(responsibility * named).sum(-2)

@@ -108,6 +108,14 @@ class Objective(abc.ABC):
         """
         return None
 
+    @property
+    def predictive_order(self) -> float | None:
+        """Order alpha of the per-datum Rényi objective that the loss stands for with many draws and data, or None.
+
+        The contract kit checks what is stated on data that are more spread out than the model says.
+        """
+        return None
+
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 16
 

@@ -141,6 +141,11 @@ class RenyiPredictive(Objective):
         return 1.0 if self.alpha == 0 else None
 
     @property
+    def predictive_order(self) -> float:
+        """The order, alpha itself."""
+        return float(self.alpha)
+
+    @property
     def warmup_steps(self) -> int:
         """Steps after which the loss stays the same."""
         return self.warmup

@@ -97,7 +97,8 @@ class AdamRun(Run):
             # the optimiser's parameter and the flat tensor share memory
             held["params"][0].data = group.value
         self.step_count, self.stage = 0, 0
-        self.monitor = StageMonitor(rule, 0, rule.rough)
+        # while the loss itself changes nothing can be judged: the first stage begins when that is over
+        self.monitor = StageMonitor(rule, getattr(task.objective, "warmup_steps", 0), rule.rough)
         self.objective_state = task.objective_state
         self.sums = [torch.zeros_like(g.value) for g in self.groups]
         self.snapshots: list[tuple[int, list[Tensor]]] = [(0, [s.clone() for s in self.sums])]
@@ -210,6 +211,11 @@ class AdamRun(Run):
     def _report(self, values: list[float], *, watch: bool) -> StepReport:
         step, used = self.step_count, self.step_size
         since = step - self.monitor.first_step
+        terms = {name: column[-1] for name, column in self._terms.items()}
+        if since <= 0:
+            if since == 0:
+                self._forget()
+            return StepReport(step, tuple(values), terms, used, None, "warm-up")
         if watch and since % self.rule.every == 0:
             self.monitor.add(self.watch())
         if since == self.rule.next_check(since - 1):
@@ -218,7 +224,6 @@ class AdamRun(Run):
             if verdict is not None:
                 self._end_stage(verdict)
         phase = f"stage {self.stage + 1}" + (", averaging" if self.monitor.stationary_from is not None else "")
-        terms = {name: column[-1] for name, column in self._terms.items()}
         return StepReport(step, tuple(values), terms, used, self.finished, phase)
 
     # -- watching ------------------------------------------------------------------------------------------------------
@@ -285,6 +290,10 @@ class AdamRun(Run):
         # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
         near = self.change < max(4 * self.rule.tolerance, noise)
         self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin the averages of iterates and gradients anew."""
         self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
         self.gradient_sum.zero_()
         self.gradient_square.zero_()
@@ -338,9 +347,13 @@ class AdamRun(Run):
             "rhat": self.monitor.rhat,
             "mcse": self.monitor.error,
             "gradient_snr": snr,
-            "notes": tuple(self.notes),
+            "notes": (*self.notes, *self._unfinished_warmup()),
             "change": self.change,
         }
+
+    def _unfinished_warmup(self) -> tuple[str, ...]:
+        left = self.monitor.first_step - self.step_count
+        return () if left <= 0 else (f"the fit ended {left} steps before the end of the objective's warm-up",)
 
     # -- writing down --------------------------------------------------------------------------------------------------
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
