@@ -114,7 +114,8 @@ class QuadratureFamily(NarrowFamily):
 
     def __call__(self, noise: Tensor, context: Tensor | None = None) -> Draw:
         """Map the nodes of the rule to draws."""
-        return dataclasses.replace(self._family(noise, context), log_weight=self._log_weight)
+        draw: Draw = self._family(noise, context)
+        return dataclasses.replace(draw, log_weight=self._log_weight)
 
 
 class NarrowModel(torch.nn.Module):
