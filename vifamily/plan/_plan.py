@@ -157,7 +157,7 @@ def _with_draws_of(problem: Any, model: Model) -> Model:
     reference, layout = getattr(problem, "reference", None), model.layout
     draws = getattr(reference, "draws", None)
     own = Capability.REFERENCE_DRAWS in model.capabilities or getattr(problem, "quantities", None) is not None
-    if own or draws is None or tuple(reference.names) != tuple(layout.columns()):
+    if own or reference is None or draws is None or tuple(reference.names) != tuple(layout.columns()):
         return model
     try:
         return model.with_reference_draws(layout.unflatten(torch.as_tensor(draws, dtype=torch.float64)))

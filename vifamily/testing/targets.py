@@ -61,7 +61,8 @@ class Target:
 def _normal_draws(mean: Tensor, covariance: Tensor) -> Tensor:
     """Balanced draws of a normal law, whose sample moments are exactly its own."""
     unit = balanced_draws(NoiseSpec(tuple(mean.shape)), _NUM_DRAWS, 0)
-    return mean + unit @ torch.linalg.cholesky(covariance).mT
+    draws: Tensor = mean + unit @ torch.linalg.cholesky(covariance).mT
+    return draws
 
 
 def linear_regression() -> Target:
