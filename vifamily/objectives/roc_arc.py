@@ -33,8 +33,8 @@ class RocArc(Csiszar):
     gradient (``dreg``) :math:`\sin^2\theta \cos\theta \le 0.385` on :math:`\nabla_z \log(p/q)`: no ratio, however
     large, carries more than that. ``reparameterised`` and ``enumerated`` are as in ``f_divergence``. The optimum
     moves with the normaliser of p, so the ratio is divided by the running mean of all ratios so far (each step's mean
-    is an unbiased estimate of the evidence, whatever q is; it is held fixed in the gradient, kept with a memory of 0.95
-    and reported as ``log_evidence``). The first step, which has no past, and local latents are self-normalised.
+    is an unbiased estimate of the evidence, whatever q is; the running one is held fixed in the gradient and kept with
+    a memory of 0.95, and that of the step is reported as ``log_evidence``). The first step, which has no past, and local latents are self-normalised.
 
     **Bias.** None for a normalised p. With the running mean, that of the mean's own error, which falls as q approaches
     p; with ``normalise="self"`` O(1/K).
