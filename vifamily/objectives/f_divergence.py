@@ -34,15 +34,15 @@ class FDivergence(Csiszar):
     The posterior is known up to its normaliser only, and but for ``kl_reverse`` the ratio u needs it. By default
     :math:`w = p(x, z) / q` is divided by the running mean of all ratios so far (each step's mean is an unbiased
     estimate of the evidence, whatever q is; the running one is held fixed in the gradient and kept with a memory of
-    0.95, and that of the step is reported as ``log_evidence``). ``normalise="self"`` takes ``u_k = K softmax(log w)_k`` from the draws of the step alone, and
-    differentiates the normaliser too; a number is taken as the log evidence; ``"none"`` takes the log joint to be
-    normalised. The first step of a running mean and local latents are self-normalised, and so is an enumerated family,
-    where that is exact. The model's own parameters stay as they are, since moving the target would bring it to q;
-    ``kl_reverse``, minus the evidence lower bound, fits them.
+    0.95, and that of the step is reported as ``log_evidence``). ``normalise="self"`` takes ``u_k = K softmax(log w)_k``
+    from the draws of the step alone, and differentiates the normaliser too; a number is taken as the log evidence;
+    ``"none"`` takes the log joint to be normalised. The first step of a running mean and local latents are
+    self-normalised, and so is an enumerated family, where that is exact. The model's own parameters stay as they are,
+    since moving the target would bring it to q; ``kl_reverse``, minus the evidence lower bound, fits them.
 
     **Bias.** ``kl_reverse``, and every f with a log evidence that is right, is unbiased. With the running mean, the
-    bias is that of the mean's own error. Self-normalised, what is minimised is the expectation of the K-draw estimate, which
-    differs from the divergence of the name by O(1/K), and much for a q that is narrower than p: a Gaussian on the
+    bias is that of the mean's own error. Self-normalised, what is minimised is the expectation of the K-draw estimate,
+    which differs from the divergence of the name by O(1/K), and much for a q that is narrower than p: a Gaussian on the
     ``banana`` problem has the sds 1.23 and 0.93 under the squared Hellinger distance of 32 draws, 1.40 and 1.00 of 256,
     and 1.49 and 1.13 in the limit (the running mean gives 1.52 and 1.14 with 32). ``chi_square`` and ``pearson`` become
     the same estimate then. With ``"none"`` and an unnormalised joint it is another function of q altogether, whose
