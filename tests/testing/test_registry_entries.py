@@ -14,7 +14,7 @@ OBJECTIVES = [
     "renyi(alpha=2)",
     "renyi(alpha=-1)",
     "f_divergence(kind=kl_reverse)",
-    "f_divergence(kind=amari_alpha, alpha=0.7, normalise=running)",
+    "f_divergence(kind=amari_alpha, alpha=0.7, normalise=self)",
     "roc_arc(normalise=self)",
     "perturbative(order=1)",
     "thermodynamic(partitions=1)",

@@ -90,7 +90,9 @@ class Csiszar(Objective):
             )
         generator = self._generator()
         if asked == "auto":
-            way = "none" if generator.shift_only else "self"
+            # summed over all states the evidence is exact, and nothing need be carried
+            summed = getattr(self, "estimator", "auto") == "enumerated"
+            way = "none" if generator.shift_only else "self" if summed else "running"
         else:
             way = asked if isinstance(asked, str) else "known"
         scaled = way in ("none", "known")
@@ -136,10 +138,10 @@ class Csiszar(Objective):
             return ()
         return {
             "self": (
-                "p is normalised by the draws of each step: the divergence is estimated with a bias of order one over "
-                "the number of draws",
+                "p is normalised by the draws of each step: unless they are all states, what is minimised is biased by "
+                "order one over their number",
             ),
-            "running": ("p is normalised by the mean ratio of the steps so far",),
+            "running": ("p is normalised by the mean ratio of the steps so far, an estimate of the evidence",),
             "none": ("the log joint is taken to be normalised; unless it is, this is not the divergence of its name",),
             "known": ("p is normalised by the log evidence that was given",),
         }[self._way]

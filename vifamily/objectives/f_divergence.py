@@ -32,16 +32,21 @@ class FDivergence(Csiszar):
     mean, that of the gradient of the value's expectation.
 
     The posterior is known up to its normaliser only, and but for ``kl_reverse`` the ratio u needs it. By default
-    it is self-normalised, ``u_k = K softmax(log w)_k`` with ``w = p(x, z) / q``; the gradient of the normaliser is
-    taken along. ``normalise="running"`` divides by the mean ratio of the steps so far, a number is taken as the log
-    evidence, and ``"none"`` takes the log joint to be normalised. The model's own parameters stay as they are, since
-    moving the target would bring it to q; ``kl_reverse``, minus the evidence lower bound, fits them.
+    :math:`w = p(x, z) / q` is divided by the running mean of all ratios so far (each step's mean is an unbiased
+    estimate of the evidence, whatever q is; the running one is held fixed in the gradient and kept with a memory of
+    0.95, and that of the step is reported as ``log_evidence``). ``normalise="self"`` takes ``u_k = K softmax(log w)_k``
+    from the draws of the step alone, and differentiates the normaliser too; a number is taken as the log evidence;
+    ``"none"`` takes the log joint to be normalised. The first step of a running mean and local latents are
+    self-normalised, and so is an enumerated family, where that is exact. The model's own parameters stay as they are,
+    since moving the target would bring it to q; ``kl_reverse``, minus the evidence lower bound, fits them.
 
-    **Bias.** ``kl_reverse``, and every f with a log evidence that is right, is unbiased. Self-normalised, the value is
-    biased by O(1/K): what is minimised is the expectation of the K-draw estimate, not the divergence of the name, and
-    far from p with few draws the two differ much, since u cannot exceed K. ``chi_square`` and ``pearson`` become the
-    same estimate. With ``"none"`` and an unnormalised joint it is another function of q altogether, whose gradient may
-    be zero to rounding.
+    **Bias.** ``kl_reverse``, and every f with a log evidence that is right, is unbiased. With the running mean, the
+    bias is that of the mean's own error. Self-normalised, what is minimised is the expectation of the K-draw estimate,
+    which differs from the divergence of the name by O(1/K), and much for a q that is narrower than p: a Gaussian on the
+    ``banana`` problem has the sds 1.23 and 0.93 under the squared Hellinger distance of 32 draws, 1.40 and 1.00 of 256,
+    and 1.49 and 1.13 in the limit (the running mean gives 1.52 and 1.14 with 32). ``chi_square`` and ``pearson`` become
+    the same estimate then. With ``"none"`` and an unnormalised joint it is another function of q altogether, whose
+    gradient may be zero to rounding.
 
     **Blind to.** Modes in which q has no draws, as every expectation over q: a mass-covering f helps only where some
     draw hits the missed mass. The less :math:`f''(u) u^2` grows with u, the less it sees single large ratios:
@@ -64,8 +69,8 @@ class FDivergence(Csiszar):
         t: The number of ``t_power``.
         dual: Whether to take ``u f(1/u)``.
         symmetrised: Whether to take the mean of f and its dual.
-        normalise: ``"auto"`` (``"none"`` for ``kl_reverse``, else ``"self"``), ``"self"``, ``"running"``, ``"none"``,
-            or the log evidence.
+        normalise: ``"auto"`` (``"none"`` for ``kl_reverse``, else ``"running"``), ``"self"``, ``"running"``,
+            ``"none"``, or the log evidence.
         estimator: ``"auto"``, ``"enumerated"``, ``"dreg"``, ``"reparameterised"`` or ``"score"``.
 
     Raises:

@@ -29,12 +29,13 @@ class RocArc(Csiszar):
     function used here, :math:`f(u) = \sqrt{1 + u^2} - (1 + u) / \sqrt2` (the same divergence, without cancellation
     near u = 1), the gradients and the treatment of unnormalised targets are derived for this package.
 
-    With :math:`\theta = \arctan u` the score-function gradient has the weights :math:`\cos\theta` and the path
-    gradient (``dreg``) :math:`\sin^2\theta \cos\theta \le 0.385` on :math:`\nabla_z \log(p/q)`: no ratio, however
-    large, carries more than that. ``reparameterised`` and ``enumerated`` are as in ``f_divergence``. The optimum
-    moves with the normaliser of p, so the ratio is divided by the running mean of all ratios so far (each step's mean
-    is an unbiased estimate of the evidence, whatever q is; it is held fixed in the gradient, kept with a memory of 0.95
-    and reported as ``log_evidence``). The first step, which has no past, and local latents are self-normalised.
+    With :math:`\theta = \arctan u` the score-function gradient has the weights :math:`\cos\theta` and the path gradient
+    (``dreg``) :math:`\sin^2\theta \cos\theta \le 0.385` on :math:`\nabla_z \log(p/q)`: no ratio, however large, carries
+    more than that. ``reparameterised`` and ``enumerated`` are as in ``f_divergence``. The optimum moves with the
+    normaliser of p, so the ratio is divided by the running mean of all ratios so far (each step's mean is an unbiased
+    estimate of the evidence, whatever q is; the running one is held fixed in the gradient and kept with a memory of
+    0.95, and that of the step is reported as ``log_evidence``). The first step, which has no past, and local latents
+    are self-normalised.
 
     **Bias.** None for a normalised p. With the running mean, that of the mean's own error, which falls as q approaches
     p; with ``normalise="self"`` O(1/K).
