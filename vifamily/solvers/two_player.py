@@ -221,7 +221,7 @@ class TwoPlayerRun(AdamRun):
         rows: dict[str, list[Tensor]] = {}
         for k in range(8):
             with torch.no_grad():
-                loss = self._loss(self._fresh(source, _AUDIT_DRAWS), last + k)
+                loss = self._loss(self._fresh(source, max(64, _AUDIT_DRAWS // self.task.restarts)), last + k)
             for name, part in {"value": loss.value, **loss.terms}.items():
                 rows.setdefault(name, []).append(part.reshape(-1))
         for group, old in zip(self.groups, kept, strict=True):
