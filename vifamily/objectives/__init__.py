@@ -9,6 +9,10 @@ from vifamily.objectives.annealed import Annealed
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.discrete_stein import DiscreteStein
 from vifamily.objectives.distilled_importance import DistilledImportance
+from vifamily.objectives._per_datum import unit_log_likelihood
+from vifamily.objectives.batch_and_match import BatchAndMatch
+from vifamily.objectives.bb_alpha import BbAlpha
+from vifamily.objectives.cubo import Cubo
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.f_divergence import FDivergence
@@ -30,13 +34,16 @@ from vifamily.objectives.svgd import Svgd
 from vifamily.objectives.tail_adaptive import TailAdaptive
 from vifamily.objectives.tempered import Tempered
 from vifamily.objectives.thermodynamic import Thermodynamic
+from vifamily.objectives.vr_max import VrMax
 
 __all__ = [
     "Annealed",
     "BatchAndMatch",
+    "BbAlpha",
     "ClosedForm",
     "DistilledImportance",
     "DiscreteStein",
+    "Cubo",
     "Elbo",
     "EnergyDistance",
     "Estimator",
@@ -60,6 +67,7 @@ __all__ = [
     "TailAdaptive",
     "Tempered",
     "Thermodynamic",
+    "VrMax",
     "log_ratio_parts",
     "unit_log_likelihood",
     "weighted_sum",
