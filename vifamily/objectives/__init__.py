@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
-from vifamily.objectives._units import unit_log_likelihood
-from vifamily.objectives.annealed import Annealed
-from vifamily.objectives.batch_and_match import BatchAndMatch
-from vifamily.objectives.discrete_stein import DiscreteStein
-from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives._per_datum import unit_log_likelihood
+from vifamily.objectives.annealed import Annealed
 from vifamily.objectives.batch_and_match import BatchAndMatch
 from vifamily.objectives.bb_alpha import BbAlpha
 from vifamily.objectives.cubo import Cubo
+from vifamily.objectives.discrete_stein import DiscreteStein
+from vifamily.objectives.distilled_importance import DistilledImportance
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.f_divergence import FDivergence
@@ -41,9 +39,9 @@ __all__ = [
     "BatchAndMatch",
     "BbAlpha",
     "ClosedForm",
-    "DistilledImportance",
-    "DiscreteStein",
     "Cubo",
+    "DiscreteStein",
+    "DistilledImportance",
     "Elbo",
     "EnergyDistance",
     "Estimator",

@@ -123,7 +123,11 @@ def fitted(data: Digits, method: str, seed: int, steps: int) -> tuple[StackedFam
     source = generator(seed, "families")
     # the prior is where they start: wider than any posterior here
     members = [registry.build("families", spec).build(LatentSpec(_LATENTS), generator=source) for _ in range(images)]
-    family, objective, solver = StackedFamily(members), registry.build("objectives", loss), registry.build("solvers", way)
+    family, objective, solver = (
+        StackedFamily(members),
+        registry.build("objectives", loss),
+        registry.build("solvers", way),
+    )
     stream = NoiseStream(seed, family.noise_spec, draws=_DRAWS, restarts=images, balanced=True)
     half = draw_noise(family.noise_spec, (32,), generator(seed, "monitor"))
     task = Task(

@@ -190,7 +190,9 @@ def _discrete() -> list[Claim]:
 
 # -- images ------------------------------------------------------------------------------------------------------------
 def _images(options: Options) -> tuple[list[Claim], list[dict[str, Any]]]:
-    seeds, images, steps = ([options.seed], 20, 300) if options.quick else (range(options.seed, options.seed + 3), 100, 600)
+    seeds, images, steps = (
+        ([options.seed], 20, 300) if options.quick else (range(options.seed, options.seed + 3), 100, 600)
+    )
     rows = []
     for seed in seeds:
         options.say(f"image completion, seed {seed}")
@@ -200,7 +202,8 @@ def _images(options: Options) -> tuple[list[Claim], list[dict[str, Any]]]:
     published = {"mean field, KL": "-59.3", "mean field, Langevin-Stein": "-75.3", "program, Langevin-Stein": "-58.9"}
     claims = [
         Claim(
-            f"Completion of hidden pixels, {name} (published: MNIST, 784 pixels, ten latents)", published[name],
+            f"Completion of hidden pixels, {name} (published: MNIST, 784 pixels, ten latents)",
+            published[name],
             f"{score[name]['score']:.3f} (exact {score['exact']['score']:.3f}, prior {score['prior']['score']:.3f})",
             score[name]["error"],
             all(r["below_exact"] <= _WITHIN[name] for r in rows if r["method"] == name)
