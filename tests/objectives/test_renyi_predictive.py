@@ -368,8 +368,8 @@ def test_groups_are_needed_for_units_of_groups():
 
 @pytest.mark.parametrize(("unit", "alpha"), [("datum", 0.8), ("group", 0.4), ("group", 0.5), ("group", 0.8)])
 def test_conflict_between_groups_is_routed_by_group_only(unit, alpha):
-    # half of the groups of 25 lie at 0.3 and half at -0.3, and all data have variance one, so per datum there is nothing
-    # to route. Two members at plus and minus t: t = 0.3 tanh(alpha 25 0.3 t), which is zero below alpha = 0.444
+    # half of the groups of 25 lie at 0.3 and half at -0.3, and all data have variance one: per datum nothing to
+    # route. Two members at plus and minus t: t = 0.3 tanh(alpha 25 0.3 t), which is zero below alpha = 0.444
     ids = torch.arange(40).repeat_interleave(25)
     y = normal_data(25, 0.91).repeat(40) + 0.3 * (1 - 2 * (ids % 2).double())
     family = ensemble(2, spread=0.3)

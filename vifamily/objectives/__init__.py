@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from vifamily.objectives._base import Estimator, Objective, log_ratio_parts, weighted_sum
 from vifamily.objectives._closed_form import ClosedForm
-from vifamily.objectives._units import unit_log_likelihood
+from vifamily.objectives._per_datum import unit_log_likelihood
 from vifamily.objectives.batch_and_match import BatchAndMatch
+from vifamily.objectives.bb_alpha import BbAlpha
+from vifamily.objectives.cubo import Cubo
 from vifamily.objectives.elbo import Elbo
 from vifamily.objectives.gsm import Gsm
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.renyi_predictive import RenyiPredictive
+from vifamily.objectives.vr_max import VrMax
 
 __all__ = [
     "BatchAndMatch",
+    "BbAlpha",
     "ClosedForm",
+    "Cubo",
     "Elbo",
     "Estimator",
     "Gsm",
@@ -22,6 +27,7 @@ __all__ = [
     "Objective",
     "Renyi",
     "RenyiPredictive",
+    "VrMax",
     "log_ratio_parts",
     "unit_log_likelihood",
     "weighted_sum",

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError, NotAvailableError
+from vifamily.errors import ConfigError
 from vifamily.numerics.soft_routing import route
-from vifamily.objectives._base import Estimator, Objective, ValueKind, weighted_sum
-from vifamily.objectives._units import Unit, check_unit, unit_log_likelihood, unit_needs
+from vifamily.objectives._base import Estimator, Objective, ValueKind
+from vifamily.objectives._per_datum import Unit, check_order, check_unit, prior_part, unit_log_likelihood, unit_needs
 from vifamily.registry import register
-from vifamily.types import Batch, Capability, Draw, FamilyLike, Loss, ModelLike
+from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
 
 __all__ = ["RenyiPredictive"]
 
@@ -114,12 +113,12 @@ class RenyiPredictive(Objective):
 
     def __post_init__(self) -> None:
         """Check the fields; at alpha = 0 the value is a bound."""
-        _check_alpha("alpha", self.alpha)
+        check_order(_NAME, "alpha", self.alpha)
         check_unit(_NAME, self.unit)
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise ConfigError(f"{_NAME}(warmup=...) must be a number of steps from 0, got {self.warmup!r}.")
         if self.start is not None:
-            _check_alpha("start", self.start)
+            check_order(_NAME, "start", self.start)
         if (self.start is None) != (self.warmup == 0):
             raise ConfigError(
                 f"a ramp of alpha needs both start= and warmup=, got start={self.start!r}, warmup={self.warmup!r}."
@@ -179,7 +178,7 @@ class RenyiPredictive(Objective):
             raise ConfigError(f"over one draw the loss is that of alpha=0 (alpha={alpha:g}): use at least draws=2.")
         routed = route(unit_log_likelihood(model, draw.z, batch, self.unit), draw.log_weight, alpha)
         scale = model.scale(batch)
-        prior = self._prior(family, model, draw)
+        prior = prior_part(self.estimator, family, model, draw)
         value = scale * routed.value.sum(-1) + prior
         terms = {
             "routed_fit": scale * routed.fit.sum(-1),
@@ -187,23 +186,3 @@ class RenyiPredictive(Objective):
             "prior": prior.detach(),
         }
         return Loss(value, value.detach(), terms, None if state is None else state + 1)
-
-    def _prior(self, family: FamilyLike, model: ModelLike, draw: Draw) -> Tensor:
-        """Divergence from the prior, or its cross term for points."""
-        log_prior = model.log_prior(draw.z)
-        if self.estimator == "cross":
-            return -weighted_sum(draw.log_weight, log_prior)
-        if self.estimator == "entropy":
-            return -weighted_sum(draw.log_weight, log_prior) - family.entropy()
-        if draw.log_q is None:
-            raise NotAvailableError(
-                "the divergence from the prior needs the log density of the draws, and the family gave none: resolve "
-                "the objective for the family first, objective.resolve(model, family)."
-            )
-        return weighted_sum(draw.log_weight, draw.log_q - log_prior)
-
-
-def _check_alpha(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 <= value < math.inf):
-        raise ConfigError(f"{_NAME}({name}=...) must be a finite number from 0, got {value!r}.")
