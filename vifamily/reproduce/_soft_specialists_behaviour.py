@@ -220,7 +220,9 @@ def hysteresis(options: Options) -> list[Branch]:
     """Skewed data: members from collapsed and from spread starts, with alpha going down."""
     case = skewed(400 if options.quick else 1000)
     y = case.model.source.whole()[:, 0]
-    alphas = [1.0, 0.8, 0.65, 0.55, 0.51, 0.48, 0.45, 0.42, 0.4, 0.37, 0.34, 0.32, 0.3, 0.28, 0.25]
+    alphas: tuple[float, ...] = (1.0, 0.8, 0.65, 0.55, 0.51, 0.48, 0.45, 0.42, 0.4, 0.37, 0.34, 0.32, 0.3, 0.28, 0.25)
+    if options.quick:
+        alphas = (1.0, 0.55, 0.48, 0.42, 0.37, 0.32, 0.25)
     out = []
     for num_members in (4, 16) if options.quick else (4, 8, 16):
         level = (torch.arange(num_members, dtype=F64) + 0.5) / num_members
