@@ -43,6 +43,7 @@ class Capability(enum.StrEnum):
     LOCAL = "local latents"
     GAUSSIAN_PRIOR = "Gaussian prior on unconstrained space"
     POINT_PARAMETERS = "point-estimated parameters"
+    GROUPS = "data in groups (groups=)"
     # families
     DRAWS = "draws"
     REPARAMETERISED = "reparameterised draws"
@@ -103,11 +104,16 @@ class Batch:
             first.
         size: Number of data in the batch.
         index: Positions of the data in the whole data set, ``(size,)``, or None where positions are unknown (streams).
+        group: Group of each datum, ``(size,)``, numbered from 0 within the batch, or None unless the batch is made of
+            whole groups.
+        num_groups: Number of groups in the batch, or None.
     """
 
     data: Any
     size: int
     index: Tensor | None = None
+    group: Tensor | None = None
+    num_groups: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -195,4 +201,4 @@ class ModelLike(Protocol):
         """Log of local prior times likelihood per datum, ``(..., draw, datum)``."""
 
     def scale(self, batch: Batch | None) -> float:
-        """``num_data / batch.size``: the one number that makes a minibatch sum unbiased."""
+        """The one number that makes a minibatch sum unbiased: units of sampling in all over those in the batch."""

@@ -179,6 +179,10 @@ class Family(nn.Module, abc.ABC):
         diagonal = self.scale if self.scale.dim() == 1 else self.scale.diagonal()
         return diagonal.abs().log().sum()
 
+    def coordinate_scale(self) -> Tensor:
+        """Size of a standardised unit in each coordinate of ``z``, ``(dim,)``."""
+        return self.scale if self.scale.dim() == 1 else self.scale.norm(dim=-1)
+
     def to_latent(self, u: Tensor) -> Tensor:
         """Map standardised coordinates to ``z``."""
         return self.shift + (u * self.scale if self.scale.dim() == 1 else u @ self.scale.T)

@@ -133,6 +133,11 @@ class StackedFamily(nn.Module):
         mean, covariance = self._each("standard_moments")
         return mean, covariance
 
+    def coordinate_scale(self) -> Tensor:
+        """Size of a standardised unit in each coordinate, ``(restart, dim)``."""
+        out: Tensor = self._each("coordinate_scale")
+        return out
+
     def to_latent(self, u: Tensor) -> Tensor:
         """Map standardised coordinates ``(restart, ..., dim)`` to ``z``."""
         out: Tensor = self._each("to_latent", u)

@@ -127,6 +127,8 @@ class Model(nn.Module, abc.ABC):
     num_categories: tuple[int, ...] | None = None
     local_layout: Layout | None = None
     """Layout of one datum's local latents, for models that have them apart."""
+    num_groups: int | None = None
+    """Number of groups of the data, where they have some."""
 
     def __init__(
         self,
@@ -176,6 +178,9 @@ class Model(nn.Module, abc.ABC):
     def scale(self, batch: Batch | None) -> float:
         """``num_data / batch.size``; 1 for all data. The only place where the minibatch scale is computed.
 
+        Of a batch of whole groups it is the number of groups in all over that in the batch: groups are what was
+        sampled, and their sizes may differ.
+
         Raises:
             NotAvailableError: If a batch is given and the model does not state ``num_data``.
         """
@@ -183,7 +188,20 @@ class Model(nn.Module, abc.ABC):
             return 1.0
         if self.num_data is None:
             raise NotAvailableError("a minibatch needs the size of the whole data set: give the model num_data=.")
+        if batch.num_groups is not None and self.num_groups is not None:
+            return self.num_groups / batch.num_groups
         return self.num_data / batch.size
+
+    def groups_of(self, batch: Batch | None) -> tuple[Tensor, int]:
+        """Return the group of each datum, ``(datum,)`` numbered from 0 within the batch, and the number of groups.
+
+        Raises:
+            NotAvailableError: If the model's data have no groups, or the batch cuts one.
+        """
+        raise NotAvailableError(
+            f"the data of the model {type(self).__name__} have no groups: write it as "
+            "LikelihoodModel(..., groups=ids) with one id per datum."
+        )
 
     # -- densities -----------------------------------------------------------------------------------------------------
     def log_joint(self, z: Tensor, batch: Batch | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from vifamily.errors import ConfigError, NotAvailableError, ShapeError
 from vifamily.models._base import BatchSource, Model, check_result
 from vifamily.models._calls import call_seeded, check_callable, check_count, check_device, check_dtype, prior_draws
 from vifamily.models._data import data_source
+from vifamily.models._groups import Groups
 from vifamily.models.density import layout_of
 from vifamily.registry import register
 from vifamily.supports import Layout
@@ -47,6 +48,9 @@ class LikelihoodModel(Model):
         local: Latents of each datum, like ``parameters``.
         log_local: Log of local prior times likelihood, ``(theta, local, data) -> (draw, datum)``, where ``local`` is a
             dict of ``(draw, datum, *shape)``; their log Jacobian is added by the model.
+        groups: An integer or text for each datum; data that share one belong together (an annotator, a session, a
+            document). Minibatches are then made of whole groups, of ``batch_size`` data on average, and an objective
+            with ``unit="group"`` treats each group as one observation.
         sample_prior: ``sample_prior(num_draws, generator)`` gives named parameters or points ``(num_draws, dim)``.
         simulate: ``simulate(theta, generator)`` gives new data, a dict of ``(draw, ...)`` or one tensor (called ``y``).
         dtype: Floating dtype; data must have it already.
@@ -81,6 +85,7 @@ class LikelihoodModel(Model):
         num_data: int | None = None,
         local: Mapping[str, Any] | None = None,
         log_local: Callable[[Any, Any, Any], Tensor] | None = None,
+        groups: Any = None,
         sample_prior: Callable[..., Any] | None = None,
         simulate: Callable[..., Any] | None = None,
         dtype: torch.dtype = torch.float64,
@@ -94,6 +99,7 @@ class LikelihoodModel(Model):
         super().__init__(layout, dtype=check_dtype(dtype), device=check_device(device))
         self.source = data_source(data, num_data, self.dtype, self.device)
         self._num_data = self.source.num_data
+        self._groups = self._read_groups(groups)
         self.name, self._named = name, dim is None
         self.num_categories = layout.num_categories if layout.sites else None
         self.space = Space.DISCRETE if self.num_categories else Space.REAL
@@ -119,7 +125,21 @@ class LikelihoodModel(Model):
             out.add(Capability.PREDICTIVE)
         if any(True for _ in self.parameters()):
             out.add(Capability.POINT_PARAMETERS)
+        if self._groups is not None:
+            out.add(Capability.GROUPS)
         return frozenset(out)
+
+    def _read_groups(self, groups: Any) -> Groups | None:
+        if groups is None:
+            return None
+        if self.source.own_batch_size is not None:
+            raise ConfigError(
+                "a DataLoader makes its own batches, which may cut a group: with groups= give data that can be read by "
+                "position, tensors or a Dataset."
+            )
+        found = Groups(groups, self.source.num_data, self.device)
+        self.num_groups = found.count
+        return found
 
     def _probe(self) -> None:
         """Evaluate once on a few data, with another number of draws than of data, so that wrong axes cannot hide."""
@@ -194,6 +214,8 @@ class LikelihoodModel(Model):
         """Return a copy whose data and parameters have another device or floating dtype."""
         other: Any = super().moved(device=device, dtype=dtype)
         other.source.moved(dtype, device)
+        if other._groups is not None:
+            other._groups.moved(device)
         if self._normal is not None:
             mean, sd = self._normal
             other._normal = mean.to(device, dtype), sd.to(device, dtype)
@@ -207,12 +229,34 @@ class LikelihoodModel(Model):
         return self.source.own_batch_size
 
     def batches(self, batch_size: int | None, *, seed: int) -> BatchSource:
-        """Return the source of minibatches: shuffled, or those of the DataLoader; None means all data otherwise."""
-        return self.source.batches(batch_size, seed=seed)
+        """Return the source of minibatches: shuffled (whole groups, where the data have some), or a DataLoader's."""
+        whole = self.source.batches(batch_size, seed=seed)
+        if self._groups is None or batch_size is None:
+            return whole
+        return self._groups.batches(batch_size, seed=seed, gather=self.source.rows)
 
     def batch_at(self, index: Tensor) -> Batch:
         """Return the data at given positions as a batch."""
-        return Batch(self.source.rows(index), len(index), index)
+        rows = self.source.rows(index)
+        return Batch(rows, len(index), index) if self._groups is None else self._groups.batch(rows, index)
+
+    def groups_of(self, batch: Batch | None) -> tuple[Tensor, int]:
+        """Return the group of each datum, numbered from 0 within the batch, and their number."""
+        if self._groups is None:
+            return super().groups_of(batch)
+        if batch is None:
+            return self._groups.number, self._groups.count
+        if batch.group is None or batch.num_groups is None:
+            raise NotAvailableError(
+                "this batch cuts a group or does not say which groups it holds: take batches from the model's own "
+                "batches(), or positions that make up whole groups."
+            )
+        return batch.group, batch.num_groups
+
+    @property
+    def group_names(self) -> tuple[Any, ...]:
+        """The ids of the groups, sorted; empty without groups."""
+        return () if self._groups is None else self._groups.names
 
     def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
         """Draw from the prior on unconstrained space, ``(num_draws, dim)``."""

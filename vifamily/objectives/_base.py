@@ -92,6 +92,14 @@ class Objective(abc.ABC):
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
+    targets_posterior: ClassVar[bool] = True
+    """Whether with many draws it is least at the posterior, where the family contains it."""
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the loss itself changes (a schedule in ``state``): no fit is judged before they are over."""
+        return 0
+
     @property
     def linear_in_draws(self) -> bool:
         """Whether the loss is a plain mean over draws, so that balanced noise leaves it unbiased."""
@@ -107,19 +115,17 @@ class Objective(abc.ABC):
         return None
 
     @property
-    def targets_posterior(self) -> bool:
-        """Whether the exact posterior is an optimum; not so of an objective that was asked to aim at another law."""
-        return True
-
-    @property
-    def warmup(self) -> int:
-        """Steps during which the loss is still on its way to what it stands for; no fit counts as converged before."""
-        return 0
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the choice made, in words; shown with the plan and kept in the record."""
         return ()
+
+    @property
+    def predictive_order(self) -> float | None:
+        """Order alpha of the per-datum Rényi objective that the loss stands for with many draws and data, or None.
+
+        The contract kit checks what is stated on data that are more spread out than the model says.
+        """
+        return None
 
     min_draws: ClassVar[int] = 1
     default_draws: ClassVar[int] = 16
@@ -193,7 +199,7 @@ class Objective(abc.ABC):
         return None
 
     def after_warmup(self, state: Any) -> Any:
-        """Return the state that :meth:`init_state` gave as it would be after :attr:`warmup` steps."""
+        """Return the state that :meth:`init_state` gave as it would be after :attr:`warmup_steps` steps."""
         return state
 
     @abc.abstractmethod

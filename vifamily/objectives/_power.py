@@ -35,7 +35,7 @@ ESTIMATORS = {
         value_gradient=False,
     ),
 }
-"""Estimators shared by ``iwae`` and ``renyi``.
+"""Estimators shared by ``iwae``, ``renyi`` and ``cubo``.
 
 ``dreg`` is the doubly reparameterised gradient (Tucker et al. 2019) for every finite alpha; it replaces the score
 of q by its path, which holds for equally weighted draws and says nothing about point-estimated model parameters,
@@ -76,53 +76,57 @@ def power_bound(log_ratio: Tensor, log_weight: Tensor, alpha: float) -> Tensor:
 
 
 def power_loss(
-    family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None, *, alpha: float, estimator: str
+    family: FamilyLike,
+    model: ModelLike,
+    noise: Tensor,
+    batch: Batch | None,
+    *,
+    alpha: float,
+    estimator: str,
+    sign: float | None = None,
 ) -> Loss:
     """Minus the Rényi bound of order ``alpha`` (plus it where it is an upper bound), with the chosen estimator.
 
     The doubly reparameterised surrogate weights the path derivative of ``log w_k`` by ``alpha v_k + (1 - alpha)
     v_k^2`` with ``v = softmax((1 - alpha) log w)``; alpha = 0 gives the squares of importance-weighted
     autoencoders, alpha = 1 equal weights, that is, sticking the landing. For finite alpha only.
+
+    ``sign`` multiplies the bound: by default minus for lower bounds, which are maximised, and plus for upper ones,
+    which are minimised: maximising one would drive q away from a posterior that it contains.
     """
     draw = family(noise)
+    if sign is None:
+        sign = 1.0 if alpha < 0 else -1.0
     if draw.z.shape[-2] < 2 and alpha != 1:
         raise ConfigError(f"a bound over one draw is the ELBO whatever alpha is (alpha={alpha}): use at least draws=2.")
     if estimator == "score":
-        return _score_loss(family, model, draw.z.detach(), draw.log_weight, batch, alpha)
+        return _score_loss(family, model, draw.z.detach(), draw.log_weight, batch, alpha, sign)
     if draw.local is not None and draw.z.shape[-1] == 0:
-        return _per_datum(model, draw.z, draw.local, draw.local_log_q, draw.log_weight, batch, alpha)
+        return _per_datum(model, draw.z, draw.local, draw.local_log_q, draw.log_weight, batch, alpha, sign)
     log_p, local_log_q, parts = log_ratio_parts(model, draw, batch)
     frozen = estimator == "dreg"
     log_q = family.log_prob(draw.z, frozen=True) if frozen else draw.log_q
     if log_q is None:
         raise ConfigError("importance-weighted bounds need the log density of the draws, and the family gave none.")
     ratio = log_p - (log_q if local_log_q is None else log_q + local_log_q)
-    value = _sign(alpha) * power_bound(ratio, draw.log_weight, alpha)
-    terms = _terms(parts, log_p - ratio, draw.log_weight, alpha)
+    value = sign * power_bound(ratio, draw.log_weight, alpha)
+    terms = _terms(parts, log_p - ratio, draw.log_weight, sign)
     if not frozen:
         return Loss(value, value.detach(), terms)
     v = torch.softmax(draw.log_weight + (1 - alpha) * ratio.detach(), -1)
     coefficient = alpha * v + (1 - alpha) * v**2
-    return Loss(_sign(alpha) * (coefficient * ratio).sum(-1), value.detach(), terms)
+    return Loss(sign * (coefficient * ratio).sum(-1), value.detach(), terms)
 
 
-def _sign(alpha: float) -> float:
-    """Lower bounds are maximised, upper bounds minimised.
-
-    Maximising an upper bound would drive q away from a posterior that it contains.
-    """
-    return 1.0 if alpha < 0 else -1.0
-
-
-def _terms(parts: Mapping[str, Tensor], log_q: Tensor, log_weight: Tensor, alpha: float) -> dict[str, Tensor]:
+def _terms(parts: Mapping[str, Tensor], log_q: Tensor, log_weight: Tensor, sign: float) -> dict[str, Tensor]:
     """Means of the parts of the log ratio over draws, with the sign with which they enter the loss."""
-    terms = {name: _sign(alpha) * weighted_sum(log_weight, part).detach() for name, part in parts.items()}
-    terms["log_q"] = -_sign(alpha) * weighted_sum(log_weight, log_q).detach()
+    terms = {name: sign * weighted_sum(log_weight, part).detach() for name, part in parts.items()}
+    terms["log_q"] = -sign * weighted_sum(log_weight, log_q).detach()
     return terms
 
 
 def _score_loss(
-    family: FamilyLike, model: ModelLike, z: Tensor, log_weight: Tensor, batch: Batch | None, alpha: float
+    family: FamilyLike, model: ModelLike, z: Tensor, log_weight: Tensor, batch: Batch | None, alpha: float, sign: float
 ) -> Loss:
     """Score-function gradient with the leave-one-out bound as baseline (Mnih and Rezende 2016), for any alpha."""
     log_p, _, parts = log_ratio_parts(model, Draw(z, None, log_weight), batch)
@@ -136,8 +140,7 @@ def _score_loss(
     swapped = fixed.unsqueeze(-2) + torch.diag_embed(others - fixed)
     baseline = power_bound(swapped, log_weight.unsqueeze(-2), alpha)
     signal = ((bound.detach().unsqueeze(-1) - baseline) * log_q).sum(-1)
-    sign = _sign(alpha)
-    return Loss(sign * (signal + bound), sign * bound.detach(), _terms(parts, log_q, log_weight, alpha))
+    return Loss(sign * (signal + bound), sign * bound.detach(), _terms(parts, log_q, log_weight, sign))
 
 
 def _per_datum(
@@ -148,11 +151,12 @@ def _per_datum(
     log_weight: Tensor,
     batch: Batch | None,
     alpha: float,
+    sign: float,
 ) -> Loss:
     """Every latent is local: one bound per datum, then summed, so minibatches are unbiased."""
     if batch is None or local_log_q is None:
         raise ConfigError("a per-datum bound needs a batch and the local log density.")
     ratio = model.log_local(z, local, batch) - local_log_q
     bounds = power_bound(ratio.transpose(-1, -2), log_weight.unsqueeze(-2), alpha)
-    value = _sign(alpha) * model.scale(batch) * bounds.sum(-1)
+    value = sign * model.scale(batch) * bounds.sum(-1)
     return Loss(value, value.detach(), {"loss_per_datum": value.detach() / (model.num_data or 1)})

@@ -89,9 +89,9 @@ class Annealed(Compound):
         return float(self.start + (1 - self.start) * share)
 
     @property
-    def warmup(self) -> int:
+    def warmup_steps(self) -> int:
         """Steps until the target is the posterior."""
-        return max(self.steps, self.inner.warmup)
+        return max(self.steps, self.inner.warmup_steps)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -124,12 +124,12 @@ class Annealed(Compound):
 
     def after_warmup(self, state: Any) -> Tensor:
         """The state at which the target is the posterior."""
-        return packed(self.warmup, self.inner.after_warmup(unpacked(state)[1]))
+        return packed(self.warmup_steps, self.inner.after_warmup(unpacked(state)[1]))
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
     ) -> Loss:
         """Evaluate the loss at the step in the state, or without a state at the end of the schedule."""
-        step, inner = (self.warmup, None) if state is None else unpacked(state)
+        step, inner = (self.warmup_steps, None) if state is None else unpacked(state)
         loss = self._tempered_loss(family, model, noise, batch, inner, self.beta(step))
         return dataclasses.replace(loss, state=packed(step + 1, loss.state))

@@ -37,6 +37,11 @@ class Renyi(Objective):
     infinity (maximised). Lower and upper are statements about the exact expectation: the Monte-Carlo value over K draws
     is biased down for alpha < 1 and up for alpha > 1, and what is optimised is its expectation over K draws.
 
+    This is not the per-datum objective ``renyi_predictive``. Here the whole ratio is taken to the power 1 - alpha once,
+    and for every alpha the bound is best at the exact posterior; there each datum's likelihood is taken to the power
+    alpha, and away from alpha = 0 the optimum is a predictively oriented posterior. Only ``renyi(alpha=1)`` and
+    ``renyi_predictive(alpha=0)``, both the ELBO, are the same.
+
     The gradient's signal falls fast with dimension for alpha away from 1 (Geffner and Domke 2021): above some ten
     dimensions look at the effective sample size before trusting a wider posterior.
 

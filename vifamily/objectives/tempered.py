@@ -69,16 +69,13 @@ class Tempered(Compound):
         if not number or not 0 < self.temperature < math.inf:
             raise SpecError(f"temperature must be a positive number, got {self.temperature!r}.")
         super().__post_init__()
+        if self.temperature != 1:
+            object.__setattr__(self, "targets_posterior", False)
 
     @property
-    def targets_posterior(self) -> bool:
-        """Only at temperature 1."""
-        return self.temperature == 1 and super().targets_posterior
-
-    @property
-    def warmup(self) -> int:
+    def warmup_steps(self) -> int:
         """As of the objective it is made of."""
-        return self.inner.warmup
+        return self.inner.warmup_steps
 
     @property
     def notes(self) -> tuple[str, ...]:

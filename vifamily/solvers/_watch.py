@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vifamily.types import Space
+from vifamily.types import Capability, Space
 
 __all__ = ["bad_parameter", "has_moments", "meetings", "units", "watched"]
 
 MOST_WATCHED = 400
+_MET = 0.1
+"""Spread of an ensemble of points, in standardised units, below which its members count as one."""
 
 
 def has_moments(family: Any) -> bool:
@@ -38,6 +40,10 @@ def watched(family: Any, noise: Tensor, parameters: Tensor) -> Tensor:
     z, weight = draw.z[..., :MOST_WATCHED], draw.log_weight.exp().unsqueeze(-1)
     mean = (weight * z).sum(-2)
     variance = (weight * (z - mean.unsqueeze(-2)) ** 2).sum(-2)
+    if Capability.FINITE in family.capabilities and Capability.LOG_Q not in family.capabilities:
+        # points may meet: how close they then are is no quantity to wait for
+        scale = family.coordinate_scale()[..., :MOST_WATCHED]
+        variance = torch.maximum(variance, (_MET * scale).square())
     return torch.cat([mean.reshape(-1), 0.5 * variance.clamp_min(1e-300).log().reshape(-1)])
 
 

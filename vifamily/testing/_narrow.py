@@ -94,7 +94,7 @@ class NarrowModel(torch.nn.Module):
     Args:
         model: The model.
         capabilities: What may be used of it.
-        constant: Added to its log joint.
+        constant: Added to its log joint, and so to its log prior.
     """
 
     def __init__(self, model: Any, capabilities: Caps, constant: float = 0.0) -> None:
@@ -141,13 +141,19 @@ class NarrowModel(torch.nn.Module):
     def log_prior(self, z: Tensor) -> Tensor:
         """Log prior density."""
         self._need(Capability.PRIOR)
-        out: Tensor = self._model.log_prior(z)
+        out: Tensor = self._model.log_prior(z) + self.constant
         return out
 
     def log_likelihood(self, z: Tensor, batch: Batch | None = None) -> Tensor:
         """Log likelihood per datum."""
         self._need(Capability.PER_DATUM)
         out: Tensor = self._model.log_likelihood(z, batch)
+        return out
+
+    def groups_of(self, batch: Batch | None) -> tuple[Tensor, int]:
+        """Group of each datum."""
+        self._need(Capability.GROUPS)
+        out: tuple[Tensor, int] = self._model.groups_of(batch)
         return out
 
     def gaussian_prior(self) -> tuple[Tensor, Tensor]:

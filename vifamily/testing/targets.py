@@ -19,6 +19,8 @@ __all__ = [
     "linear_regression",
     "local_normal",
     "mean_field_sd",
+    "overdispersed",
+    "predictive_sd",
     "two_normals",
 ]
 
@@ -152,6 +154,76 @@ def mean_field_sd(alpha: float, rho: float) -> float:
     # two forms of one root of the quadratic: each loses digits where the other does not
     precision = (linear + root) / (4 * alpha) if linear >= 0 else 4 * (1 - alpha) * product / (root - linear)
     return 1 / math.sqrt(precision)
+
+
+_SPREAD_DATA, _SPREAD_VARIANCE, _SPREAD_PRIOR_SD = 400, 2.0, 10.0
+
+
+def overdispersed() -> Target:
+    """Misspecified: a location model of unit noise on 400 data of mean zero and variance two.
+
+    Returns:
+        The target.
+
+    Example:
+        >>> target = overdispersed()
+        >>> target.model.num_data, round(float(target.covariance[0, 0]) * 400, 4)
+        (400, 0.9999)
+    """
+    n = _SPREAD_DATA
+    y = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    y = y * (_SPREAD_VARIANCE / y.square().mean()).sqrt()
+
+    def log_likelihood(z: Tensor, data: Tensor) -> Tensor:
+        return -0.5 * (data - z) ** 2 - 0.5 * _LOG_2PI
+
+    model = LikelihoodModel((0.0, _SPREAD_PRIOR_SD), log_likelihood, data=y, dim=1)
+    precision = n + _SPREAD_PRIOR_SD**-2
+    evidence = -0.5 * (n * _SPREAD_VARIANCE + n * _LOG_2PI + math.log(precision * _SPREAD_PRIOR_SD**2))
+    return Target(
+        model,
+        evidence,
+        torch.zeros(1, dtype=torch.float64),
+        torch.full((1, 1), 1 / precision, dtype=torch.float64),
+    )
+
+
+def predictive_sd(alpha: float) -> float:
+    r"""Standard deviation of the Gaussian that minimises the per-datum Rényi objective on :func:`overdispersed`.
+
+    With the mean at zero and variance v of q, data variance V and prior variance P, the loss is
+
+    .. math:: N \Big\{ \frac{\log(1 + \alpha v)}{2 \alpha} + \frac{V}{2 (1 + \alpha v)} \Big\}
+              + \tfrac12 \Big( \frac{v}{P} - \log v \Big) + \mathrm{const},
+
+    whose derivative in v has one sign change. With many data v tends to max(0, V - 1/alpha).
+
+    Args:
+        alpha: Any finite order from 0.
+
+    Returns:
+        The standard deviation.
+
+    Raises:
+        ConfigError: If alpha is negative or not finite.
+
+    Example:
+        >>> [round(predictive_sd(alpha), 4) for alpha in (0.0, 0.4, 0.8, 1.0)]
+        [0.05, 0.111, 0.8721, 1.0049]
+    """
+    if not 0 <= alpha < math.inf:
+        raise ConfigError(f"the order must be finite and not negative, got {alpha!r}.")
+    n, spread, prior = _SPREAD_DATA, _SPREAD_VARIANCE, _SPREAD_PRIOR_SD**2
+
+    def slope(v: float) -> float:
+        u = 1 + alpha * v
+        return n * (1 / u - alpha * spread / u**2) + 1 / prior - 1 / v
+
+    low, high = 1e-9, 1e3
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return math.sqrt(low)
 
 
 def two_normals() -> Target:
