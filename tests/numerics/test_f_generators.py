@@ -91,21 +91,22 @@ def test_a_kink_has_no_curvature():
 
 
 def test_limits_and_coincidences_of_kinds():
-    at = U.log()
+    log_u = U.log()
     for alpha, kind in ((0.0, "kl_reverse"), (1.0, "kl_forward")):
-        at, limit = f_generator("amari_alpha", alpha=alpha), f_generator(kind)
-        assert torch.equal(at.value(at), limit.value(at))
+        found, limit = f_generator("amari_alpha", alpha=alpha), f_generator(kind)
+        assert torch.equal(found.value(log_u), limit.value(log_u))
         near = f_generator("amari_alpha", alpha=alpha + 1e-5)
-        assert torch.allclose(near.curvature(at), limit.curvature(at), rtol=1e-4)
+        assert torch.allclose(near.curvature(log_u), limit.curvature(log_u), rtol=1e-4)
     pairs = [("kl_forward", "kl_reverse"), ("jensen_shannon", "jensen_shannon"), ("triangular", "triangular"),
              ("arithmetic_geometric", "arithmetic_geometric"), ("squared_hellinger", "squared_hellinger")]  # fmt: skip
     for kind, dual in pairs:
-        assert torch.allclose(f_generator(kind).dual().value(at), f_generator(dual).value(at), rtol=1e-12, atol=1e-14)
+        turned, other = f_generator(kind).dual().value(log_u), f_generator(dual).value(log_u)
+        assert torch.allclose(turned, other, rtol=1e-12, atol=1e-14)
     assert f_generator("kl_reverse").shift_only and f_generator("kl_forward").dual().shift_only
     assert not any(build(name).shift_only for name in FORMULAS if name != "kl_reverse")
     jeffreys = f_generator("kl_forward").symmetrised()
-    assert torch.allclose(jeffreys.value(at), f_generator("jeffreys").value(at), rtol=1e-12, atol=1e-14)
-    assert arc_length().dual().value(at) == pytest.approx(arc_length().value(at), rel=1e-12)
+    assert torch.allclose(jeffreys.value(log_u), f_generator("jeffreys").value(log_u), rtol=1e-12, atol=1e-14)
+    assert arc_length().dual().value(log_u) == pytest.approx(arc_length().value(log_u), rel=1e-12)
 
 
 BAD = [

@@ -77,7 +77,7 @@ def test_schedule():
     for schedule, middle in (("linear", 0.52), ("geometric", 0.2)):
         objective = Annealed(start=0.04, steps=10, schedule=schedule)
         assert [objective.beta(t) for t in (0, 5, 10, 99)] == pytest.approx([0.04, middle, 1, 1])
-        assert objective.warmup == 10
+        assert objective.warmup_steps == 10
 
 
 def test_the_state_carries_the_step_and_what_is_inside(tools):
@@ -118,7 +118,7 @@ def test_no_fit_is_judged_before_the_schedule_ends():
 def test_a_fit_that_ends_on_the_way_says_so():
     posterior = vf.fit("correlated_normal", "mean_field", "annealed(steps=500)", seed=0, steps=100)
     assert not posterior.record.converged
-    assert any("100 of the 500 steps" in note for note in posterior.record.notes)
+    assert any("400 steps before the end" in note for note in posterior.record.notes)
     assert any("tempered during the first 500 steps" in note for note in posterior.record.notes)
 
 

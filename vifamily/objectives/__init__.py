@@ -65,6 +65,7 @@ __all__ = [
     "TailAdaptive",
     "Tempered",
     "Thermodynamic",
+    "RenyiPredictive",
     "VrMax",
     "log_ratio_parts",
     "unit_log_likelihood",

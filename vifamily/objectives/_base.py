@@ -100,6 +100,8 @@ class Objective(abc.ABC):
     invariant_to_constants: ClassVar[bool] = True
     """Whether a constant added to the log joint leaves the gradient as it is. Where not, the objective takes the log
     joint to be normalised, or to be so by a log evidence that it was told."""
+    targets_posterior: ClassVar[bool] = True
+    """Whether with many draws it is least at the posterior, where the family contains it."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
@@ -126,11 +128,6 @@ class Objective(abc.ABC):
         """
         both = Capability.LOG_JOINT in self.needs_model and Capability.LOG_Q in self.needs_family
         return both and not self.blind_to_mode_weights and self.renyi_order != 1
-
-    @property
-    def targets_posterior(self) -> bool:
-        """Whether the exact posterior is an optimum; not so of an objective that was asked to aim at another law."""
-        return True
 
     @property
     def warmup_steps(self) -> int:

@@ -20,7 +20,7 @@ __all__ = ["PARTS", "Compound", "TemperedModel", "packed", "unpacked"]
 PARTS = ("joint", "likelihood")
 _TAKEN_OVER = (
     "needs_family", "spaces", "value_kind", "subsampling", "value_gradient", "blind_to_mode_weights", "freezes_model",
-    "invariant_to_constants", "min_draws", "default_draws",
+    "invariant_to_constants", "targets_posterior", "min_draws", "default_draws",
 )  # fmt: skip
 
 
@@ -120,11 +120,6 @@ class Compound(Objective):
     def renyi_order(self) -> float | tuple[float, float] | None:
         """As of the objective it is made of."""
         return self.inner.renyi_order
-
-    @property
-    def targets_posterior(self) -> bool:
-        """As of the objective it is made of."""
-        return self.inner.targets_posterior
 
     @property
     def notes(self) -> tuple[str, ...]:

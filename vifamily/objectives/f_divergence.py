@@ -78,7 +78,7 @@ class FDivergence(Csiszar):
 
     Example:
         >>> from vifamily import registry
-        >>> registry.build("objectives", "f_divergence(kind=amari_alpha, alpha=0.3)").renyi_order
+        >>> registry.build("objectives", "f_divergence(kind=amari_alpha, alpha=0.3, normalise=-12.5)").renyi_order
         0.7
     """
 

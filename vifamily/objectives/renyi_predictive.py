@@ -101,6 +101,7 @@ class RenyiPredictive(Objective):
     value_kind: ClassVar[ValueKind] = "surrogate"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "unbiased"
     value_gradient: ClassVar[bool] = True
+    targets_posterior: ClassVar[bool] = False
     min_draws: ClassVar[int] = 2
     default_draws: ClassVar[int] = 32
     estimators: ClassVar[Mapping[str, Estimator]] = {
@@ -128,6 +129,7 @@ class RenyiPredictive(Objective):
         object.__setattr__(self, "needs_model", type(self).needs_model | unit_needs(self.unit))
         if self.alpha == 0:
             object.__setattr__(self, "value_kind", "lower_bound")
+            object.__setattr__(self, "targets_posterior", True)
 
     @property
     def linear_in_draws(self) -> bool:
@@ -138,11 +140,6 @@ class RenyiPredictive(Objective):
     def renyi_order(self) -> float | None:
         """At alpha = 0 it is the ELBO; elsewhere it is not a divergence from the posterior."""
         return 1.0 if self.alpha == 0 else None
-
-    @property
-    def targets_posterior(self) -> bool:
-        """Only at alpha = 0: elsewhere what is least is a predictive law, whose q need not be the posterior."""
-        return self.alpha == 0
 
     @property
     def predictive_order(self) -> float:

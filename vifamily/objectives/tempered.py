@@ -69,11 +69,8 @@ class Tempered(Compound):
         if not number or not 0 < self.temperature < math.inf:
             raise SpecError(f"temperature must be a positive number, got {self.temperature!r}.")
         super().__post_init__()
-
-    @property
-    def targets_posterior(self) -> bool:
-        """Only at temperature 1."""
-        return self.temperature == 1 and super().targets_posterior
+        if self.temperature != 1:
+            object.__setattr__(self, "targets_posterior", False)
 
     @property
     def warmup_steps(self) -> int:

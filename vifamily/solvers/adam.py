@@ -96,9 +96,8 @@ class AdamRun(Run):
             # the optimiser's parameter and the flat tensor share memory
             held["params"][0].data = group.value
         self.step_count, self.stage = 0, 0
-        # while the objective is still on its way to what it stands for, nothing is judged: the first stage begins after
-        self.warmup = int(getattr(task.objective, "warmup_steps", 0))
-        self.monitor = StageMonitor(rule, self.warmup, rule.rough)
+        # while the loss itself changes nothing can be judged: the first stage begins when that is over
+        self.monitor = StageMonitor(rule, getattr(task.objective, "warmup_steps", 0), rule.rough)
         self.objective_state = task.objective_state
         self.sums = [torch.zeros_like(g.value) for g in self.groups]
         self.snapshots: list[tuple[int, list[Tensor]]] = [(0, [s.clone() for s in self.sums])]
@@ -112,9 +111,7 @@ class AdamRun(Run):
         self.notes: list[str] = []
         self.finished: str | None = None
         self.loop: AdamLoop | None = None
-        if task.compiled and self.warmup:
-            self.not_compiled = "the objective changes from step to step"
-        elif task.compiled:
+        if task.compiled:
             found = compile_adam(self)
             if isinstance(found, AdamLoop):
                 self.loop, self.compiled = found, True
@@ -222,18 +219,19 @@ class AdamRun(Run):
     def _report(self, values: list[float], *, watch: bool) -> StepReport:
         step, used = self.step_count, self.step_size
         since = step - self.monitor.first_step
-        if step == self.warmup:
-            self._restart_stage()
-        if watch and since > 0 and since % self.rule.every == 0:
+        terms = {name: column[-1] for name, column in self._terms.items()}
+        if since <= 0:
+            if since == 0:
+                self._forget()
+            return StepReport(step, tuple(values), terms, used, None, "warm-up")
+        if watch and since % self.rule.every == 0:
             self.monitor.add(self.watch())
-        if since > 0 and since == self.rule.next_check(since - 1):
+        if since == self.rule.next_check(since - 1):
             self._snapshot()
             verdict = self.monitor.judge(step, self._unit(self.monitor.rows[-1]))
             if verdict is not None:
                 self._end_stage(verdict)
         phase = f"stage {self.stage + 1}" + (", averaging" if self.monitor.stationary_from is not None else "")
-        phase = "warm-up" if since < 0 else phase
-        terms = {name: column[-1] for name, column in self._terms.items()}
         return StepReport(step, tuple(values), terms, used, self.finished, phase)
 
     # -- watching ------------------------------------------------------------------------------------------------------
@@ -300,10 +298,10 @@ class AdamRun(Run):
         # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
         near = self.change < max(4 * self.rule.tolerance, noise)
         self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
-        self._restart_stage()
+        self._forget()
 
-    def _restart_stage(self) -> None:
-        """Begin the averages of a stage anew."""
+    def _forget(self) -> None:
+        """Begin the averages of iterates and gradients anew."""
         self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
         self.gradient_sum.zero_()
         self.gradient_square.zero_()
@@ -357,17 +355,13 @@ class AdamRun(Run):
             "rhat": self.monitor.rhat,
             "mcse": self.monitor.error,
             "gradient_snr": snr,
-            "notes": (*self.notes, *self._unfinished()),
+            "notes": (*self.notes, *self._unfinished_warmup()),
             "change": self.change,
         }
 
-    def _unfinished(self) -> tuple[str, ...]:
-        if self.step_count >= self.warmup:
-            return ()
-        return (
-            f"the fit ended after {self.step_count} of the {self.warmup} steps of its objective's warm-up: what it "
-            "was minimising is not yet what the objective stands for",
-        )
+    def _unfinished_warmup(self) -> tuple[str, ...]:
+        left = self.monitor.first_step - self.step_count
+        return () if left <= 0 else (f"the fit ended {left} steps before the end of the objective's warm-up",)
 
     # -- writing down --------------------------------------------------------------------------------------------------
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

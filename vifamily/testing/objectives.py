@@ -224,9 +224,9 @@ class _Checks:
         return found
 
     def _at_posterior(self) -> None:
-        """Skip what is said about the exact posterior where the objective was asked to aim at another law."""
+        """Skip what is said about the exact posterior where the objective aims at another law."""
         if not self.objective.targets_posterior:
-            raise NotApplicable("it was asked to aim at another law than the posterior")
+            raise NotApplicable("it is declared not to be least at the posterior (targets_posterior)")
 
     # -- contracts -----------------------------------------------------------------------------------------------------
     def declared_needs(self) -> None:
