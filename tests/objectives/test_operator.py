@@ -224,5 +224,7 @@ def test_an_operator_of_ones_own_is_played():
             each, size = super().values(draw, model, batch, critic, probes)
             return 2.0 * each, size
 
-    posterior = vf.fit("correlated_normal", "full_rank", Operator(operator=Tilted()), "two_player(audit=2)", steps=5, seed=0)
+    posterior = vf.fit(
+        "correlated_normal", "full_rank", Operator(operator=Tilted()), "two_player(audit=2)", steps=5, seed=0
+    )
     assert posterior.record.steps == 5

@@ -46,7 +46,9 @@ def test_the_critic_ascends_and_the_family_descends():
     """With the family all but held, the value rises to the Fisher divergence; then it falls."""
     model = Density(lambda z: -0.5 * (z - 1.0).square().sum(-1), dim=1)
     start = torch.tensor([0.0], dtype=DOUBLE)
-    held = vf.fit(model, "mean_field", "operator", "two_player(step_size=1e-9, audit=300)", init=start, steps=300, seed=0)
+    held = vf.fit(
+        model, "mean_field", "operator", "two_player(step_size=1e-9, audit=300)", init=start, steps=300, seed=0
+    )
     # scores differ by one everywhere: the divergence is one, and the value is a half at tau = 0.5
     assert held.record.restart_losses[0] == pytest.approx(0.5, abs=0.05)
     free = vf.fit(model, "mean_field", "operator", init=start, seed=0)
