@@ -34,10 +34,10 @@ class DiscreteStein(Objective):
     .. math:: 4 \tau \sup_f \bigl(\mathbb{E}_q[O f] - \tau \, \mathbb{E}_q f^2\bigr)
               = \sum_{z \ge 1} q(z) \, (r_z - 1)^2,
 
-    which is minimised (``distance="penalised"``). ``distance="square"`` is the published :math:`t(a) = a^2`, over tables
-    with :math:`|f| \le 1`: the square of :math:`\sum_{z \ge 1} q(z) |r_z - 1|`. Both are zero only where all ratios
-    :math:`q(z) / p(z)` of neighbours are equal, that is at the posterior. Value and gradient are exact sums over states;
-    only differences of :math:`\log p` enter, so that no evidence is needed.
+    which is minimised (``distance="penalised"``). ``distance="square"`` is the published :math:`t(a) = a^2`, over
+    tables with :math:`|f| \le 1`: the square of :math:`\sum_{z \ge 1} q(z) |r_z - 1|`. Both are zero only where all
+    ratios :math:`q(z) / p(z)` of neighbours are equal, that is at the posterior. Value and gradient are exact sums; only
+    differences of :math:`\log p` enter, so that no evidence is needed.
 
     **Bias.** None on all data. The operator is not linear in :math:`\log p`: minibatches are refused.
 
@@ -46,8 +46,8 @@ class DiscreteStein(Objective):
     coordinates is that of reading them as digits.
 
     **Fails when.** A state has probability zero under the model (its ratios do not exist, and the loss is not finite);
-    there are many states, since all are enumerated; or a family of independent coordinates is far from the target: large
-    ratios, which enter squared, then dominate, and the loss is badly conditioned.
+    there are many states, since all are enumerated; or a family of independent coordinates is far from the target:
+    large ratios, which enter squared, then dominate, and the loss is badly conditioned.
 
     Source: Ranganath, Altosaar, Tran and Blei (2016), arXiv 1610.09033, appendix C, after Ley and Swan (2013); the
     closed forms are elementary.
@@ -99,8 +99,6 @@ class DiscreteStein(Objective):
         log_ratio = log_q - model.log_joint(draw.z, batch)
         gap = torch.expm1(-log_ratio.diff(dim=-1))
         weight = log_q[..., 1:].exp()
-        if self.distance == "square":
-            value = (weight * gap.abs()).sum(-1).square()
-        else:
-            value = (weight * gap.square()).sum(-1)
+        square = self.distance == "square"
+        value = (weight * gap.abs()).sum(-1).square() if square else (weight * gap.square()).sum(-1)
         return Loss(value, value.detach())

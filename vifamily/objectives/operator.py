@@ -51,8 +51,8 @@ class Operator(Objective):
     computed in the family's standardised coordinates, so that nothing depends on the units of the latents: the
     divergence is weighted by the square of their scale.
 
-    **Bias.** At a fixed f value and gradient of the penalised form are unbiased, also on minibatches, since the operator
-    is linear in :math:`\log p`. Its value is a lower bound on the divergence, and that of the draws on which the critic
+    **Bias.** At a fixed f value and gradient of the penalised form are unbiased, also on minibatches: the operator is
+    linear in :math:`\log p`. Its value is a lower bound on the divergence, and that of the draws on which the critic
     was trained is not to be taken for it: the solver reports the divergence on fresh draws with a critic trained on.
     The squared form refuses minibatches, which would need two independent ones.
 

@@ -19,7 +19,7 @@ from vifamily.families._stack import StackedFamily
 from vifamily.models import Density
 from vifamily.rng import NoiseStream, draw_noise, generator
 from vifamily.solvers import Task
-from vifamily.types import LatentSpec
+from vifamily.types import LatentSpec, NoiseSpec
 
 __all__ = ["METHODS", "Digits", "completion", "digits"]
 
@@ -123,11 +123,8 @@ def fitted(data: Digits, method: str, seed: int, steps: int) -> tuple[StackedFam
     source = generator(seed, "families")
     # the prior is where they start: wider than any posterior here
     members = [registry.build("families", spec).build(LatentSpec(_LATENTS), generator=source) for _ in range(images)]
-    family, objective, solver = (
-        StackedFamily(members),
-        registry.build("objectives", loss),
-        registry.build("solvers", way),
-    )
+    objective, solver = registry.build("objectives", loss), registry.build("solvers", way)
+    family = StackedFamily(members)
     stream = NoiseStream(seed, family.noise_spec, draws=_DRAWS, restarts=images, balanced=True)
     half = draw_noise(family.noise_spec, (32,), generator(seed, "monitor"))
     task = Task(
@@ -179,8 +176,7 @@ def completion(seed: int, *, images: int = 100, steps: int = 2000) -> list[dict[
         row (``below_exact``), the mean sd of the latents (``sd``).
     """
     data = digits(seed, images)
-    prior = draw_noise(registry.build("families", "mean_field").build(LatentSpec(_LATENTS), generator=generator(seed, "p"))
-                       .noise_spec, (images, _PREDICTIVE), generator(seed, "prior"))  # fmt: skip
+    prior = draw_noise(NoiseSpec((_LATENTS,)), (images, _PREDICTIVE), generator(seed, "prior"))
     found: dict[str, Tensor] = {"prior": _scores(data, prior)}
     spread = {"prior": 1.0}
     for method in METHODS:

@@ -111,7 +111,7 @@ def mixture_figure(found: list[Fitted], blind: Fitted, weight: float) -> Figure:
         name = one.name if one is not blind else f"{one.name},\ntarget {weight:g} and {1 - weight:g}"
         axes.set_title(name, fontsize=9)
         axes.set_xlim(-7, 7)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 0.45)
         axes.set_xlabel("z", fontsize=9)
         style.dress(axes)
     panels[0].set_ylabel("density", fontsize=9)
