@@ -17,6 +17,7 @@ from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
 from vifamily.diagnostics.predictive import PredictiveCheck, predictive_check
 from vifamily.diagnostics.psis import Psis, draws_needed, k_hat_threshold, psis
 from vifamily.diagnostics.restarts import restart_rhat
+from vifamily.diagnostics.routing import MixtureScore, Responsibilities, mixture_log_score, responsibilities
 from vifamily.diagnostics.stacking import RestartMixture, importance_mixture_weights, stacking_weights
 from vifamily.diagnostics.stein import SteinTest, kernel_stein
 from vifamily.diagnostics.summary import Summary, summarise
@@ -26,9 +27,11 @@ __all__ = [
     "Diagnosis",
     "Estimate",
     "Loo",
+    "MixtureScore",
     "MomentErrors",
     "PredictiveCheck",
     "Psis",
+    "Responsibilities",
     "RestartMixture",
     "SteinTest",
     "Summary",
@@ -44,10 +47,12 @@ __all__ = [
     "log_evidence",
     "loo",
     "median_bandwidth",
+    "mixture_log_score",
     "mmd",
     "moment_errors",
     "predictive_check",
     "psis",
+    "responsibilities",
     "restart_rhat",
     "sliced_wasserstein",
     "stacking_weights",

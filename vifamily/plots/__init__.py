@@ -9,6 +9,19 @@ from __future__ import annotations
 from vifamily.plots.cells import Panel, Row, cell_grid
 from vifamily.plots.contour import contour, grid_over
 from vifamily.plots.pairs import marginals, pairs
+from vifamily.plots.routing import alpha_curve, responsibilities
 from vifamily.plots.traces import k_hat, loss_trace
 
-__all__ = ["Panel", "Row", "cell_grid", "contour", "grid_over", "k_hat", "loss_trace", "marginals", "pairs"]
+__all__ = [
+    "Panel",
+    "Row",
+    "alpha_curve",
+    "cell_grid",
+    "contour",
+    "grid_over",
+    "k_hat",
+    "loss_trace",
+    "marginals",
+    "pairs",
+    "responsibilities",
+]
