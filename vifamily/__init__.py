@@ -7,7 +7,7 @@ torch.Size([1000, 2])
 """
 
 from vifamily import errors, families, models, objectives, registry, rng, solvers, supports, trackers, types
-from vifamily.compare import compare
+from vifamily.compare import choose_alpha, compare
 from vifamily.fit import fit
 from vifamily.plan import compatibility, plan
 from vifamily.posterior import Posterior, load
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Posterior",
     "__version__",
+    "choose_alpha",
     "compare",
     "compatibility",
     "errors",

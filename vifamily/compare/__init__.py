@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vifamily import registry
+from vifamily.compare.alpha import AlphaChoice, AlphaRow, choose_alpha
 from vifamily.compare.cells import Cell, Outcome, plain
 from vifamily.compare.cluster import client_of
 from vifamily.compare.grid import run_grid
@@ -23,7 +24,19 @@ from vifamily.compare.result import Comparison
 from vifamily.errors import ConfigError, SpecError, VifamilyError
 from vifamily.rng import check_seed
 
-__all__ = ["DEFAULTS", "MEASURES", "Cell", "Comparison", "Outcome", "Target", "compare", "split_specs"]
+__all__ = [
+    "DEFAULTS",
+    "MEASURES",
+    "AlphaChoice",
+    "AlphaRow",
+    "Cell",
+    "Comparison",
+    "Outcome",
+    "Target",
+    "choose_alpha",
+    "compare",
+    "split_specs",
+]
 
 DEFAULTS: dict[str, Any] = {
     "problems": ("banana", "correlated_normal", "eight_schools"),

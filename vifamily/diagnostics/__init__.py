@@ -19,6 +19,7 @@ from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
 from vifamily.diagnostics.predictive import PredictiveCheck, predictive_check
 from vifamily.diagnostics.psis import Psis, draws_needed, k_hat_threshold, psis
 from vifamily.diagnostics.restarts import restart_rhat
+from vifamily.diagnostics.routing import MixtureScore, Responsibilities, mixture_log_score, responsibilities
 from vifamily.diagnostics.stability import Labelled, Spread, Stability, stability, unit_stability
 from vifamily.diagnostics.stacking import RestartMixture, importance_mixture_weights, stacking_weights
 from vifamily.diagnostics.stein import SteinTest, kernel_stein
@@ -32,9 +33,11 @@ __all__ = [
     "Estimate",
     "Labelled",
     "Loo",
+    "MixtureScore",
     "MomentErrors",
     "PredictiveCheck",
     "Psis",
+    "Responsibilities",
     "RestartMixture",
     "Spread",
     "Stability",
@@ -54,10 +57,12 @@ __all__ = [
     "log_evidence",
     "loo",
     "median_bandwidth",
+    "mixture_log_score",
     "mmd",
     "moment_errors",
     "predictive_check",
     "psis",
+    "responsibilities",
     "restart_rhat",
     "sbc",
     "sliced_wasserstein",

@@ -10,6 +10,7 @@ from vifamily.plots.calibration import ecdf_difference, probability_histograms
 from vifamily.plots.cells import Panel, Row, cell_grid
 from vifamily.plots.contour import contour, grid_over
 from vifamily.plots.pairs import marginals, pairs
+from vifamily.plots.routing import alpha_curve, responsibilities
 from vifamily.plots.stability import stability
 from vifamily.plots.traces import k_hat, loss_trace
 
@@ -19,6 +20,9 @@ __all__ = [
     "cell_grid",
     "contour",
     "ecdf_difference",
+    "alpha_curve",
+    "cell_grid",
+    "contour",
     "grid_over",
     "k_hat",
     "loss_trace",
@@ -26,4 +30,5 @@ __all__ = [
     "pairs",
     "probability_histograms",
     "stability",
+    "responsibilities",
 ]

@@ -33,17 +33,18 @@ from vifamily.errors import ConfigError, NotAvailableError, VifamilyWarning
 from vifamily.families._base import Family, FamilyEntry
 from vifamily.models._base import Model
 from vifamily.numerics.newton import value_and_gradient
-from vifamily.posterior._core import PosteriorCore, check_count
+from vifamily.posterior._core import check_count
 from vifamily.posterior._diagnose import diagnose
 from vifamily.posterior._draw_plots import draw_plot
 from vifamily.posterior._locals import sample_local
+from vifamily.posterior._routing import RoutedPosterior
 from vifamily.posterior._saving import load_parts, save_posterior
 from vifamily.types import Capability
 
 __all__ = ["Posterior", "load"]
 
 
-class Posterior(PosteriorCore):
+class Posterior(RoutedPosterior):
     """A fitted family over the parameters of a model.
 
     Draws without a ``seed`` come from the stream ``"posterior"`` of the fit's own seed: asked twice, they are the same.

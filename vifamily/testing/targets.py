@@ -179,7 +179,7 @@ def overdispersed() -> Target:
     Example:
         >>> target = overdispersed()
         >>> target.model.num_data, round(float(target.covariance[0, 0]) * 400, 4)
-        (400, 0.9999)
+        (400, 1.0)
     """
     n = _SPREAD_DATA
     y = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
