@@ -19,7 +19,7 @@ from vifamily.errors import IncompatibleError, SpecError
 from vifamily.registry import entry_name
 from vifamily.types import Batch, Capability, Draw, FamilyLike, Loss, ModelLike, Space
 
-__all__ = ["Estimator", "Objective", "log_ratio_parts", "weighted_sum"]
+__all__ = ["Estimator", "Objective", "log_ratio_parts", "restart_shape", "weighted_sum"]
 
 ValueKind = Literal["lower_bound", "upper_bound", "divergence", "surrogate", "none"]
 Caps = frozenset[Capability]
@@ -250,6 +250,11 @@ class Objective(abc.ABC):
         Returns:
             Surrogate, value and terms.
         """
+
+
+def restart_shape(family: FamilyLike) -> tuple[int, ...]:
+    """Leading axis of a stack of families, ``(restart,)``; ``()`` for one family."""
+    return tuple(getattr(family, "restart_shape", ()))
 
 
 def weighted_sum(log_weight: Tensor, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vifamily.errors import SpecError
 from vifamily.numerics.f_generators import Generator
-from vifamily.objectives._base import Estimator, Objective, ValueKind
+from vifamily.objectives._base import Estimator, Objective, ValueKind, restart_shape
 from vifamily.objectives._ratio_function import Derivatives, RatioFunction, ratio_estimators, ratio_loss
 from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
 
@@ -160,7 +160,7 @@ class Csiszar(Objective):
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:
         """Running log evidence, not a number before the first step; None where nothing is carried."""
-        return torch.full((), math.nan, dtype=torch.float64) if self._way == "running" else None
+        return torch.full(restart_shape(family), math.nan, dtype=torch.float64) if self._way == "running" else None
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None

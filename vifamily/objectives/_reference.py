@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vifamily.errors import ConfigError
+from vifamily.objectives._base import restart_shape
 from vifamily.types import FamilyLike, ModelLike
 
-__all__ = ["check_number", "check_part", "first_state", "reference_part", "reference_sd", "remembered", "restart_shape"]
+__all__ = ["check_number", "check_part", "first_state", "reference_part", "reference_sd", "remembered"]
 
 
 def check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:
@@ -34,11 +35,6 @@ def check_part(size: Any) -> None:
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
         raise ConfigError(f"reference_batch must be an integer of 2 or more, or None for all draws, got {size!r}.")
-
-
-def restart_shape(family: FamilyLike) -> tuple[int, ...]:
-    """Leading axis of a stack of families, ``(restart,)``; ``()`` for one family."""
-    return tuple(getattr(family, "restart_shape", ()))
 
 
 def first_state(model: ModelLike, family: FamilyLike, size: int | None) -> Tensor | None:

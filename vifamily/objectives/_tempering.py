@@ -160,19 +160,31 @@ class Compound(Objective):
         return dataclasses.replace(loss, terms={**loss.terms, "inverse_temperature": torch.full_like(loss.value, beta)})
 
 
-def packed(step: int, state: Tensor | None) -> Tensor:
-    """Write a step and a state as one vector, so that it is kept with a checkpoint like any other state."""
+def packed(step: int, state: Tensor | None, restarts: tuple[int, ...] = ()) -> Tensor:
+    """Write a step and a state as one vector, so that it is kept with a checkpoint like any other state.
+
+    Args:
+        step: The step.
+        state: A state whose leading axis is that of the restarts, where there are several.
+        restarts: Their number as a shape.
+
+    Returns:
+        ``([restart,] number)``: each row is what one restart alone would have.
+    """
     if state is None:
-        return torch.tensor([float(step)], dtype=torch.float64)
-    head = torch.tensor([float(step), float(state.dim()), *map(float, state.shape)], dtype=torch.float64)
-    return torch.cat([head.to(state.device), state.detach().reshape(-1).double()])
+        return torch.full((*restarts, 1), float(step), dtype=torch.float64)
+    own = state.shape[len(restarts) :]
+    head = torch.tensor([float(step), float(len(own)), *map(float, own)], dtype=torch.float64, device=state.device)
+    values = state.detach().reshape((*restarts, -1)).double()
+    return torch.cat([head.expand(*restarts, head.numel()), values], -1)
 
 
 def unpacked(vector: Tensor) -> tuple[int, Tensor | None]:
     """Read what :func:`packed` wrote."""
-    step = int(vector[0])
-    if vector.numel() == 1:
+    row = vector.reshape(-1, vector.shape[-1])[0]
+    step = int(row[0])
+    if row.numel() == 1:
         return step, None
-    axes = int(vector[1])
-    shape = [int(n) for n in vector[2 : 2 + axes].tolist()]
-    return step, vector[2 + axes :].reshape(shape)
+    axes = int(row[1])
+    shape = [int(n) for n in row[2 : 2 + axes].tolist()]
+    return step, vector[..., 2 + axes :].reshape((*vector.shape[:-1], *shape))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import ConfigError, IncompatibleError, SpecError
+from vifamily.objectives._base import restart_shape
 from vifamily.objectives._tempering import Compound, packed, unpacked
 from vifamily.registry import entry_name, register
 from vifamily.types import Batch, FamilyLike, Loss, ModelLike
@@ -120,11 +121,11 @@ class Annealed(Compound):
             raise ConfigError(
                 f"{entry_name(self.inner)!r} carries a state that is no tensor, which cannot be kept beside the step."
             )
-        return packed(0, state)
+        return packed(0, state, restart_shape(family))
 
     def after_warmup(self, state: Any) -> Tensor:
         """The state at which the target is the posterior."""
-        return packed(self.warmup_steps, self.inner.after_warmup(unpacked(state)[1]))
+        return packed(self.warmup_steps, self.inner.after_warmup(unpacked(state)[1]), tuple(state.shape[:-1]))
 
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
@@ -132,4 +133,4 @@ class Annealed(Compound):
         """Evaluate the loss at the step in the state, or without a state at the end of the schedule."""
         step, inner = (self.warmup_steps, None) if state is None else unpacked(state)
         loss = self._tempered_loss(family, model, noise, batch, inner, self.beta(step))
-        return dataclasses.replace(loss, state=packed(step + 1, loss.state))
+        return dataclasses.replace(loss, state=packed(step + 1, loss.state, restart_shape(family)))

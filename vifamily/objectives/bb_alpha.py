@@ -51,7 +51,9 @@ class BbAlpha(Objective):
 
     **Bias.** Minibatches are unbiased: N is the size of the whole data set and the sum is scaled. Over K draws each
     logarithm is biased, so that the loss is too large by about alpha times the variance of a datum's factor over 2K.
+
     **Blind to.** The scale of an unnormalised likelihood or prior.
+
     **Fails when.** Draws are few and alpha is large: the loss over K draws is nearer to the ELBO than alpha says. For
     alpha near 1 q need not shrink as data grow where the model is misspecified, and it does not stand for the exact
     posterior then.

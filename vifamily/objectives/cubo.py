@@ -35,7 +35,9 @@ class Cubo(Objective):
     printed is no certificate. Near the posterior, to second order in its distance, the loss over K draws is
     :math:`\tfrac12 (n - 1 - n / K)` times the variance of the log ratio: it has its minimum there only for
     :math:`K > n / (n - 1)`, and fewer draws are refused.
+
     **Blind to.** How far q reaches beyond the posterior: too wide a q costs little.
+
     **Fails when.** Dimensions are many: the ratios to the power n have so heavy a tail that a few draws decide, the
     value over K draws is far below the bound and the gradient mostly noise. Above some ten dimensions look at the
     effective sample size. At n = 1 the bound is the log evidence whatever q is, which is why n = 1 is refused.

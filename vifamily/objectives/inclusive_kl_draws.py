@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vifamily.objectives._base import Objective, ValueKind
-from vifamily.objectives._reference import check_part, first_state, reference_part, restart_shape
+from vifamily.objectives._base import Objective, ValueKind, restart_shape
+from vifamily.objectives._reference import check_part, first_state, reference_part
 from vifamily.registry import register
 from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike, Space
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import ConfigError
-from vifamily.objectives._base import Estimator, Objective, ValueKind
-from vifamily.objectives._reference import restart_shape
+from vifamily.objectives._base import Estimator, Objective, ValueKind, restart_shape
 from vifamily.objectives._snis import effective_share, weighted_draws, weights_apart
 from vifamily.registry import register
 from vifamily.rng import draw_noise

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vifamily.errors import ConfigError
 from vifamily.numerics.soft_routing import route
-from vifamily.objectives._base import Estimator, Objective, ValueKind
+from vifamily.objectives._base import Estimator, Objective, ValueKind, restart_shape
 from vifamily.objectives._per_datum import Unit, check_order, check_unit, prior_part, unit_log_likelihood, unit_needs
 from vifamily.registry import register
 from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
@@ -153,7 +153,7 @@ class RenyiPredictive(Objective):
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Tensor | None:
         """Return the number of steps taken, where alpha depends on it."""
-        return torch.zeros((), dtype=torch.long) if self.warmup else None
+        return torch.zeros(restart_shape(family), dtype=torch.long) if self.warmup else None
 
     def after_warmup(self, state: Any) -> Any:
         """Return the number of steps at which the ramp is over."""
@@ -178,7 +178,7 @@ class RenyiPredictive(Objective):
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
     ) -> Loss:
         """Evaluate the loss (see :class:`Objective`); without a state it is that after the ramp."""
-        alpha = float(self.alpha) if state is None else self.alpha_at(int(state))
+        alpha = float(self.alpha) if state is None else self.alpha_at(int(state.reshape(-1)[0]))
         draw = family(noise)
         if draw.z.shape[-2] < 2 and alpha > 0 and Capability.FINITE not in family.capabilities:
             raise ConfigError(f"over one draw the loss is that of alpha=0 (alpha={alpha:g}): use at least draws=2.")

@@ -35,7 +35,9 @@ class VrMax(Objective):
     :math:`\tfrac12 (1 - s^2)\, \mathbb{E}\max_k e_k^2 + \log s` for s below 1, and with the minimum in place of the
     maximum above it: s = 1 is a local minimum, and the best q has :math:`s^2 = 1 / \mathbb{E}\min_k e_k^2`,
     2.75 with two draws and growing without bound in K.
+
     **Blind to.** All draws but one.
+
     **Fails when.** Taken for a posterior approximation with many draws: see the bias. Use it to train model parameters
     with few draws, and another objective for q.
 

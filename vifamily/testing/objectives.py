@@ -288,12 +288,13 @@ class _Checks:
         """The surrogate's gradient is that of the value: exactly, or in the mean."""
         kind = self.objective.value_kind
         found = self.settings()
-        if kind in ("surrogate", "none"):
+        if kind == "surrogate":
             # such a value need not be what the surrogate differentiates; where it is said to be, it is held to it
             found = [s for s in found if getattr(s.objective.estimators.get(s.estimator or "", s.objective),
                                                  "value_gradient", False)]  # fmt: skip
-            if not found:
-                raise NotApplicable(f"its value is declared {kind!r}: not what the surrogate differentiates")
+        sure = self.objective.value_gradient and not self.objective.estimators
+        if not found or (kind == "none" and not sure):
+            raise NotApplicable(f"its value is declared {kind!r}: not what the surrogate differentiates")
         for s in found:
             if Capability.REPARAMETERISED not in s.family.capabilities and s.estimator != "enumerated":
                 continue  # the value on given noise is no smooth function of the parameters
