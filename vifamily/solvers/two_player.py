@@ -42,8 +42,8 @@ class TwoPlayer(Solver):
     game falls and rises, so it says nothing about convergence. What is watched is the family: means and log sds of its
     coordinates. At each step size they are watched until stationary (split R-hat) and averaged until the Monte-Carlo
     error of their averages is below ``mcse``; then the family's step size is halved, until that changes no average by
-    more than ``tolerance`` posterior sds; the critic keeps its pace. Even then the fit goes on if the critic, trained on while the family waits, finds
-    more than it had.
+    more than ``tolerance`` posterior sds; the critic keeps its pace. Even then the fit goes on if the critic, trained
+    on while the family waits, finds more than it had.
 
     At the end the averaged and the last family are audited: each stays where it is, the critic is trained on for
     ``audit`` steps on fresh draws, and its value on further fresh draws counts. The better one is the answer, and the
