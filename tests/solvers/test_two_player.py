@@ -57,6 +57,15 @@ def test_the_critic_ascends_and_the_family_descends():
     assert float(free.mean()[0]) == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_critic_that_lags_behind_is_found_out_before_the_fit_ends():
+    """Two players that all but stand still look as if they had settled."""
+    model = Density(lambda z: -0.5 * (z - 1.0).square().sum(-1), dim=1)
+    solver = "two_player(step_size=1e-9, critic_step_size=1e-7, audit=100)"
+    posterior = vf.fit(model, "mean_field", "operator", solver, init=torch.zeros(1, dtype=DOUBLE), steps=700, seed=0)
+    assert posterior.record.stop_reason == "max_steps"
+    assert any("lagged behind" in note for note in posterior.record.notes)
+
+
 def test_a_gaussian_on_a_mixture_ends_at_the_minimum_of_the_fisher_divergence():
     """By quadrature: mean 3.04 and sd 0.98, where reverse KL has 2.98 and 1.02."""
     posterior = vf.fit("bimodal", "full_rank", "operator", init=torch.tensor([2.0], dtype=DOUBLE), seed=0)

@@ -204,7 +204,8 @@ class Critic(nn.Module):
         centred = z - self.shift.unsqueeze(-2)
         if not self.full:
             return centred / self.scale.unsqueeze(-2)
-        return torch.linalg.solve_triangular(self.scale, centred.mT, upper=False).mT
+        solved: Tensor = torch.linalg.solve_triangular(self.scale, centred.mT, upper=False)
+        return solved.mT
 
     def standard_score(self, score: Tensor) -> Tensor:
         """Score of the target with respect to the standardised coordinates."""

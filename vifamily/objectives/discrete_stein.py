@@ -36,8 +36,8 @@ class DiscreteStein(Objective):
 
     which is minimised (``distance="penalised"``). ``distance="square"`` is the published :math:`t(a) = a^2`, over
     tables with :math:`|f| \le 1`: the square of :math:`\sum_{z \ge 1} q(z) |r_z - 1|`. Both are zero only where all
-    ratios :math:`q(z) / p(z)` of neighbours are equal, that is at the posterior. Value and gradient are exact sums; only
-    differences of :math:`\log p` enter, so that no evidence is needed.
+    ratios :math:`q(z) / p(z)` of neighbours are equal, that is at the posterior. Value and gradient are exact sums;
+    only differences of :math:`\log p` enter, so that no evidence is needed.
 
     **Bias.** None on all data. The operator is not linear in :math:`\log p`: minibatches are refused.
 

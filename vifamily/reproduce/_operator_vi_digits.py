@@ -93,7 +93,7 @@ def _fit_weights(x: Tensor, source: torch.Generator, steps: int) -> tuple[Tensor
         fit = torch.nn.functional.logsigmoid(sign * (z @ weights.T + offset)).sum()
         divergence = (0.5 * (mean.square() + (2 * log_sd).exp()) - log_sd).sum()
         optimiser.zero_grad()
-        ((divergence - fit) / len(x)).backward()  # type: ignore[no-untyped-call]
+        ((divergence - fit) / len(x)).backward()
         optimiser.step()
     return weights.detach(), offset.detach()
 

@@ -134,11 +134,11 @@ def _mixture(options: Options) -> tuple[list[Claim], Any, list[dict[str, Any]]]:
             None, None, "the paper gives neither steps nor iterations of this run: reported, not judged",
         ),
         Claim(
-            "The weights of modes are what the objective recovers (the program's switch fixes a half)", None,
+            "Beyond the paper: on modes of unequal weights the program stays at a half and a half", None,
             f"target 0.2 and 0.8: mass above zero {np.mean([o.upper for o in blind]):.3f}, Wasserstein-1 "
             f"{np.mean([o.distance for o in blind]):.2f}",
-            None, None, "no claim of the paper: both modes come right because the program's weights are the target's; "
-            "scores cannot tell the weights",
+            None, None, "measured, and no claim of the paper: its program comes right because its switch has the weights of the "
+            "target; scores cannot tell them",
         ),
     ]  # fmt: skip
     shown = [found[n][0] for n in ("Gaussian, KL", "Gaussian, Langevin-Stein", "program, Langevin-Stein")]

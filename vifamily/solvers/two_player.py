@@ -24,6 +24,10 @@ from vifamily.types import GameState, Loss
 __all__ = ["TwoPlayer"]
 
 _AUDIT_DRAWS = 1024
+_AUDIT_STEP = 0.01
+"""Least step size of the critic in the audit: one too slow in the game would be so there as well."""
+_RECENT = 200
+"""Steps whose mean value stands for what the critic had."""
 _LARGE = 0.05
 """Divergence per coordinate, in standardised units, above which the notes say that the family does not match."""
 
@@ -37,8 +41,9 @@ class TwoPlayer(Solver):
     nested, steps); ``inner`` above one gives the critic further steps on draws of their own beforehand. The value of a
     game falls and rises, so it says nothing about convergence. What is watched is the family: means and log sds of its
     coordinates. At each step size they are watched until stationary (split R-hat) and averaged until the Monte-Carlo
-    error of their averages is below ``mcse``; then both step sizes are halved, until that changes no average by more
-    than ``tolerance`` posterior sds.
+    error of their averages is below ``mcse``; then the family's step size is halved, until that changes no average by
+    more than ``tolerance`` posterior sds; the critic keeps its pace. Even then the fit goes on if the critic, trained
+    on while the family waits, finds more than it had.
 
     At the end the averaged and the last family are audited: each stays where it is, the critic is trained on for
     ``audit`` steps on fresh draws, and its value on further fresh draws counts. The better one is the answer, and the
@@ -48,9 +53,9 @@ class TwoPlayer(Solver):
 
     Args:
         step_size: First step size of the family; None takes a tenth of what suits the family with ``adam``.
-        critic_step_size: First step size of the critic.
+        critic_step_size: Step size of the critic.
         inner: Steps of the critic for each of the family.
-        tolerance: Largest change on halving the step sizes, in posterior sds and log sds.
+        tolerance: Largest change on halving the step size, in posterior sds and log sds.
         mcse: Largest Monte-Carlo error of the averages, in the same units.
         audit: Steps of the critic in the audit.
 
@@ -181,8 +186,15 @@ class TwoPlayerRun(AdamRun):
         noise = 2 * math.hypot(self.monitor.error, self.previous_error)
         small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
         if small and self.stage >= 2 and verdict == "done" and self.monitor.error < self.rule.mcse:
-            self.finished = "converged"
-            return
+            if not self._lagged():
+                self.finished = "converged"
+                return
+            if self.stage + 1 < self.rule.stages:
+                # on from here at the same pace, against the critic that was trained on
+                self.stage += 1
+                self.previous, self.previous_error = row, self.monitor.error
+                self._new_stage(self.rule.mcse)
+                return
         self.previous_error, self.stage = self.monitor.error, self.stage + 1
         if self.stage >= self.rule.stages:
             self.finished = "smallest_step"
@@ -192,15 +204,41 @@ class TwoPlayerRun(AdamRun):
         for group, one in zip(self.groups, self.optimiser.param_groups, strict=True):
             one["lr"] = self._rate(group)
         near = self.change < max(4 * self.rule.tolerance, noise)
-        self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        self._new_stage(self.rule.mcse if near else self.rule.rough)
+
+    def _new_stage(self, goal: float) -> None:
+        self.monitor = StageMonitor(self.rule, self.step_count, goal)
         self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
         self.gradient_sum.zero_()
         self.gradient_square.zero_()
         self.gradient_count = 0
 
+    def _lagged(self) -> bool:
+        """Whether the critic, trained on against the family as it stands, finds more than it had; it then stays so."""
+        tau, state = getattr(self.task.objective, "tau", None), self.objective_state
+        if tau is None or not self.settings.audit:
+            return False
+        kept = self.model_flat.value.clone(), copy.deepcopy(self.optimiser.state)
+        before = torch.tensor(self._losses[-_RECENT:], dtype=torch.float64)
+        found = self._audit(self.flat.value.clone(), keep=True)["value"].double()
+        error = torch.hypot(before.std(0) / math.sqrt(len(before)), found.std(0) / math.sqrt(len(found)))
+        least = _LARGE * self.task.family.latent.dim / (4 * tau)
+        if bool((found.mean(0) - before.mean(0) > least + 3 * error).any()):
+            self.notes.append(f"step {self.step_count}: the critic had lagged behind, and was trained on")
+            return True
+        self.model_flat.set(kept[0])
+        self.optimiser.state.clear()
+        self.optimiser.state.update(kept[1])
+        self.objective_state = state
+        return False
+
     # -- the answer ----------------------------------------------------------------------------------------------------
-    def _audit(self, value: Tensor) -> dict[str, Tensor]:
-        """Train the critic on against a family that stays, and evaluate it on fresh draws; nothing is changed by it.
+    def _audit(self, value: Tensor, *, keep: bool = False) -> dict[str, Tensor]:
+        """Train the critic on against a family that stays, and evaluate it on fresh draws.
+
+        Args:
+            value: Parameters of the family.
+            keep: Whether the critic stays as it was trained; otherwise nothing is changed.
 
         Returns:
             The value and its terms on eight sets of fresh draws, name to ``(8, restart)``.
@@ -211,8 +249,9 @@ class TwoPlayerRun(AdamRun):
         self.flat.set(value)
         source = generator(self.task.seed, "audit", self.task.first_restart)
         last = self.step_count * self.settings.inner
+        pace = max(self.settings.critic_step_size, _AUDIT_STEP)
         for k in range(self.settings.audit):
-            self.optimiser.param_groups[1]["lr"] = self.settings.critic_step_size * 0.03 ** (k / self.settings.audit)
+            self.optimiser.param_groups[1]["lr"] = pace * 0.03 ** (k / self.settings.audit)
             loss, _, packed = self._ascent(last + k, self._fresh(source, self.task.draws))
             if not bool(torch.isfinite(packed[1]).all()):
                 break
@@ -224,12 +263,13 @@ class TwoPlayerRun(AdamRun):
                 loss = self._loss(self._fresh(source, max(64, _AUDIT_DRAWS // self.task.restarts)), last + k)
             for name, part in {"value": loss.value, **loss.terms}.items():
                 rows.setdefault(name, []).append(part.reshape(-1))
-        for group, old in zip(self.groups, kept, strict=True):
-            group.set(old)
-        self.optimiser.state.clear()
-        self.optimiser.state.update(kept_state)
+        self.flat.set(kept[0])
         self.optimiser.param_groups[1]["lr"] = self.settings.critic_step_size
-        self.objective_state = counted
+        if not keep:
+            self.model_flat.set(kept[1])
+            self.optimiser.state.clear()
+            self.optimiser.state.update(kept_state)
+            self.objective_state = counted
         return {name: torch.stack(parts) for name, parts in rows.items()}
 
     def _fresh(self, source: torch.Generator, draws: int) -> Tensor:
@@ -296,9 +336,9 @@ class TwoPlayerRun(AdamRun):
 def held(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Hold parameters fixed, so that no graph is built through them."""
     for parameter in parameters:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
     try:
         yield
     finally:
         for parameter in parameters:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad = True

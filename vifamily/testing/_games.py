@@ -155,7 +155,8 @@ def _fisher(s: Setting, family: Family, noise: Tensor) -> Tensor:
     z = family(noise).z
     (of_p,) = torch.autograd.grad(s.target.model.log_joint(z).sum(), z, create_graph=True)
     (of_q,) = torch.autograd.grad(family.log_prob(z).sum(), z, create_graph=True)
-    return ((of_p - of_q) @ family.scale).square().sum(-1).mean()
+    out: Tensor = ((of_p - of_q) @ family.scale).square().sum(-1).mean()
+    return out
 
 
 def _penalty(objective: Objective) -> float:

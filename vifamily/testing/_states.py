@@ -47,7 +47,7 @@ _LOGS = torch.tensor([0.3, -1.2, 0.9, 0.1, -0.4], dtype=torch.float64)
 
 def _at(s: Setting, logs: Tensor) -> None:
     with torch.no_grad():
-        s.family.logits.copy_(logs)  # type: ignore[operator, union-attr]
+        s.family.logits.copy_(logs)  # type: ignore[operator]
 
 
 def _zero_at_states(objective: Objective) -> None:
