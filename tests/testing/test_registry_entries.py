@@ -13,6 +13,10 @@ OBJECTIVES = [
     "renyi(alpha=1)",
     "renyi(alpha=2)",
     "renyi(alpha=-1)",
+    "renyi_predictive(alpha=0)",
+    "renyi_predictive(alpha=2, estimator=reparameterised)",
+    "bb_alpha(alpha=1, form=simplified)",
+    "cubo(n=1.5)",
 ]
 FAMILIES = [
     "mean_field(student_t=4)",
