@@ -21,6 +21,7 @@ from vifamily.objectives import (
     MarkovianScoreClimbing,
     Objective,
     Renyi,
+    RenyiPredictive,
     ReweightedWake,
 )
 from vifamily.objectives._power import power_bound
@@ -329,6 +330,32 @@ def test_weights_of_draws_that_are_not_normalised_are_caught():
             )
 
     broken(testing.check_objective, Unnormalised(), "constant_invariance")
+
+
+def test_a_wrong_predictive_order_is_caught():
+    @dataclasses.dataclass(frozen=True)
+    class Mistaken(RenyiPredictive):
+        """One that takes another power than it says."""
+
+        @property
+        def predictive_order(self):
+            return 1.1 * self.alpha
+
+    broken(testing.check_objective, Mistaken(), "predictive")
+
+
+def test_a_surrogate_that_claims_the_gradient_of_its_value_is_held_to_it():
+    wrong = changed(RenyiPredictive, lambda loss, *_: dataclasses.replace(loss, surrogate=2 * loss.surrogate))
+    broken(testing.check_objective, wrong(), "gradient")
+
+
+def test_dependence_on_the_scale_of_the_prior_is_caught():
+    # what needs the likelihood apart meets the constant in the prior
+    def change(loss, family, model, noise, batch):
+        scaled = loss.surrogate * (1 + 1e-3 * model.log_prior(family(noise).z)[..., 0].detach())
+        return dataclasses.replace(loss, surrogate=scaled)
+
+    broken(testing.check_objective, changed(RenyiPredictive, change, value_kind="none")(), "constant_invariance")
 
 
 def test_a_contract_that_does_not_exist_cannot_be_skipped():

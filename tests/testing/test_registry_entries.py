@@ -23,6 +23,10 @@ OBJECTIVES = [
     "tempered(temperature=3)",
     "fisher(weight=covariance)",
     "ksd(bandwidth=1.0)",
+    "renyi_predictive(alpha=0)",
+    "renyi_predictive(alpha=2, estimator=reparameterised)",
+    "bb_alpha(alpha=1, form=simplified)",
+    "cubo(n=1.5)",
 ]
 FAMILIES = [
     "mean_field(student_t=4)",

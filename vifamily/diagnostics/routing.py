@@ -22,7 +22,8 @@ _SHOWN = 16
 
 
 def _entropy(p: Tensor, dim: int) -> Tensor:
-    return torch.special.entr(p).sum(dim)
+    out: Tensor = torch.special.entr(p).sum(dim)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
