@@ -225,11 +225,11 @@ class HadamardSqrtFamily(EllipticalFamily):
             own = self._dense(outer, self._centred(middle), self._centred(inner))
             whitened = torch.linalg.solve_triangular(factor, own, upper=False)
             value: Tensor = 0.5 * whitened.square().sum() - outer.sum()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
         with torch.enable_grad():
-            optimiser.step(divergence)  # type: ignore[no-untyped-call]
+            optimiser.step(divergence)
         if all(bool(torch.isfinite(t).all()) for t in logs):
             for log_diagonal, found in zip((self.log_outer, self.log_middle, self.log_inner), logs, strict=True):
                 log_diagonal.copy_(found.detach())
