@@ -137,8 +137,8 @@ def _mixture(options: Options) -> tuple[list[Claim], Any, list[dict[str, Any]]]:
             "Beyond the paper: on modes of unequal weights the program stays at a half and a half", None,
             f"target 0.2 and 0.8: mass above zero {np.mean([o.upper for o in blind]):.3f}, Wasserstein-1 "
             f"{np.mean([o.distance for o in blind]):.2f}",
-            None, None, "measured, and no claim of the paper: its program comes right because its switch has the weights "
-            "of the target; scores cannot tell them",
+            None, None, "measured, and no claim of the paper: its program comes right because its switch has the "
+            "weights of the target; scores cannot tell them",
         ),
     ]  # fmt: skip
     shown = [found[n][0] for n in ("Gaussian, KL", "Gaussian, Langevin-Stein", "program, Langevin-Stein")]
