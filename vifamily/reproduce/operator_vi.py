@@ -160,7 +160,7 @@ def _implicit(options: Options) -> list[Claim]:
     options.say("a sampler without density on a banana")
     problem = registry.build("problems", "banana")
     posterior = fit(problem, "implicit(hidden=[32, 32])", "operator", seed=options.seed, progress=False,
-                    steps=1000 if options.quick else 4000)  # fmt: skip
+                    steps=2000 if options.quick else 4000)  # fmt: skip
     z = posterior.draws(20_000)
     reference = torch.as_tensor(np.asarray(problem.reference.mean)), torch.as_tensor(np.asarray(problem.reference.sd))
     off = float(((z.mean(0) - reference[0]) / reference[1]).abs().max())
