@@ -1,17 +1,19 @@
 """Operator variational inference: what the operators compute, what the game's optimum is, where it ends."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import vifamily as vf
+from vifamily import testing
 from vifamily.errors import ConfigError, IncompatibleError, NotAvailableError
 from vifamily.families._stack import StackedFamily
 from vifamily.models import Density
 from vifamily.objectives import Elbo, Operator
 from vifamily.objectives._critics import Critic, Perceptron
-from vifamily.objectives._operators import LangevinStein
+from vifamily.objectives._operators import LangevinStein, scores
 from vifamily.testing import _games, targets
 from vifamily.testing._report import Broken
 from vifamily.testing._tools import flat_gradient, replicate
@@ -140,6 +142,48 @@ class Unpenalised(Operator):
 def test_the_kit_finds_a_penalty_that_is_not_differentiated(contract):
     with pytest.raises(Broken):
         contract(Unpenalised())
+
+
+class WithoutDivergence(LangevinStein):
+    """Its mean under the posterior is not zero."""
+
+    name = "without_divergence"
+
+    def values(self, draw, model, batch, critic, probes):
+        field, _ = critic(draw.z, probes)
+        return (critic.standard_score(scores(model, draw.z, batch)) * field).sum(-1), field.square().sum(-1)
+
+
+class SaysItSees(LangevinStein):
+    name = "says_it_sees"
+    blind_to_mode_weights = False
+
+
+class Forgetful(Operator):
+    """Its state does not count evaluations, so that probes would be the same at each."""
+
+    def loss(self, family, model, noise, batch=None, state=None):
+        return dataclasses.replace(super().loss(family, model, noise, batch, state), state=state)
+
+
+PLANTED = {
+    "closeness": (_games._closeness, Operator(operator=WithoutDivergence())),
+    "no gain": (_games._no_gain, Operator(operator=WithoutDivergence())),
+    "mode weights": (_games._mode_weights, Operator(operator=SaysItSees())),
+    "state": (_games._state, Forgetful()),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_kit_finds_what_is_wrong(name):
+    contract, objective = PLANTED[name]
+    with pytest.raises(Broken):
+        contract(objective)
+
+
+@pytest.mark.parametrize("spec", ["operator(operator=kl)", "operator(distance=square)"])
+def test_other_forms_keep_their_contracts(spec):
+    assert len(testing.check_objective(spec).passed) >= 12
 
 
 def test_the_squared_form_has_the_gradient_of_the_squared_mean(tools):

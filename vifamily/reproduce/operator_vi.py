@@ -137,8 +137,8 @@ def _mixture(options: Options) -> tuple[list[Claim], Any, list[dict[str, Any]]]:
             "Beyond the paper: on modes of unequal weights the program stays at a half and a half", None,
             f"target 0.2 and 0.8: mass above zero {np.mean([o.upper for o in blind]):.3f}, Wasserstein-1 "
             f"{np.mean([o.distance for o in blind]):.2f}",
-            None, None, "measured, and no claim of the paper: its program comes right because its switch has the weights "
-            "of the target; scores cannot tell them",
+            None, None, "measured, and no claim of the paper: its program comes right because its switch has the "
+            "weights of the target; scores cannot tell them",
         ),
     ]  # fmt: skip
     shown = [found[n][0] for n in ("Gaussian, KL", "Gaussian, Langevin-Stein", "program, Langevin-Stein")]
@@ -160,7 +160,7 @@ def _implicit(options: Options) -> list[Claim]:
     options.say("a sampler without density on a banana")
     problem = registry.build("problems", "banana")
     posterior = fit(problem, "implicit(hidden=[32, 32])", "operator", seed=options.seed, progress=False,
-                    steps=1000 if options.quick else 4000)  # fmt: skip
+                    steps=2000 if options.quick else 4000)  # fmt: skip
     z = posterior.draws(20_000)
     reference = torch.as_tensor(np.asarray(problem.reference.mean)), torch.as_tensor(np.asarray(problem.reference.sd))
     off = float(((z.mean(0) - reference[0]) / reference[1]).abs().max())

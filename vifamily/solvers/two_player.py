@@ -19,7 +19,7 @@ from vifamily.solvers._base import Solver, StepReport, Task
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
 from vifamily.solvers.adam import AdamRun
-from vifamily.types import GameState, Loss
+from vifamily.types import Capability, GameState, Loss
 
 __all__ = ["TwoPlayer"]
 
@@ -52,7 +52,8 @@ class TwoPlayer(Solver):
     critic sees no difference where there is one; the audit shows it only as far as that critic can learn to see it.
 
     Args:
-        step_size: First step size of the family; None takes a tenth of what suits the family with ``adam``.
+        step_size: First step size of the family; None takes a tenth of what suits the family with ``adam``,
+            for Gaussians a fifth.
         critic_step_size: Step size of the critic.
         inner: Steps of the critic for each of the family.
         tolerance: Largest change on halving the step size, in posterior sds and log sds.
@@ -113,7 +114,9 @@ class TwoPlayerRun(AdamRun):
     def __init__(self, task: Task, settings: TwoPlayer) -> None:
         self.settings = settings
         rule = StoppingRule(tolerance=settings.tolerance, mcse=settings.mcse)
-        first = settings.step_size or 0.1 * task.step_size
+        # samplers move by their whole network, and must not outrun the critic
+        share = 0.2 if Capability.GAUSSIAN in task.family.capabilities else 0.1
+        first = settings.step_size or share * task.step_size
         super().__init__(dataclasses.replace(task, compiled=False), rule, first, settings.critic_step_size / first)
         self.objective_state = self.game
 
