@@ -92,7 +92,8 @@ class MarkovianScoreClimbing(Objective):
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Tensor:
         """Start each chain at a draw of q as it stands, ``([restart,] dim)``."""
-        dtype, device = getattr(model, "dtype", torch.float64), getattr(model, "device", "cpu")
+        of: Any = getattr(family, "latent", model)
+        dtype, device = getattr(of, "dtype", torch.float64), getattr(of, "device", "cpu")
         shape = (*restart_shape(family), 1)
         noise = draw_noise(family.noise_spec, shape, generator, dtype=dtype, device=device)
         with torch.no_grad():
