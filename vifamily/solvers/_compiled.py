@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AdamLoop", "compile_adam", "worth_compiling"]
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+_PROBES = 8
 FEWEST_STEPS = 1500
 MOST_NUMBERS = 200_000
 MOST_PARAMETERS = 20_000
@@ -101,19 +102,29 @@ class AdamLoop:
     def losses_at(self, run: AdamRun, values: Sequence[Tensor], count: int) -> Tensor | None:
         """Losses ``(count, restart)`` at given parameters on the noise of the first steps; None if one is not finite.
 
-        These are steps of size zero on a copy of the state.
+        At most eight steps.
         """
+        taken, losses, _ = self._standing(run, values, count)
+        return losses if taken == count else None
+
+    def watched_at(self, run: AdamRun, values: Sequence[Tensor]) -> Tensor | None:
+        """Watched quantities at given parameters; None if the loss there is not finite."""
+        taken, _, row = self._standing(run, values, 1)
+        return row[0] if taken == 1 else None
+
+    def _standing(self, run: AdamRun, values: Sequence[Tensor], count: int) -> tuple[int, Tensor, Tensor]:
+        """Take steps of size zero: their number, losses and watched rows."""
         if self._first is None:
-            parts = [torch.stack([run.task.noise_at(step) for step in range(count)])]
-            parts.append(torch.ones(count, 2, dtype=torch.float64))
-            self._first = [*parts, _positions(run, 0, count)] if self.batched else parts
+            parts = [torch.stack([run.task.noise_at(step) for step in range(_PROBES)])]
+            parts.append(torch.ones(_PROBES, 2, dtype=torch.float64))
+            self._first = [*parts, _positions(run, 0, _PROBES)] if self.batched else parts
         state = [torch.zeros_like(t) for t in carried(run)]
         for i, value in enumerate(values):
             state[4 * i] = value.contiguous().clone()
         self.rates.zero_()
         self._step_size = 0.0
-        taken, (losses, _), _ = self.loop(state, self._first, count=count)
-        return losses if taken == count else None
+        taken, (losses, _), rows = self.loop(state, self._first, count=count, every=count)
+        return taken, losses, rows[0]
 
 
 def _corrections(begun: int, count: int) -> Tensor:

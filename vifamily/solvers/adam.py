@@ -235,7 +235,8 @@ class AdamRun(Run):
     # -- watching ------------------------------------------------------------------------------------------------------
     def watch(self) -> Tensor:
         """What :func:`~vifamily.solvers._watch.watched` gives of the family as it stands."""
-        return watched(self.task.family, self.task.monitor_noise, self.flat.value)
+        found = None if self.loop is None else self.loop.watched_at(self, [g.value for g in self.groups])
+        return watched(self.task.family, self.task.monitor_noise, self.flat.value) if found is None else found
 
     def unit(self) -> Tensor:
         """Unit of each watched quantity at the last watched state."""

@@ -212,13 +212,17 @@ class Kernels:
             widths: Numbers of rows.
             still: Range below which a quantity counts as not moving, ``(quantity,)``.
         """
-        half, ends, which = _ends(tuple(widths))
+        windows, addresses = len(widths), _ends(tuple(widths))[1]
         rows, columns = chain.shape
-        held, still = np.ascontiguousarray(chain), np.ascontiguousarray(still, dtype=np.float64)
-        work, out = np.empty((4 + len(half)) * columns), np.empty(len(half))
-        self._rhat(held.ctypes.data, rows, columns, half.ctypes.data, len(half), ends.ctypes.data, which.ctypes.data,
-                   still.ctypes.data, work.ctypes.data, out.ctypes.data)  # fmt: skip
-        return out
+        held = np.ascontiguousarray(chain)
+        # what is read by column and the result follow what is worked in
+        work = np.empty((5 + windows) * columns + windows)
+        work[-columns - windows : -windows] = still
+        base = work.ctypes.data
+        half, ends, which = addresses
+        place = base + 8 * (4 + windows) * columns
+        self._rhat(held.ctypes.data, rows, columns, half, windows, ends, which, place, base, place + 8 * columns)
+        return work[-windows:]
 
     def mcse(self, chain: np.ndarray) -> np.ndarray:
         """Monte-Carlo error of the mean of each column, as :func:`vifamily.numerics.mcse.mcse` has it.
@@ -234,12 +238,13 @@ class Kernels:
 
 
 @functools.lru_cache(maxsize=256)
-def _ends(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Half widths; where half and whole windows end, counted from the last row; which one ends there."""
+def _ends(widths: tuple[int, ...]) -> tuple[list[np.ndarray], list[int]]:
+    """Half widths; where half and whole windows end, counted from the last row; which one ends there; addresses."""
     half = np.array(widths, dtype=np.int64) // 2
     ends = np.stack([half, 2 * half], axis=1).reshape(-1)
     order = np.argsort(ends, kind="stable")
-    return half, np.ascontiguousarray(ends[order]), order.astype(np.int64)
+    arrays = [half, np.ascontiguousarray(ends[order]), order.astype(np.int64)]
+    return arrays, [array.ctypes.data for array in arrays]
 
 
 @functools.lru_cache(maxsize=1)
