@@ -158,7 +158,8 @@ class FitLoop:
         # parameters of the model would be shared by runs that follow each other: each has its own copy
         model = copy.deepcopy(self.plan.model) if self._separate() and self.restarts > 1 else self.plan.model
         stream = NoiseStream(self.seed, spec, draws=self.plan.draws, restarts=len(group), first_restart=group[0],
-                             dtype=latent.dtype, device=latent.device, balanced=objective.linear_in_draws)  # fmt: skip
+                             dtype=latent.dtype, device=latent.device, balanced=objective.linear_in_draws,
+                             native=self.compiled)  # fmt: skip
         half = draw_noise(
             family.noise_spec,
             (_MONITOR_DRAWS // 2,),

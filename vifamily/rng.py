@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import ConfigError
+from vifamily.numerics.native import kernels
 from vifamily.types import NoiseSpec
 
 __all__ = ["NoiseStream", "check_seed", "draw_noise", "generator", "scoped", "scrambled_sobol", "split"]
@@ -73,6 +74,17 @@ def split(seed: int, name: str, *index: int) -> int:
         )
     address = "/".join([str(check_seed(seed)), name, *(str(operator.index(i)) for i in index)])
     return int.from_bytes(hashlib.sha256(address.encode()).digest()[:8], "big") >> 1
+
+
+def _split_each(seed: int, name: str, index: int, last: range) -> list[int]:
+    """``split(seed, name, index, k)`` for each ``k``; the head of the address is hashed once."""
+    head = hashlib.sha256(f"{check_seed(seed)}/{name}/{index}/".encode())
+    out = []
+    for k in last:
+        own = head.copy()
+        own.update(str(k).encode())
+        out.append(int.from_bytes(own.digest()[:8], "big") >> 1)
+    return out
 
 
 def generator(seed: int, name: str, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -136,6 +148,7 @@ class NoiseStream:
             rather than independent draws. Every draw keeps its law, so whatever is linear in the draws stays
             unbiased, and averages over draws and over steps are far less noisy. Not for objectives that combine
             draws non-linearly.
+        native: Make balanced noise in C where that can be compiled: the same numbers, sooner.
 
     Example:
         >>> from vifamily.types import NoiseSpec
@@ -157,7 +170,9 @@ class NoiseStream:
         device: torch.device | str = "cpu",
         name: str = "noise",
         balanced: bool = False,
+        native: bool = False,
     ) -> None:
+        self.native = native
         self.balanced = balanced and 0 < math.prod((*batch_shape, *spec.shape)) <= LARGEST_SOBOL
         self.seed, self.spec, self.draws, self.restarts = check_seed(seed), spec, draws, restarts
         self.first_restart, self.batch_shape = first_restart, batch_shape
@@ -175,8 +190,9 @@ class NoiseStream:
         """Noise of several blocks, ``(count * BLOCK, [restart,] draw, ...)``."""
         rows = []
         for r in range(self.restarts):
-            seeds = [split(self.seed, self.name, self.first_restart + r, first + k) for k in range(count)]
-            rows.append(self._made(seeds))
+            rows.append(
+                self._made(_split_each(self.seed, self.name, self.first_restart + r, range(first, first + count)))
+            )
         return rows[0] if self.restarts == 1 else torch.stack(rows, dim=1)
 
     def _made(self, seeds: list[int]) -> Tensor:
@@ -190,7 +206,8 @@ class NoiseStream:
                 parts.append(draw_noise(self.spec, leading, source, dtype=self.dtype, device=self.device))
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         # 2^-30 is the resolution of the points: half a cell keeps the normal quantile finite
-        uniform = scrambled_sobol(seeds, math.prod(event), BLOCK * self.draws).clamp_(2.0**-31, 1 - 2.0**-31)
+        points = native_sobol if self.native else scrambled_sobol
+        uniform = points(seeds, math.prod(event), BLOCK * self.draws).clamp_(2.0**-31, 1 - 2.0**-31)
         noise = torch.special.ndtri(uniform) if self.spec.law == "normal" else uniform
         return noise.reshape(-1, self.draws, *event).to(device=self.device, dtype=self.dtype)
 
@@ -269,6 +286,19 @@ def scrambled_sobol(seeds: Sequence[int], size: int, count: int) -> Tensor:
     # the engine takes its first point in single precision
     out[0] = out[0].to(torch.float32).to(torch.float64)
     return out.transpose(0, 1).reshape(-1, size)
+
+
+def native_sobol(seeds: Sequence[int], size: int, count: int) -> Tensor:
+    """The numbers of :func:`scrambled_sobol`, made in C where that can be compiled."""
+    found = kernels()
+    if found is None:
+        return scrambled_sobol(seeds, size, count)
+    return found.sobol(seeds, _direction_numbers(size, max(1, (count - 1).bit_length())), count)
+
+
+@functools.lru_cache(maxsize=16)
+def _direction_numbers(size: int, bits: int) -> Tensor:
+    return torch.quasirandom.SobolEngine(size).sobolstate[:, :bits].contiguous()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,9 @@ from vifamily.solvers._stopping import StageMonitor, StoppingRule, _worst_rhat
 RULE = StoppingRule()
 
 
-def feed(chain, rule=RULE, goal=None, first_step=0):
+def feed(chain, rule=RULE, goal=None, first_step=0, *, native=False):
     """Give a chain ``(row, quantity)`` to a monitor as a run would; returns the verdict, the step and the monitor."""
-    monitor = StageMonitor(rule, first_step, rule.mcse if goal is None else goal)
+    monitor = StageMonitor(rule, first_step, rule.mcse if goal is None else goal, native=native)
     for i, row in enumerate(chain):
         monitor.add(row)
         step = first_step + (i + 1) * rule.every
@@ -98,6 +99,16 @@ def test_units_scale_what_is_watched():
     assert fine.error == pytest.approx(100 * coarse.error, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_judged_in_c_ends_where_it_would_in_python(seed):
+    decay = 5 * torch.exp(-torch.arange(1000, dtype=torch.float64) / 10).unsqueeze(-1)
+    chain = decay + 0.1 * noise(1000, 3, seed=seed, rho=0.8)
+    (said, step, python), (also, there, native) = feed(chain), feed(chain, native=True)
+    assert (said, step, python.stationary_from) == (also, there, native.stationary_from)
+    assert native.error == pytest.approx(python.error, rel=1e-9)
+    assert native.rhat == pytest.approx(python.rhat, rel=1e-9)
+
+
 def test_a_later_stage_counts_from_its_own_start():
     verdict, step, monitor = feed(0.05 * noise(1000, seed=0), first_step=1700)
     early, early_step, first = feed(0.05 * noise(1000, seed=0))
@@ -113,8 +124,8 @@ def test_r_hat_of_several_windows_is_that_of_each_alone():
     chain[:100, 4] += 1e5
     chain[:, 5] *= 1e-6
     widths = [40, 111, 200, 380]
-    got = _worst_rhat(chain[-380:, :], widths, 0.0)
+    got = _worst_rhat(chain[-380:, :].numpy(), widths, np.zeros(6))
     for width, value in zip(widths, got.tolist(), strict=True):
         assert value == pytest.approx(float(split_rhat(chain[-width:]).max()), rel=1e-6)
-    moving = _worst_rhat(chain[-380:, 1:2], widths, 10.0)
+    moving = _worst_rhat(chain[-380:, 1:2].numpy(), widths, np.full(1, 10.0))
     assert moving.tolist() == [1.0] * 4

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vifamily.errors import ShapeError
-from vifamily.numerics.rhat import split_chains
 
 __all__ = ["autocovariance", "effective_sample_size", "mcse"]
 
@@ -26,13 +26,20 @@ def autocovariance(chains: Tensor) -> Tensor:
         >>> [round(float(v), 4) for v in autocovariance(torch.tensor([[1.0], [2.0], [3.0]])).ravel()]
         [0.6667, 0.0, -0.3333]
     """
-    time = chains.shape[-2]
-    centred = chains - chains.mean(dim=-2, keepdim=True)
+    lags_last = _autocovariance(chains.detach().cpu().movedim(-1, -2).numpy())
+    return torch.from_numpy(lags_last).movedim(-1, -2).to(chains)
+
+
+def _autocovariance(chains: np.ndarray) -> np.ndarray:
+    """The same with time and lag as the last axis."""
+    time = chains.shape[-1]
+    centred = chains - chains.mean(axis=-1, keepdims=True)
     # Padding to twice the length keeps the circular convolution from wrapping round.
     size = 1 << (2 * time - 1).bit_length()
-    spectrum = torch.fft.rfft(centred, n=size, dim=-2)
-    covariance: Tensor = torch.fft.irfft(spectrum.abs() ** 2, n=size, dim=-2)[..., :time, :] / time
-    return covariance
+    spectrum = np.fft.rfft(centred, n=size)
+    power = spectrum.real**2 + spectrum.imag**2
+    out: np.ndarray = np.fft.irfft(power, n=size)[..., :time] / time
+    return out
 
 
 def effective_sample_size(chain: Tensor) -> Tensor:
@@ -63,25 +70,32 @@ def effective_sample_size(chain: Tensor) -> Tensor:
             "an effective sample size needs a chain of shape (time, quantity) with eight times or more, "
             f"got {tuple(chain.shape)}."
         )
-    columns = (chain if chain.dim() == 2 else chain.unsqueeze(-1)).detach().to(torch.float64)
-    halves = split_chains(columns.unsqueeze(0))
-    time = halves.shape[1]
-    covariance = autocovariance(halves).mean(dim=0)
-    within = covariance[0] * time / (time - 1)
-    total = (time - 1) / time * within + halves.mean(dim=1).var(dim=0)
-    correlation = 1 - (within - covariance * time / (time - 1)) / total
-    correlation[0] = 1.0
-    pairs = correlation[: time - time % 2].reshape(time // 2, 2, -1).sum(dim=1)
-    positive = (pairs > 0).to(torch.float64).cumprod(dim=0)
-    monotone = torch.cummin(pairs, dim=0).values
-    tau = -1 + 2 * (positive * torch.where(positive > 0, monotone, torch.zeros_like(monotone))).sum(dim=0)
-    size = 2 * time
-    out = size / tau.clamp_min(1 / math.log10(size))
-    level = columns.abs().amax(dim=0)
-    out = torch.where(total <= (1e-14 * level) ** 2, torch.full_like(out, float(size)), out)
-    # NaN correlations compare as "not positive" and would pass for independence.
-    out = torch.where(columns.isfinite().all(dim=0), out, torch.full_like(out, torch.nan))
+    columns = (chain if chain.dim() == 2 else chain.unsqueeze(-1)).detach()
+    out = torch.from_numpy(_sizes(columns.to("cpu", torch.float64).numpy().T)).to(chain.device)
     return out if chain.dim() == 2 else out[0]
+
+
+def _sizes(rows: np.ndarray) -> np.ndarray:
+    """Effective sample sizes of chains ``(quantity, time)``; in numpy, whose calls cost least on short chains."""
+    time = rows.shape[1] // 2
+    halves = np.stack([rows[:, -2 * time : -time], rows[:, -time:]])
+    with np.errstate(all="ignore"):
+        covariance = _autocovariance(halves).mean(axis=0)
+        within = covariance[:, :1] * time / (time - 1)
+        means = halves.mean(axis=-1)
+        total = (time - 1) / time * within + 0.5 * (means[0] - means[1])[:, None] ** 2
+        correlation = 1 - (within - covariance * time / (time - 1)) / total
+        correlation[:, 0] = 1.0
+        pairs = correlation[:, : time - time % 2].reshape(len(rows), time // 2, 2).sum(axis=2)
+        # NaN correlations compare as "not positive" and would pass for independence: see below
+        positive = np.logical_and.accumulate(pairs > 0, axis=1)
+        monotone = np.minimum.accumulate(pairs, axis=1)
+        tau = -1 + 2 * np.where(positive, monotone, 0.0).sum(axis=1)
+        size = 2 * time
+        out = size / np.maximum(tau, 1 / math.log10(size))
+        level = np.abs(rows).max(axis=1)
+        out = np.where(total[:, 0] <= (1e-14 * level) ** 2, float(size), out)
+    return np.where(np.isfinite(rows).all(axis=1), out, np.nan)
 
 
 def mcse(chain: Tensor) -> Tensor:

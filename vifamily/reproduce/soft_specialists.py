@@ -16,9 +16,7 @@ from vifamily.reproduce._soft_specialists_thresholds import sides_of_the_thresho
 
 __all__ = ["PAPER", "run"]
 
-_LANGUAGE = (
-    "needs language models of one to eight billion parameters, which are not shipped"
-)
+_LANGUAGE = "needs language models of one to eight billion parameters, which are not shipped"
 _NOT_HERE = (
     ("Fine-tuning eight adapters on MMLU: clear specialists at alpha 0.8, gains on questions the base model got wrong "
      "(paper)", "alpha 0.8 against 0"),

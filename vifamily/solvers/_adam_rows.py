@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,10 @@ class _Pending:
     losses: list[Tensor] = dataclasses.field(default_factory=list)
     terms: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
     watched: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+def _stacked(rows: list[Tensor]) -> np.ndarray:
+    return torch.stack(rows).double().cpu().numpy() if rows else np.empty(0)
 
 
 class AdamRows:
@@ -81,8 +86,8 @@ class AdamRows:
 
     def write(self) -> None:
         """Bring the runs to where the rows stand, so that each can go on alone."""
-        losses = torch.stack(self.pending.losses).double().tolist() if self.pending.losses else []
-        terms = {n: torch.stack(column).double().tolist() for n, column in self.pending.terms.items()}
+        losses, seen = _stacked(self.pending.losses), _stacked(self.pending.watched)
+        terms = {name: _stacked(column) for name, column in self.pending.terms.items()}
         for row, run in enumerate(self.runs):
             run.flat.set(self.flat.value[row : row + 1])
             run.sums[0].copy_(self.sums[row : row + 1])
@@ -90,11 +95,10 @@ class AdamRows:
             run.gradient_square.copy_(self.gradient_square[row : row + 1])
             run.gradient_count += len(losses)
             run.step_count = self.step_count
-            run._losses += [[step[row]] for step in losses]
-            run._step_sizes += [run.step_size] * len(losses)
-            for name, column in terms.items():
-                run._terms.setdefault(name, []).extend(step[row] for step in column)
-            run.monitor.rows += [seen[row] for seen in self.pending.watched]
+            if len(losses):
+                run.record(losses[:, row : row + 1], {name: column[:, row : row + 1] for name, column in terms.items()})
+            if len(seen):
+                run.monitor.add(torch.from_numpy(seen[:, row]))
             parameter = run.optimiser.param_groups[0]["params"][0]
             if self.counts[row]:
                 run.optimiser.state[parameter] = {
@@ -183,9 +187,12 @@ class AdamRows:
         """Let every run judge its stage; returns whether one has ended."""
         self.write()
         for row, run in enumerate(self.runs):
+            since = run.step_count - run.monitor.first_step
+            if since != run.rule.next_check(since - 1):
+                continue
             stage = run.stage
             run._snapshot()
-            verdict = run.monitor.judge(run.step_count, run._unit(run.monitor.rows[-1]))
+            verdict = run.monitor.judge(run.step_count, run.unit())
             if verdict is None:
                 continue
             run._end_stage(verdict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AdamLoop", "compile_adam", "worth_compiling"]
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+_PROBES = 8
 FEWEST_STEPS = 1500
 MOST_NUMBERS = 200_000
 MOST_PARAMETERS = 20_000
@@ -71,6 +73,7 @@ class AdamLoop:
     def __init__(self, loop: CompiledLoop, names: Sequence[str], rates: Tensor, *, batched: bool) -> None:
         self.loop, self.names, self.rates, self.batched = loop, list(names), rates, batched
         self._first: list[Tensor] | None = None
+        self._step_size = 0.0
 
     def __call__(self, run: AdamRun, count: int) -> tuple[int, Tensor, Tensor, Tensor]:
         """Take up to ``count`` steps in place.
@@ -81,8 +84,9 @@ class AdamLoop:
         first = run.step_count
         states = [_optimiser_state(run, i) for i in range(len(run.groups))]
         begun = int(states[0]["step"].item())
-        for i, group in enumerate(run.groups):
-            self.rates[i] = run._rate(group)
+        if self._step_size != run.step_size:
+            self.rates.copy_(torch.tensor([run._rate(group) for group in run.groups], dtype=torch.float64))
+            self._step_size = run.step_size
         sliced = [_span(run, first, count), _corrections(begun, count)]
         if self.batched:
             sliced.append(_positions(run, first, count))
@@ -98,23 +102,39 @@ class AdamLoop:
     def losses_at(self, run: AdamRun, values: Sequence[Tensor], count: int) -> Tensor | None:
         """Losses ``(count, restart)`` at given parameters on the noise of the first steps; None if one is not finite.
 
-        These are steps of size zero on a copy of the state.
+        At most eight steps.
         """
+        taken, losses, _ = self._standing(run, values, count)
+        return losses if taken == count else None
+
+    def watched_at(self, run: AdamRun, values: Sequence[Tensor]) -> Tensor | None:
+        """Watched quantities at given parameters; None if the loss there is not finite."""
+        taken, _, row = self._standing(run, values, 1)
+        return row[0] if taken == 1 else None
+
+    def _standing(self, run: AdamRun, values: Sequence[Tensor], count: int) -> tuple[int, Tensor, Tensor]:
+        """Take steps of size zero: their number, losses and watched rows."""
         if self._first is None:
-            parts = [torch.stack([run.task.noise_at(step) for step in range(count)])]
-            parts.append(torch.ones(count, 2, dtype=torch.float64))
-            self._first = [*parts, _positions(run, 0, count)] if self.batched else parts
+            parts = [torch.stack([run.task.noise_at(step) for step in range(_PROBES)])]
+            parts.append(torch.ones(_PROBES, 2, dtype=torch.float64))
+            self._first = [*parts, _positions(run, 0, _PROBES)] if self.batched else parts
         state = [torch.zeros_like(t) for t in carried(run)]
         for i, value in enumerate(values):
             state[4 * i] = value.contiguous().clone()
         self.rates.zero_()
-        taken, (losses, _), _ = self.loop(state, self._first, count=count)
-        return losses if taken == count else None
+        self._step_size = 0.0
+        taken, (losses, _), rows = self.loop(state, self._first, count=count, every=count)
+        return taken, losses, rows[0]
 
 
 def _corrections(begun: int, count: int) -> Tensor:
     """What the first steps of the running means are divided by, ``(count, 2)``, in float64 as torch takes them."""
-    steps = np.arange(begun + 1, begun + count + 1, dtype=np.float64)
+    return _correction_table(1 << (begun + count).bit_length())[begun : begun + count]
+
+
+@functools.lru_cache(maxsize=4)
+def _correction_table(size: int) -> Tensor:
+    steps = np.arange(1, size + 1, dtype=np.float64)
     return torch.from_numpy(np.stack([1 - BETA1**steps, np.sqrt(1 - BETA2**steps)], axis=1))
 
 
@@ -292,8 +312,3 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     tolerance = 1e-8 if dtype == torch.float64 else 1e-3
     scale = float(b.abs().max()) if b.numel() else 0.0
     return bool(((a - b).abs() <= tolerance * (scale + 1e-12)).all())
-
-
-def columns(names: Sequence[str], terms: Tensor) -> Mapping[str, list[float]]:
-    """Name to the numbers of each step."""
-    return dict(zip(names, terms.T.tolist(), strict=True))

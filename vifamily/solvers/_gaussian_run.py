@@ -19,6 +19,7 @@ from torch import Tensor
 from vifamily.errors import NonFiniteLossError
 from vifamily.solvers._base import Run, StepReport, Task
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
+from vifamily.solvers._trail import Trail
 from vifamily.types import Capability
 
 __all__ = ["GaussianRun", "factor_of"]
@@ -273,8 +274,8 @@ class GaussianRun(Run):
                "losses": self.losses, "step_sizes": self.step_sizes, **self.extra_tensors()}  # fmt: skip
         for i, (_, (mean, matrix)) in enumerate(self.snapshots):
             out[f"snapshot/{i}/mean"], out[f"snapshot/{i}/matrix"] = mean, matrix
-        if self.monitor.rows:
-            out["monitor"] = torch.stack(self.monitor.rows)
+        if self.monitor.rows is not None:
+            out["monitor"] = self.monitor.rows.tensor()
         if self.previous is not None:
             out["previous"] = self.previous
         out.update({f"term/{name}": column for name, column in self.terms.items()})
@@ -310,7 +311,7 @@ class GaussianRun(Run):
         self.monitor = StageMonitor(self._stage_rule(), int(values["first_step"]), float(values["goal"]))
         self.monitor.stationary_from = values["stationary_from"]
         self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
-        self.monitor.rows = list(tensors["monitor"]) if "monitor" in tensors else []
+        self.monitor.rows = Trail.of(tensors["monitor"]) if "monitor" in tensors else None
         self.previous = tensors.get("previous")
         self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
         self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}

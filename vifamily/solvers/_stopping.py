@@ -9,13 +9,17 @@ ratio one half), so the fit stops when delta is below the tolerance.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vifamily.numerics.mcse import mcse
+from vifamily.numerics.native import kernels
+from vifamily.solvers._trail import Trail
 
 __all__ = ["StageMonitor", "StoppingRule"]
 
@@ -58,7 +62,8 @@ class StoppingRule:
             >>> [rule.next_check(since) for since in (0, 100, 1000, 1150, 4950)]
             [100, 200, 1200, 1200, 5000]
         """
-        return next(at for at in _checks(self.check, self.stage, max(since + 1, self.stage)) if at > since)
+        checks = _checks(self.check, self.stage, max(since + 1, self.stage))
+        return checks[bisect.bisect_right(checks, since)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,18 +82,26 @@ class StageMonitor:
         rule: Thresholds.
         first_step: Step at which the stage began.
         goal: Monte-Carlo error at which the stage may end.
+        native: Judge in C where that can be compiled: the same numbers up to rounding, sooner.
     """
 
-    def __init__(self, rule: StoppingRule, first_step: int, goal: float) -> None:
+    def __init__(self, rule: StoppingRule, first_step: int, goal: float, *, native: bool = False) -> None:
         self.rule, self.first_step, self.goal = rule, first_step, goal
-        self.rows: list[Tensor] = []
+        found = kernels() if native else None
+        self._worst_rhat = _worst_rhat if found is None else found.worst_rhat
+        self._mcse = _mcse if found is None else found.mcse
+        self.rows: Trail | None = None
         self.rhat = float("nan")
         self.error = float("nan")
         self.stationary_from: int | None = None
 
-    def add(self, row: Tensor) -> None:
-        """Record watched quantities ``(quantity,)``."""
-        self.rows.append(row)
+    def add(self, rows: Tensor) -> None:
+        """Record watched quantities ``(quantity,)``, or several such rows."""
+        if rows.dim() == 1:
+            rows = rows.unsqueeze(0)
+        if self.rows is None:
+            self.rows = Trail(rows.shape[1])
+        self.rows.extend(rows.detach().cpu().numpy())
 
     def judge(self, step: int, unit: Tensor) -> str | None:
         """Return ``"done"`` when the average is as good as the stage's goal, ``"slow"`` when it takes too long.
@@ -97,30 +110,36 @@ class StageMonitor:
             step: Steps taken so far.
             unit: Unit of each quantity (posterior sds for means, one for log sds).
         """
-        chain = torch.stack(self.rows).div_(unit).to(torch.float64)
-        length, least = chain.shape[0], self.rule.window // self.rule.every
+        if self.rows is None:
+            raise ValueError("nothing was watched yet")
+        chain, scale = self.rows.rows, unit.detach().cpu().numpy()
+        length, least = len(chain), self.rule.window // self.rule.every
         if self.stationary_from is None and length >= least:
-            width = self._stationary_width(chain, least)
+            width = self._stationary_width(chain, scale, least)
             if self.rhat < self.rule.rhat:
                 self.stationary_from = step - width * self.rule.every
         if self.stationary_from is not None:
             since = max(0, (self.stationary_from - self.first_step) // self.rule.every)
-            self.error = float(mcse(chain[since:]).nan_to_num(0.0).max())
+            self.error = float(np.nan_to_num(self._mcse(chain[since:]) / scale).max())
             if self.error < self.goal:
                 return "done"
         return "slow" if step - self.first_step >= self.rule.stage else None
 
-    def _stationary_width(self, chain: Tensor, least: int) -> int:
+    def _stationary_width(self, chain: np.ndarray, unit: np.ndarray, least: int) -> int:
         """Window (in rows) with the smallest worst R-hat among five, that R-hat kept."""
-        longest = max(least, int(0.95 * chain.shape[0]))
-        widths = sorted({int(w) for w in torch.linspace(least, longest, 5).tolist()})
-        worst = _worst_rhat(chain[-longest:], widths, 0.1 * self.rule.mcse).tolist()
-        best = min(range(len(widths)), key=lambda k: worst[k])
-        self.rhat = worst[best]
+        longest = max(least, int(0.95 * len(chain)))
+        widths = sorted({least + k * (longest - least) // 4 for k in range(5)})
+        worst = self._worst_rhat(chain[-longest:], widths, 0.1 * self.rule.mcse * unit)
+        best = int(worst.argmin())
+        self.rhat = float(worst[best])
         return widths[best]
 
 
-def _worst_rhat(chain: Tensor, widths: list[int], still: float) -> Tensor:
+def _mcse(chain: np.ndarray) -> np.ndarray:
+    return mcse(torch.from_numpy(chain)).numpy()
+
+
+def _worst_rhat(chain: np.ndarray, widths: list[int], still: np.ndarray) -> np.ndarray:
     """Largest split R-hat over quantities of the last rows of a chain, for several numbers of rows at once.
 
     The same as :func:`vifamily.numerics.rhat.split_rhat` of each, from sums that run backwards from the last row.
@@ -129,25 +148,29 @@ def _worst_rhat(chain: Tensor, widths: list[int], still: float) -> Tensor:
     Args:
         chain: ``(row, quantity)``.
         widths: Numbers of rows, increasing.
-        still: Range below which a quantity counts as not moving.
+        still: Range below which a quantity counts as not moving, ``(quantity,)``.
     """
-    backwards = (chain - chain[-1]).flip(0)
-    half = torch.tensor(widths) // 2
-    size = half.unsqueeze(-1).to(chain)
-    total, square = backwards.cumsum(0), backwards.square().cumsum(0)
-    late, late_square = total[half - 1], square[half - 1]
-    early, early_square = total[2 * half - 1] - late, square[2 * half - 1] - late_square
-    spread = (late_square + early_square - (late.square() + early.square()) / size).clamp_min(0)
-    within = 0.5 * spread / (size - 1)
-    between = 0.5 * ((late - early) / size).square()
-    rhat = ((size - 1) / size + between / within).sqrt()
-    high: list[Tensor] = []
-    low: list[Tensor] = []
-    start = 0
-    for width in widths:
-        part = backwards[start:width]
-        high.append(part.amax(0) if not high else torch.maximum(high[-1], part.amax(0)))
-        low.append(part.amin(0) if not low else torch.minimum(low[-1], part.amin(0)))
-        start = width
-    moved = torch.stack(high) - torch.stack(low) >= still
-    return torch.where(moved, rhat, 1.0).nan_to_num(1.0).amax(1)
+    edges, half, at_half, at_whole = _stretches(tuple(widths))
+    # sums over the stretches between all ends of half windows, then over the stretches from the last row on
+    starts = edges[:-1]
+    with np.errstate(all="ignore"):
+        backwards = np.subtract(chain[: -edges[-1] - 1 : -1], chain[-1], order="C")
+        total = np.add.reduceat(backwards, starts).cumsum(0)
+        square = np.add.reduceat(backwards * backwards, starts).cumsum(0)
+        late, both = total[at_half], total[at_whole]
+        early = both - late
+        spread = square[at_whole] - (late * late + early * early) / half
+        within = np.maximum(spread, 0) * (0.5 / (half - 1))
+        rhat = np.sqrt((half - 1) / half + 0.5 * ((late - early) / half) ** 2 / within)
+        high = np.maximum.accumulate(np.maximum.reduceat(backwards, starts))[at_whole]
+        low = np.minimum.accumulate(np.minimum.reduceat(backwards, starts))[at_whole]
+        worst: np.ndarray = np.where((high - low >= still) & (rhat == rhat), rhat, 1.0).max(1)
+    return worst
+
+
+@functools.lru_cache(maxsize=256)
+def _stretches(widths: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Ends of all half and whole windows, counted from the last row; half widths; the stretch that ends with each."""
+    half = np.array(widths) // 2
+    edges = np.unique(np.concatenate([[0], half, 2 * half]))
+    return edges, half[:, None].astype(float), np.searchsorted(edges, half) - 1, np.searchsorted(edges, 2 * half) - 1

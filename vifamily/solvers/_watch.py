@@ -51,8 +51,10 @@ def units(family: Any, row: Tensor) -> Tensor:
     """Unit of each watched quantity: posterior sds for means, one for log sds."""
     if not has_moments(family):
         return torch.ones_like(row)
-    _, log_sd = row.chunk(2)
-    return torch.cat([log_sd.exp(), torch.ones_like(log_sd)])
+    half = len(row) // 2
+    out = torch.ones_like(row)
+    torch.exp(row[half:], out=out[:half])
+    return out
 
 
 def meetings(row: Tensor, restarts: int, tolerance: float) -> tuple[list[int], list[int]]:

@@ -7,15 +7,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.registry import register
 from vifamily.solvers._base import Run, Solver, StepReport, Task
-from vifamily.solvers._compiled import AdamLoop, columns, compile_adam
+from vifamily.solvers._compiled import AdamLoop, compile_adam
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
+from vifamily.solvers._trail import Trail
 from vifamily.solvers._watch import bad_parameter, units, watched
 from vifamily.types import Loss
 
@@ -96,8 +98,9 @@ class AdamRun(Run):
             # the optimiser's parameter and the flat tensor share memory
             held["params"][0].data = group.value
         self.step_count, self.stage = 0, 0
+        self.loop: AdamLoop | None = None
         # while the loss itself changes nothing can be judged: the first stage begins when that is over
-        self.monitor = StageMonitor(rule, getattr(task.objective, "warmup_steps", 0), rule.rough)
+        self._begin_watch(getattr(task.objective, "warmup_steps", 0), rule.rough)
         self.objective_state = task.objective_state
         self.sums = [torch.zeros_like(g.value) for g in self.groups]
         self.snapshots: list[tuple[int, list[Tensor]]] = [(0, [s.clone() for s in self.sums])]
@@ -105,16 +108,16 @@ class AdamRun(Run):
         self.change, self.previous_error = float("nan"), float("inf")
         self.gradient_sum, self.gradient_square = torch.zeros_like(self.flat.value), torch.zeros_like(self.flat.value)
         self.gradient_count = 0
-        self._losses: list[list[float]] = []
+        self._losses = Trail(task.restarts)
         self._step_sizes: list[float] = []
-        self._terms: dict[str, list[float]] = {}
+        self._terms: dict[str, Trail] = {}
         self.notes: list[str] = []
         self.finished: str | None = None
-        self.loop: AdamLoop | None = None
         if task.compiled:
             found = compile_adam(self)
             if isinstance(found, AdamLoop):
                 self.loop, self.compiled = found, True
+                self._begin_watch(0, rule.rough)
             else:
                 self.not_compiled = found
                 self.optimiser.state.clear()
@@ -130,6 +133,9 @@ class AdamRun(Run):
 
     def _rate(self, group: FlatParameters) -> float:
         return self.step_size * (1.0 if group is self.flat else self.model_factor)
+
+    def _begin_watch(self, first_step: int, goal: float) -> None:
+        self.monitor = StageMonitor(self.rule, first_step, goal, native=self.loop is not None)
 
     # -- one step ------------------------------------------------------------------------------------------------------
     def _loss(self, noise: Tensor, step: int) -> Loss:
@@ -177,13 +183,18 @@ class AdamRun(Run):
         if taken == 0:
             return None
         self.step_count += taken
-        self._losses += losses.tolist()
-        self._step_sizes += [self.step_size] * taken
-        for name, column in columns(loop.names, terms).items():
-            self._terms.setdefault(name, []).extend(column)
+        columns = terms.numpy()
+        self.record(losses.numpy(), {name: columns[:, k : k + 1] for k, name in enumerate(loop.names)})
         self.gradient_count += taken
-        self.monitor.rows += list(rows)
-        return self._report(self._losses[-1], watch=False)
+        self.monitor.add(rows)
+        return self._report(losses[-1].tolist(), watch=False)
+
+    def record(self, losses: np.ndarray, terms: Mapping[str, np.ndarray]) -> None:
+        """Note what some steps gave: losses ``(step, restart)`` and each term, ``(step, 1)``."""
+        self._losses.extend(losses)
+        self._step_sizes += [self.step_size] * len(losses)
+        for name, column in terms.items():
+            self._terms.setdefault(name, Trail(1)).extend(column)
 
     def _check_finite(self, loss: Loss, values: list[float], packed: list[Tensor]) -> None:
         if all(abs(v) < float("inf") for v in values) and all(bool(torch.isfinite(g).all()) for g in packed):
@@ -206,10 +217,10 @@ class AdamRun(Run):
 
     def _record(self, loss: Loss, values: list[float], gradient: Tensor) -> None:
         self.step_count += 1
-        self._losses.append(values)
+        self._losses.add(values)
         self._step_sizes.append(self.step_size)
         for name, term in loss.terms.items():
-            self._terms.setdefault(name, []).append(float(term.double().mean()))
+            self._terms.setdefault(name, Trail(1)).add([float(term.double().mean())])
         for total, group in zip(self.sums, self.groups, strict=True):
             total += group.value
         self.gradient_sum += gradient
@@ -219,7 +230,7 @@ class AdamRun(Run):
     def _report(self, values: list[float], *, watch: bool) -> StepReport:
         step, used = self.step_count, self.step_size
         since = step - self.monitor.first_step
-        terms = {name: column[-1] for name, column in self._terms.items()}
+        terms = {name: float(column.rows[-1, 0]) for name, column in self._terms.items()}
         if since <= 0:
             if since == 0:
                 self._forget()
@@ -228,7 +239,7 @@ class AdamRun(Run):
             self.monitor.add(self.watch())
         if since == self.rule.next_check(since - 1):
             self._snapshot()
-            verdict = self.monitor.judge(step, self._unit(self.monitor.rows[-1]))
+            verdict = self.monitor.judge(step, self.unit())
             if verdict is not None:
                 self._end_stage(verdict)
         phase = f"stage {self.stage + 1}" + (", averaging" if self.monitor.stationary_from is not None else "")
@@ -237,10 +248,15 @@ class AdamRun(Run):
     # -- watching ------------------------------------------------------------------------------------------------------
     def watch(self) -> Tensor:
         """What :func:`~vifamily.solvers._watch.watched` gives of the family as it stands."""
-        return watched(self.task.family, self.task.monitor_noise, self.flat.value)
+        found = None if self.loop is None else self.loop.watched_at(self, [g.value for g in self.groups])
+        return watched(self.task.family, self.task.monitor_noise, self.flat.value) if found is None else found
 
-    def _unit(self, row: Tensor) -> Tensor:
-        return units(self.task.family, row)
+    def unit(self) -> Tensor:
+        """Unit of each watched quantity at the last watched state."""
+        rows = self.monitor.rows
+        if rows is None:
+            raise ValueError("nothing was watched yet")
+        return units(self.task.family, torch.from_numpy(rows.rows[-1]))
 
     # -- averaging and stages ------------------------------------------------------------------------------------------
     def _snapshot(self) -> None:
@@ -270,7 +286,7 @@ class AdamRun(Run):
             self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
         row = self.watch()
         if self.previous is not None:
-            self.change = float(((row - self.previous).abs() / self._unit(row)).nan_to_num(0.0).max())
+            self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
         # a change that the Monte-Carlo errors of the two averages explain is no change
         noise = 2 * math.hypot(self.monitor.error, self.previous_error)
         small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
@@ -297,7 +313,7 @@ class AdamRun(Run):
         self.optimiser.state.clear()
         # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
         near = self.change < max(4 * self.rule.tolerance, noise)
-        self.monitor = StageMonitor(self.rule, self.step_count, self.rule.mcse if near else self.rule.rough)
+        self._begin_watch(self.step_count, self.rule.mcse if near else self.rule.rough)
         self._forget()
 
     def _forget(self) -> None:
@@ -374,8 +390,8 @@ class AdamRun(Run):
             for j, (_, base) in enumerate(self.snapshots):
                 out[f"snapshot/{j}/{i}"] = base[i].clone()
         out["gradient/sum"], out["gradient/square"] = self.gradient_sum.clone(), self.gradient_square.clone()
-        if self.monitor.rows:
-            out["monitor"] = torch.stack(self.monitor.rows)
+        if self.monitor.rows is not None:
+            out["monitor"] = self.monitor.rows.tensor()
         if self.previous is not None:
             out["previous"] = self.previous.clone()
         out.update({f"term/{name}": column for name, column in self.terms.items()})
@@ -402,10 +418,10 @@ class AdamRun(Run):
         self.change, self.notes, self.finished = _number(values["change"]), list(values["notes"]), values["finished"]
         self.gradient_count = int(values["gradient_count"])
         self.previous_error = _number(values["previous_error"])
-        self.monitor = StageMonitor(self.rule, int(values["first_step"]), float(values["goal"]))
+        self._begin_watch(int(values["first_step"]), float(values["goal"]))
         self.monitor.stationary_from = values["stationary_from"]
         self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
-        self.monitor.rows = list(tensors["monitor"]) if "monitor" in tensors else []
+        self.monitor.rows = Trail.of(tensors["monitor"]) if "monitor" in tensors else None
         self.previous = tensors.get("previous")
         self.gradient_sum, self.gradient_square = tensors["gradient/sum"].clone(), tensors["gradient/square"].clone()
         for i, (group, held) in enumerate(zip(self.groups, self.optimiser.param_groups, strict=True)):
@@ -422,14 +438,15 @@ class AdamRun(Run):
             (int(at), [tensors[f"snapshot/{j}/{i}"].clone() for i in range(len(self.groups))])
             for j, at in enumerate(values["snapshots"])
         ]
-        self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
-        self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}
+        self._losses, self._step_sizes = Trail.of(tensors["losses"]), tensors["step_sizes"].tolist()
+        columns = {k.removeprefix("term/"): v for k, v in tensors.items() if k.startswith("term/")}
+        self._terms = {name: Trail.of(column.unsqueeze(-1)) for name, column in columns.items()}
         self.objective_state = tensors.get("objective_state", self.objective_state)
 
     @property
     def losses(self) -> Tensor:
         """Loss of every step so far, ``(step, restart)``."""
-        return torch.tensor(self._losses, dtype=torch.float64).reshape(len(self._losses), self.task.restarts)
+        return self._losses.tensor()
 
     @property
     def step_sizes(self) -> Tensor:
@@ -439,4 +456,4 @@ class AdamRun(Run):
     @property
     def terms(self) -> Mapping[str, Tensor]:
         """Parts of the loss of every step so far."""
-        return {name: torch.tensor(column, dtype=torch.float64) for name, column in self._terms.items()}
+        return {name: column.tensor()[:, 0] for name, column in self._terms.items()}

@@ -17,7 +17,8 @@ from vifamily.registry import entry_name, register
 from vifamily.rng import draw_noise, generator
 from vifamily.solvers._base import Solver, StepReport, Task
 from vifamily.solvers._flat import FlatParameters
-from vifamily.solvers._stopping import StageMonitor, StoppingRule
+from vifamily.solvers._stopping import StoppingRule
+from vifamily.solvers._watch import units
 from vifamily.solvers.adam import AdamRun
 from vifamily.types import Capability, GameState, Loss
 
@@ -174,7 +175,10 @@ class TwoPlayerRun(AdamRun):
         """Average of what is watched over the stationary part of the stage."""
         rows = self.monitor.rows
         since = 0 if self.monitor.stationary_from is None else self.monitor.stationary_from - self.monitor.first_step
-        return torch.stack(rows[min(since // self.rule.every, len(rows) - 1) :]).mean(0)
+        if rows is None:
+            return self.watch()
+        chain = torch.from_numpy(rows.rows)
+        return chain[min(since // self.rule.every, len(chain) - 1) :].mean(0)
 
     def _end_stage(self, verdict: str) -> None:
         """Judge whether smaller steps changed anything, and make them smaller; the players stay where they are."""
@@ -185,7 +189,7 @@ class TwoPlayerRun(AdamRun):
             self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
         row = self._settled()
         if self.previous is not None:
-            self.change = float(((row - self.previous).abs() / self._unit(row)).nan_to_num(0.0).max())
+            self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
         noise = 2 * math.hypot(self.monitor.error, self.previous_error)
         small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
         if small and self.stage >= 2 and verdict == "done" and self.monitor.error < self.rule.mcse:
@@ -210,11 +214,8 @@ class TwoPlayerRun(AdamRun):
         self._new_stage(self.rule.mcse if near else self.rule.rough)
 
     def _new_stage(self, goal: float) -> None:
-        self.monitor = StageMonitor(self.rule, self.step_count, goal)
-        self.snapshots = [(self.step_count, [s.clone() for s in self.sums])]
-        self.gradient_sum.zero_()
-        self.gradient_square.zero_()
-        self.gradient_count = 0
+        self._begin_watch(self.step_count, goal)
+        self._forget()
 
     def _lagged(self) -> bool:
         """Whether the critic, trained on against the family as it stands, finds more than it had; it then stays so."""
@@ -222,7 +223,7 @@ class TwoPlayerRun(AdamRun):
         if tau is None or not self.settings.audit:
             return False
         kept = self.model_flat.value.clone(), copy.deepcopy(self.optimiser.state)
-        before = torch.tensor(self._losses[-_RECENT:], dtype=torch.float64)
+        before = torch.from_numpy(self._losses.rows[-_RECENT:].copy())
         found = self._audit(self.flat.value.clone(), keep=True)["value"].double()
         error = torch.hypot(before.std(0) / math.sqrt(len(before)), found.std(0) / math.sqrt(len(found)))
         least = _LARGE * self.task.family.latent.dim / (4 * tau)

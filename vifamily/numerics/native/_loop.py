@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,7 @@ class CompiledLoop:
     def __post_init__(self) -> None:
         self._pointers = _pointers(self._constants)
         self._fixed_pointers = _pointers(self._fixed)
+        self._work_pointer = self._work.data_ptr()
 
     def __call__(
         self, carried: Sequence[Tensor], sliced: Sequence[Tensor], *, count: int, phase: int = 0, every: int = 0
@@ -110,15 +112,19 @@ class CompiledLoop:
         times = (phase + count) // every - phase // every if every else 0
         rows = [torch.empty((times, *shape), dtype=kind) for shape, kind in self._rows]
         taken = self._run(
-            ctypes.c_int64(count), _pointers(carried), _pointers(sliced), self._fixed_pointers, self._pointers,
-            _pointers(outputs), _pointers(rows), ctypes.c_int64(phase), ctypes.c_int64(every),
-            ctypes.c_void_p(self._work.data_ptr()),
+            count, _pointers(carried), _pointers(sliced), self._fixed_pointers, self._pointers,
+            _pointers(outputs), _pointers(rows), phase, every, self._work_pointer,
         )  # fmt: skip
         return int(taken), outputs, rows
 
 
 def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
+    return _pointer_type(len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+@functools.lru_cache(maxsize=64)
+def _pointer_type(count: int) -> Any:
+    return ctypes.c_void_p * max(1, count)
 
 
 def _inputs(base: str, tensors: Sequence[Tensor], *, step: bool = False) -> list[Array]:
@@ -209,6 +215,7 @@ def _compiled(
     ])  # fmt: skip
     library = load(source)
     library.run.restype = library.size.restype = ctypes.c_int64
+    library.run.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 6, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     work = torch.zeros(int(library.size()) + 64, dtype=torch.uint8)
     work = work[-work.data_ptr() % 64 :]
     return CompiledLoop(len(module.graph.nodes), library.run, fixed, constants, outputs, rows, work)
