@@ -116,8 +116,8 @@ def dyadic_convolution(a: Tensor, b: Tensor) -> Tensor:
         ShapeError: If the last axes differ or are no power of two.
 
     Example:
-        >>> dyadic_convolution(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0]))
-        tensor([13., 11.])
+        >>> dyadic_convolution(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])).round().tolist()
+        [13.0, 11.0]
     """
     if a.dim() == 0 or b.dim() == 0 or a.shape[-1] != b.shape[-1]:
         raise ShapeError(
