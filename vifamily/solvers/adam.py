@@ -279,11 +279,7 @@ class AdamRun(Run):
     def _end_stage(self, verdict: str) -> None:
         for group, value in zip(self.groups, self._better(), strict=True):
             group.set(value)
-        if verdict == "slow":
-            what = (
-                "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
-            )
-            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
+        self._note_verdict(verdict)
         row = self.watch()
         if self.previous is not None:
             self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
@@ -315,6 +311,13 @@ class AdamRun(Run):
         near = self.change < max(4 * self.rule.tolerance, noise)
         self._begin_watch(self.step_count, self.rule.mcse if near else self.rule.rough)
         self._forget()
+
+    def _note_verdict(self, verdict: str) -> None:
+        """Note a stage that ended by its limit, and what it lacked."""
+        if verdict != "slow":
+            return
+        what = "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
+        self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
 
     def _forget(self) -> None:
         """Begin the averages of iterates and gradients anew."""

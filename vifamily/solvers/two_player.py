@@ -182,11 +182,7 @@ class TwoPlayerRun(AdamRun):
 
     def _end_stage(self, verdict: str) -> None:
         """Judge whether smaller steps changed anything, and make them smaller; the players stay where they are."""
-        if verdict == "slow":
-            what = (
-                "did not become stationary" if self.monitor.stationary_from is None else "were not averaged well enough"
-            )
-            self.notes.append(f"the iterates at step size {self.step_size:.3g} {what} within {self.rule.stage} steps")
+        self._note_verdict(verdict)
         row = self._settled()
         if self.previous is not None:
             self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
