@@ -61,7 +61,7 @@ class LayerWeights(nn.Module, abc.ABC):
         """Mean and standard deviation of the independent normal prior of the slice, ``(dim,)`` each."""
 
     def log_prior(self, z: Tensor) -> Tensor:
-        """Log prior density of the slice, ``(..., dim) -> (...)``; independent normal unless an entry says otherwise."""
+        """Log prior density of the slice, ``(..., dim) -> (...)``; independent normal unless an entry differs."""
         mean, sd = self.prior()
         density: Tensor = torch.distributions.Normal(mean, sd, validate_args=False).log_prob(z)
         return density.sum(-1)
