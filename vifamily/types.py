@@ -55,6 +55,7 @@ class Capability(enum.StrEnum):
     GAUSSIAN_PRIOR = "Gaussian prior on unconstrained space"
     POINT_PARAMETERS = "point-estimated parameters"
     GROUPS = "data in groups (groups=)"
+    EXAMPLE_NOISE = "noise per example"
     # families
     DRAWS = "draws"
     REPARAMETERISED = "reparameterised draws"
