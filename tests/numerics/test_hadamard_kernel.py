@@ -39,6 +39,7 @@ def test_it_is_the_transform_of_torch(kernel, power, orthonormal):
     torch.testing.assert_close(single.double(), wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_derivatives(kernel):
     x = normal(2, 64).requires_grad_()
     assert gradcheck(lambda v: hadamard(v, kernel=kernel), (x,), check_forward_ad=True)
@@ -51,6 +52,15 @@ def test_vmap(kernel):
     torch.testing.assert_close(found, torch_hadamard(x.movedim(0, -1)), rtol=0, atol=1e-10)
 
 
+@pytest.fixture
+def validation():
+    """The compiler, when first used, switches torch's validation of distributions off."""
+    kept = torch.distributions.Distribution._validate_args
+    yield
+    torch.distributions.Distribution.set_default_validate_args(kept)
+
+
+@pytest.mark.usefixtures("validation")
 def test_compiled_graph(kernel):
     def loss(v):
         return (hadamard(v * 2, kernel="compiled") ** 3).sum()
