@@ -40,6 +40,7 @@ def test_it_is_the_transform_of_torch(kernel, power, orthonormal):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.usefixtures("validation")
 def test_derivatives(kernel):
     x = normal(2, 64).requires_grad_()
     assert gradcheck(lambda v: hadamard(v, kernel=kernel), (x,), check_forward_ad=True)
