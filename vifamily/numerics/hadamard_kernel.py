@@ -194,5 +194,6 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
         return torch_hadamard(x, orthonormal=orthonormal)
     scale = float(size) ** -0.5 if orthonormal else 1.0
     if torch.compiler.is_compiling():
-        return _operation(x, scale, way)
+        named: Tensor = _operation(x, scale, way)
+        return named
     return _apply(x, scale, way)
