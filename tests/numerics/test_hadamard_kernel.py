@@ -55,14 +55,6 @@ def test_vmap(kernel):
     torch.testing.assert_close(found, torch_hadamard(x.movedim(0, -1)), rtol=0, atol=1e-10)
 
 
-@pytest.fixture
-def validation():
-    """The compiler, when first used, switches torch's validation of distributions off."""
-    kept = torch.distributions.Distribution._validate_args
-    yield
-    torch.distributions.Distribution.set_default_validate_args(kept)
-
-
 @pytest.mark.usefixtures("validation")
 def test_compiled_graph(kernel):
     def loss(v):

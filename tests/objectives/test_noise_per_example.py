@@ -5,7 +5,7 @@ import torch
 
 import vifamily as vf
 from vifamily import registry
-from vifamily.errors import ConfigError, NotAvailableError, ShapeError
+from vifamily.errors import ConfigError, IncompatibleError, NotAvailableError, ShapeError
 from vifamily.models import LikelihoodModel
 from vifamily.types import Batch, Capability
 
@@ -61,6 +61,13 @@ def test_a_model_that_takes_it_is_fitted_so_on_minibatches_and_ends_at_the_poste
 def test_it_is_taken_unasked_where_the_model_can():
     assert vf.plan(Regression(), "mean_field", "elbo", "adam").estimator == "example"
     assert vf.plan(Regression(), "mean_field", "elbo", "lbfgs").estimator != "example"
+
+
+def test_a_prior_that_is_not_normal_is_refused_before_the_first_step():
+    model = Regression()
+    model.capabilities = model.capabilities - {Capability.GAUSSIAN_PRIOR}
+    with pytest.raises(IncompatibleError, match="Gaussian prior"):
+        vf.plan(model, "mean_field", "elbo(estimator=example)", "adam")
 
 
 def test_what_does_not_fit_is_refused(tools):

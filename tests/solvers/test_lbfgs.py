@@ -337,6 +337,21 @@ def test_restarts_that_met_are_returned_as_the_fit_they_share():
     assert float(((means - means[posterior.record.best_restart]) / sds).abs().max()) < 0.1
 
 
+def test_restarts_that_met_and_were_left_behind_later_keep_one_affine_map():
+    run = make_run(restarts=4)
+    for restart in range(4):
+        run.task.family._members[restart].shift.fill_(float(restart))
+        run.task.family.b0[restart] = run.task.family._members[restart].get_buffer(run.task.family._buffer_names[0])
+    run._keep([0, 2, 3], [0, 0, 1, 2])  # the first two met
+    run.left, run.left_values = [run.descent.x[0].copy()], [1.0]
+    run._keep([1, 2], [-1, -1, 0, 1])  # and were left behind
+    run.output()
+    means = [family.moments()[0] for family in run.task.family.members()]
+    assert torch.equal(means[0], means[1])
+    assert not torch.equal(means[1], means[2])
+    assert not torch.equal(means[2], means[3])
+
+
 def slow_run():
     """Seven restarts near a mode, and one beside a flat shoulder far above it."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vifamily.benchmark._report import Benchmark, Options, Report
-from vifamily.benchmark._timing import forward_and_backward, medians
+from vifamily.benchmark._timing import forward_and_backward, ratios
 from vifamily.errors import NotAvailableError
 from vifamily.numerics.hadamard import hadamard
 from vifamily.numerics.hadamard_kernel import compile_kernel
@@ -63,17 +63,8 @@ def _sides(size: int, batch: int) -> dict[str, Callable[[], object]]:
 def _run(options: Options) -> Report:
     """Time every cell; each side is reported as its ratio to a copy."""
     sizes, batches = ((64, 256), (1, 32)) if options.quick else (SIZES, BATCHES)
-    rounds = options.repeats or (2 if options.quick else 5)
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        for batch in batches:
-            if size * batch > _MOST:
-                continue
-            options.say(f"size {size}, batch {batch}")
-            found = medians(_sides(size, batch), rounds=rounds, seconds=0.001 if options.quick else 0.005)
-            copy = found.pop("copy")
-            row = {"benchmark": "hadamard", "size": size, "batch": batch, "copy_us": copy * 1e6}
-            rows.append(row | {name: value / copy for name, value in found.items()})
+    cells = [(size, batch) for size in sizes for batch in batches if size * batch <= _MOST]
+    rows = ratios("hadamard", cells, _sides, "copy", options)
     columns = {"D": "size", "batch": "batch", "copy, us": "copy_us", "torch": "torch", "compiled": "compiled",
                "dense H": "dense_h", "dense W": "dense_w", "rfft": "rfft"}  # fmt: skip
     return Report(rows, columns)

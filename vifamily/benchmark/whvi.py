@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
 from vifamily.benchmark._report import Benchmark, Options, Report
-from vifamily.benchmark._timing import forward_and_backward, medians
+from vifamily.benchmark._timing import forward_and_backward, ratios
 from vifamily.errors import NotAvailableError
 from vifamily.numerics.hadamard_kernel import compile_kernel, hadamard
 from vifamily.rng import generator
@@ -67,15 +66,8 @@ def _sides(size: int, batch: int) -> dict[str, Callable[[], object]]:
 def _run(options: Options) -> Report:
     """Time every cell; each side is reported as its ratio to the linear layer."""
     sizes, batches = ((128,), (64,)) if options.quick else (SIZES, BATCHES)
-    rounds = options.repeats or (2 if options.quick else 5)
-    rows: list[dict[str, Any]] = []
-    for size in sizes:
-        for batch in batches:
-            options.say(f"size {size}, batch {batch}")
-            found = medians(_sides(size, batch), rounds=rounds, seconds=0.001 if options.quick else 0.005)
-            floor = found.pop("linear")
-            row = {"benchmark": "whvi", "size": size, "batch": batch, "linear_us": floor * 1e6}
-            rows.append(row | {name: value / floor for name, value in found.items()})
+    cells = [(size, batch) for size in sizes for batch in batches]
+    rows = ratios("whvi", cells, _sides, "linear", options)
     columns = {"D": "size", "batch": "batch", "linear, us": "linear_us", "mean field, sampled": "sampled",
                "mean field, local": "local", "WHVI, one draw": "shared", "WHVI, a draw each": "per_example",
                "one draw, compiled": "shared_compiled", "a draw each, compiled": "per_example_compiled"}  # fmt: skip

@@ -71,7 +71,7 @@ class Elbo(Objective):
     estimators: ClassVar[Mapping[str, Estimator]] = {
         "enumerated": Estimator(family=frozenset({Capability.ENUMERATED})),
         "example": Estimator(
-            model=frozenset({Capability.SCORE, Capability.EXAMPLE_NOISE}),
+            model=frozenset({Capability.SCORE, Capability.GAUSSIAN_PRIOR, Capability.EXAMPLE_NOISE}),
             family=_PATH | {Capability.GAUSSIAN, Capability.ENTROPY},
             never_family=frozenset({Capability.WEIGHTED}),
             value_gradient=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._quasi_newton import Descent, FirstGuess, NotFinite, first_guess
+from vifamily.solvers._stragglers import PATIENCE, hopeless, only_stragglers
 from vifamily.solvers._watch import bad_parameter, has_moments, meetings, units, watched
 from vifamily.types import Capability, NoiseSpec
 
@@ -27,12 +28,6 @@ _GROWTH = 4
 _CHECKS = 3
 """Independent sets of draws on which the Monte-Carlo error of a minimum is judged."""
 _MOST_EVALUATIONS = 1000
-_PATIENCE = 20
-"""Evaluations of a level before any restart may be left behind."""
-_FEW_LEFT = 0.75
-"""Part of the rows that must be at their minimum before the others may be left behind."""
-_OUT_OF_REACH = 10.0
-"""Gap to the best row, in decreases that a row's last step brought or its next one promises."""
 _FRESH_DRAWS = 256
 _FRESH = 1000
 """Number of the level whose draws are kept for judging the answer."""
@@ -167,7 +162,7 @@ class LbfgsRun(Run):
         self.options = options
         self.notes: list[str] = []
         self.counts = self._counts(most_draws)
-        self.loss = self._fixed_loss()
+        self.loss = self._loss_of_rows()
         # a mean that is off by a tenth of the tolerance costs half its square; a hundredth of that, as under strong
         # dependence a factorised family may move by many of its own sds at little cost
         self.descent = Descent(
@@ -221,16 +216,15 @@ class LbfgsRun(Run):
         unit = 1 if self.task.linear_in_draws or count % self.task.draws else self.task.draws
         return unit * part_size(count // unit, unit * self.rows, getattr(self.task.model, "num_data", None))
 
-    def _fixed_loss(self) -> FixedLoss:
+    def _fixed_loss(self, family: Any, parameters: Sequence[torch.nn.Parameter], rows: int) -> FixedLoss:
         task = self.task
         # families of points have no draws to group
-        single = task.linear_in_draws or math.prod(self.family.noise_spec.shape) == 0
-        family = self.family if single else Grouped(self.family, task.draws)
-        return FixedLoss(
-            lambda noise: task.objective_loss(family, task.model, noise, None, None),
-            [p for g in self.groups for p in g.parameters],
-            self.rows,
-        )
+        single = task.linear_in_draws or math.prod(family.noise_spec.shape) == 0
+        held = family if single else Grouped(family, task.draws)
+        return FixedLoss(lambda noise: task.objective_loss(held, task.model, noise, None, None), parameters, rows)
+
+    def _loss_of_rows(self) -> FixedLoss:
+        return self._fixed_loss(self.family, [p for g in self.groups for p in g.parameters], self.rows)
 
     def _fix(self) -> None:
         """Take the draws of the level, or another set of as many that judges its minimum."""
@@ -405,25 +399,19 @@ class LbfgsRun(Run):
     # -- restarts that are left behind ---------------------------------------------------------------------------------
     def _only_stragglers(self) -> bool:
         """Whether every row that is not at its minimum is far above the best, which is at its own."""
-        descent, few = self.descent, self.step_count - self.level_from < _PATIENCE
+        few = self.step_count - self.level_from < PATIENCE
         last = self.level + 1 == len(self.counts)
         if few or last or self.rows < 2 or self.model_flat.parameters or not has_moments(self.family):
             return False
-        if self._watched().numel() % (2 * self.rows) or descent.done.mean() < _FEW_LEFT or descent.fresh.any():
+        if self._watched().numel() % (2 * self.rows):
             return False
-        best, open_rows = int(np.argmin(descent.value)), descent.done == 0
-        hope = _OUT_OF_REACH * np.maximum(descent.decrement, descent.gained)
-        far = descent.value - descent.value[best] > np.maximum(hope, self.tolerance)
-        return bool(descent.done[best]) and bool(far[open_rows].all())
+        return only_stragglers(self.descent, self.tolerance)
 
     def _leave_behind(self) -> None:
         """Give up the open rows that are worse than the best on every set of draws by more than chance explains."""
-        gaps, descent = np.array(self.gaps), self.descent
+        descent, judged = self.descent, len(self.gaps)
+        lost, least = hopeless(descent, self.gaps)
         self.gaps = []
-        error = gaps.std(0, ddof=1) / len(gaps) ** 0.5
-        hope = _OUT_OF_REACH * np.maximum(descent.decrement, descent.gained)
-        worse = gaps.mean(0) > 3 * error + hope
-        lost = np.flatnonzero((descent.done == 0) & np.isfinite(gaps).all(0) & worse).tolist()
         # with one that could still win among them, the next level takes up all of the rest
         self.at_minimum = bool((descent.done == 1).sum() + len(lost) == self.rows)
         if not lost:
@@ -438,7 +426,7 @@ class LbfgsRun(Run):
         self.notes.append(
             f"{behind} of {self.task.restarts} restarts were left behind: after {self.step_count - self.level_from} "
             f"evaluations on {self.counts[self.level]} fixed draws they were not at a minimum and worse than the best "
-            f"by {gaps.mean(0)[lost].min():.2g} or more on {len(gaps)} sets of draws; their losses are those of where "
+            f"by {least:.2g} or more on {judged} sets of draws; their losses are those of where "
             "they stood"
         )
         self.checked = [self._columns(row, kept) for row in self.checked]
@@ -473,7 +461,7 @@ class LbfgsRun(Run):
         self.rows, self.place = len(rows), place
         self.flat = FlatParameters(self.family.parameters(), self.rows)
         self.groups = [self.flat]
-        self.loss = self._fixed_loss()
+        self.loss = self._loss_of_rows()
         self._set(self.descent.x)
 
     def _at_minimum(self) -> bool:
@@ -495,11 +483,10 @@ class LbfgsRun(Run):
         if self.flat is not self.whole:
             left = [torch.from_numpy(x).to(self.flat.value) for x in self.left]
             self.whole.set(torch.stack([self.flat.value[i] if i >= 0 else left[-1 - i] for i in self.place]))
-            # parameters are relative to the affine map that each restart began with
-            members = self.family.members() if self.rows > 1 else [self.family]
-            for restart, i in enumerate(self.place):
-                if i >= 0:
-                    self.task.family.adopt(restart, members[i])
+            # parameters are relative to an affine map: that of the first of the restarts which share a row
+            members = self.task.family.members()
+            for restart, row in enumerate(self.place):
+                self.task.family.adopt(restart, members[self.place.index(row)])
         # one set of draws for all restarts, none of which was fitted to it
         count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
         fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.rows)
@@ -507,9 +494,7 @@ class LbfgsRun(Run):
         fresh.fix([draws] * self.rows, self._part(count), self.options)
         used = ", ".join(str(n) for n in self.counts[: self.level + 1])
         return {
-            "losses": self._spread_out(fresh.values().mean(0).tolist())
-            if not self.left
-            else self._losses_of_all(draws),
+            "losses": self._losses_of_all(draws) if self.left else self._spread_out(fresh.values().mean(0).tolist()),
             "rhat": float("nan"),
             "mcse": self.error,
             "mean_errors": [self.mean_errors[i] if i >= 0 else [math.nan] * self.family.latent.dim for i in self.place]
@@ -522,12 +507,9 @@ class LbfgsRun(Run):
 
     def _losses_of_all(self, draws: Tensor) -> list[float]:
         """Losses of all restarts, those left behind too, on the same draws."""
-        family = self.task.family if self.task.linear_in_draws else Grouped(self.task.family, self.task.draws)
-        loss = FixedLoss(
-            lambda noise: self.task.objective_loss(family, self.task.model, noise, None, None),
-            self.whole.parameters, self.task.restarts,
-        )  # fmt: skip
-        loss.fix([draws] * self.task.restarts, self._part(len(draws)), self.options)
+        restarts = self.task.restarts
+        loss = self._fixed_loss(self.task.family, self.whole.parameters, restarts)
+        loss.fix([draws] * restarts, self._part(len(draws)), self.options)
         values: list[float] = loss.values().mean(0).tolist()
         return values
 
