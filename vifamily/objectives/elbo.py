@@ -168,12 +168,12 @@ class Elbo(Objective):
             raise ConfigError(
                 f"noise per example needs a row of noise for every datum, a multiple of {size}, and got {rows}."
             )
-        each = model.log_likelihood_each(draw.z.unflatten(-2, (-1, size)), batch)  # type: ignore[attr-defined]
+        each = model.log_likelihood_each(draw.z.unflatten(-2, (-1, size)), batch)
         return self._closed_kl(family, model, each.sum(-1).mean(-1), batch)
 
     def _closed_kl(self, family: FamilyLike, model: ModelLike, log_likelihood: Tensor, batch: Batch | None) -> Loss:
         likelihood = model.scale(batch) * log_likelihood
-        kl = model.kl_to_prior(family)  # type: ignore[attr-defined]
+        kl = model.kl_to_prior(family)
         value = kl - likelihood
         return Loss(value, value.detach(), {"kl_to_prior": kl.detach(), "log_likelihood": -likelihood.detach()})
 
