@@ -211,10 +211,14 @@ class LbfgsRun(Run):
         spec: NoiseSpec = self.family.noise_spec
         return (balanced_draws if self.task.linear_in_draws else independent_draws)(spec, count, seed)
 
-    def _part(self, count: int) -> int:
+    def _part(self, draws: Tensor) -> int:
         # a group is never cut
+        count, num_data = len(draws), getattr(self.task.model, "num_data", None)
         unit = 1 if self.task.linear_in_draws or count % self.task.draws else self.task.draws
-        return unit * part_size(count // unit, unit * self.rows, getattr(self.task.model, "num_data", None))
+        held = None
+        if num_data is None and part_size(count, self.rows, None) < count:
+            held = self.loss.held_by_a_draw(draws, unit, self.options)
+        return unit * part_size(count // unit, unit * self.rows, num_data, held)
 
     def _fixed_loss(self, family: Any, parameters: Sequence[torch.nn.Parameter], rows: int) -> FixedLoss:
         task = self.task
@@ -231,7 +235,7 @@ class LbfgsRun(Run):
         # one set for all restarts: what tells them apart is where they start, not chance
         count = self.counts[self.level]
         draws = self._draws(count, self.level, len(self.checked))
-        self.loss.fix([draws] * self.rows, self._part(count), self.options)
+        self.loss.fix([draws] * self.rows, self._part(draws), self.options)
 
     def _guesses(self) -> list[FirstGuess | None]:
         """What the families know of the curvature before the first evaluation."""
@@ -491,7 +495,7 @@ class LbfgsRun(Run):
         count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
         fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.rows)
         draws = self._draws(count, _FRESH)
-        fresh.fix([draws] * self.rows, self._part(count), self.options)
+        fresh.fix([draws] * self.rows, self._part(draws), self.options)
         used = ", ".join(str(n) for n in self.counts[: self.level + 1])
         return {
             "losses": self._losses_of_all(draws) if self.left else self._spread_out(fresh.values().mean(0).tolist()),
@@ -509,7 +513,7 @@ class LbfgsRun(Run):
         """Losses of all restarts, those left behind too, on the same draws."""
         restarts = self.task.restarts
         loss = self._fixed_loss(self.task.family, self.whole.parameters, restarts)
-        loss.fix([draws] * restarts, self._part(len(draws)), self.options)
+        loss.fix([draws] * restarts, self._part(draws), self.options)
         values: list[float] = loss.values().mean(0).tolist()
         return values
 
