@@ -35,9 +35,7 @@ def test_routes_agree(seed, activation) -> None:
     gram = jacobian_gram(net, x)
     assert gram.shape == (24, 24)
     torch.testing.assert_close(layerwise_gram(net, x), gram, rtol=0, atol=1e-10)
-    columns = [
-        ntk_product(net, x, v.reshape(6, 4)).flatten() for v in torch.eye(24, dtype=DOUBLE)
-    ]
+    columns = [ntk_product(net, x, v.reshape(6, 4)).flatten() for v in torch.eye(24, dtype=DOUBLE)]
     torch.testing.assert_close(torch.stack(columns, dim=1), gram, rtol=0, atol=1e-10)
 
 

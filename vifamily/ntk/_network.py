@@ -22,8 +22,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if module.training and isinstance(module, _RANDOM_OR_COUPLED):
             raise ConfigError(
-                f"the tangent kernel needs a network that is a fixed function of one input, got {type(module).__name__} "
-                f"{name!r} in training mode. Call model.eval() first."
+                "the tangent kernel needs a network that is a fixed function of one input, got "
+                f"{type(module).__name__} {name!r} in training mode. Call model.eval() first."
             )
     found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not found:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev, jvp, vjp, vmap
+from torch.utils.hooks import RemovableHandle
 
 from vifamily.errors import ConfigError, IncompatibleError, ShapeError
 from vifamily.ntk._network import check_inputs, outputs_of, trainable
@@ -17,7 +18,8 @@ __all__ = ["jacobian_gram", "layerwise_gram", "ntk_product"]
 def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, chunk: int | None = None) -> Tensor:
     r"""Gram matrix of the empirical tangent kernel of any module, by its Jacobians.
 
-    .. math:: K_{(i,a),(j,b)} = \sum_p \frac{\partial f_a(x_i)}{\partial \phi_p} \frac{\partial f_b(x'_j)}{\partial \phi_p}
+    .. math:: K_{(i,a),(j,b)} = \sum_p \frac{\partial f_a(x_i)}{\partial \phi_p}
+              \frac{\partial f_b(x'_j)}{\partial \phi_p}
 
     One parameter tensor is differentiated and contracted at a time. With ``N`` inputs on each side, ``q`` outputs,
     ``P`` parameters, the largest tensor of ``P_l`` and a forward pass at cost ``F``, time is of order
@@ -51,7 +53,7 @@ def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, c
     parameters = trainable(model)
     columns = x if other is None else other
     left, right = _chunks(x, chunk), _chunks(columns, chunk)
-    total: list[list[Tensor | None]] = [[None] * len(right) for _ in left]
+    total: dict[tuple[int, int], Tensor] = {}
     for name in parameters:
         for i, rows in enumerate(left):
             jacobian = _jacobian(model, parameters, name, rows)
@@ -59,16 +61,14 @@ def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, c
             for j in range(i if other is None else 0, len(right)):
                 same = other is None and i == j
                 second = jacobian if same else _jacobian(model, parameters, name, right[j])
-                block, held = jacobian @ second.T, total[i][j]
-                total[i][j] = block if held is None else held.add_(block)
-    rows_of_blocks = []
-    for i, j in itertools.product(range(len(left)), range(len(right))):
-        if j == 0:
-            rows_of_blocks.append([])
-        block_or_none = total[i][j]
-        mirrored = total[j][i] if block_or_none is None else None
-        rows_of_blocks[-1].append(block_or_none if block_or_none is not None else _transposed(mirrored))
-    return torch.cat([torch.cat(row, dim=1) for row in rows_of_blocks])
+                block = jacobian @ second.T
+                total[i, j] = total[i, j].add_(block) if (i, j) in total else block
+    return torch.cat(
+        [
+            torch.cat([total[i, j] if (i, j) in total else total[j, i].T for j in range(len(right))], dim=1)
+            for i in range(len(left))
+        ]
+    )
 
 
 def ntk_product(
@@ -110,27 +110,22 @@ def ntk_product(
         raise ShapeError(
             f"the vector must have shape (inputs, outputs) with {columns.shape[0]} inputs, got {tuple(vector.shape)}."
         )
-    tangent: dict[str, Tensor] | None = None
+    tangent = {name: torch.zeros_like(value) for name, value in parameters.items()}
     parts = vector.split(chunk or vector.shape[0])
     for inputs, part in zip(_chunks(columns, chunk), parts, strict=True):
         out, pull = vjp(lambda p, inputs=inputs: outputs_of(model, p, inputs), parameters)
         if out.shape != part.shape:
             raise ShapeError(f"the vector has {part.shape[1]} columns and the network {out.shape[1]} outputs.")
         (pulled,) = pull(part)
-        tangent = pulled if tangent is None else {name: tangent[name] + pulled[name] for name in parameters}
-    assert tangent is not None  # there is at least one input
-    return torch.cat(
-        [
-            jvp(lambda p, inputs=inputs: outputs_of(model, p, inputs), (parameters,), (tangent,))[1]
-            for inputs in _chunks(x, chunk)
-        ]
-    )
+        tangent = {name: tangent[name] + pulled[name].detach() for name in parameters}
+    return torch.cat([_pushed(model, parameters, tangent, inputs) for inputs in _chunks(x, chunk)])
 
 
 def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
     r"""Gram matrix of the tangent kernel of a dense network, layer by layer: the Jacobian is never formed.
 
-    .. math:: K_{(i,a),(j,b)} = \sum_l \big(\langle h^l_i, h^l_j\rangle + 1[\text{bias}]\big) \langle \delta^l_{ia}, \delta^l_{jb}\rangle
+    .. math:: K_{(i,a),(j,b)} = \sum_l \big(\langle h^l_i, h^l_j\rangle + 1[\text{bias}]\big)
+              \langle \delta^l_{ia}, \delta^l_{jb}\rangle
 
     with ``h`` the input of a dense layer and ``delta`` the derivatives of the outputs by what it gives. With ``N``
     inputs and ``q`` outputs, time is of order ``N^2 q^2`` times the sum of the widths, memory ``N q`` times that sum:
@@ -164,7 +159,7 @@ def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
     layers = _dense_layers(model)
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
 
-    def hook(name: str) -> object:
+    def hook(name: str) -> RemovableHandle:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
             seen[name].append((inputs[0].detach(), out))
             return out
@@ -177,7 +172,7 @@ def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
             out = outputs_of(model, {}, x)
     finally:
         for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
+            handle.remove()
     size, width = out.shape
     names = [name for name in layers if seen[name]]  # a layer that is not called has no part in the outputs
     for name in names:
@@ -217,9 +212,13 @@ def _jacobian(model: nn.Module, parameters: dict[str, Tensor], name: str, x: Ten
     return found.reshape(found.shape[0] * found.shape[1], -1).detach()
 
 
-def _transposed(block: Tensor | None) -> Tensor:
-    assert block is not None  # the mirror of a block below the diagonal was computed
-    return block.T
+def _pushed(model: nn.Module, parameters: dict[str, Tensor], tangent: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Derivative of the outputs along a tangent of the parameters."""
+    with warnings.catch_warnings():
+        # the first use of forward derivatives makes torch load code of its own that it has deprecated
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        pushed: Tensor = jvp(lambda p: outputs_of(model, p, x), (parameters,), (tangent,))[1]
+    return pushed.detach()
 
 
 def _dense_layers(model: nn.Module) -> dict[str, nn.Linear]:

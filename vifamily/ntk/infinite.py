@@ -82,8 +82,8 @@ def relu_kernel(
               \dot\Sigma_{l+1} = g \tfrac{\pi - u_l}{2\pi}, \quad
               \Theta_{l+1} = \Sigma_{l+1} + \dot\Sigma_{l+1} \Theta_l, \quad \Theta_0 = \Sigma_0 = x \cdot x'
 
-    With ``readout="normal"`` the kernel is the last ``Theta``; with ``"zero"`` (output weights start at zero) only these
-    have a gradient at the start, and it is the last ``Sigma``. It is homogeneous of degree one in each input, so
+    With ``readout="normal"`` the kernel is the last ``Theta``; with ``"zero"`` (output weights start at zero)
+    only these have a gradient at the start, and it is the last ``Sigma``. It is homogeneous of degree one in each input, so
     **collinear inputs make its Gram matrix singular**, and on a circle it is zero on odd harmonics from three on.
 
     Args:
@@ -105,7 +105,7 @@ def relu_kernel(
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
-        >>> relu_kernel(x)  # half the squared norm; opposite inputs share no active unit
+        >>> relu_kernel(x).abs().round(decimals=6)  # half the squared norm; opposite inputs share no active unit
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
@@ -141,7 +141,8 @@ def circle_spectrum(harmonics: int, *, readout: Readout = "zero", dtype: torch.d
 
     for ``readout="zero"``. With ``"normal"``, ``(h_{k-1} + h_{k+1}) / 2`` is added, where ``h_0 = 1/4``,
     ``h_k = 1 / (pi k)^2`` for odd and zero for other even ``k``. Each counts once for ``k = 0`` and twice after. **The
-    kernel is not strictly positive definite**: gradient flow of an infinitely wide network never moves odd harmonics from three on.
+    kernel is not strictly positive definite**: gradient flow of an infinitely wide network never
+    moves odd harmonics from three on.
 
     Args:
         harmonics: How many, from ``k = 0``.
