@@ -107,7 +107,6 @@ def test_deep_kernel_against_wide_networks(seed, hidden_layers) -> None:
 
     x, grams = normal(seed, "x", 4, 3), []
     for k in range(12):
-        # the factor 2 of the gain also multiplies the first-layer term through the layers above
         grams.append(layerwise_gram(Deep(512, generator(seed, "deep", k)), x))
     stacked = torch.stack(grams)
     error = stacked.std(dim=0) / len(grams) ** 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ def ntk_product(
     tangent = {name: torch.zeros_like(value) for name, value in parameters.items()}
     parts = vector.split(chunk or vector.shape[0])
     for inputs, part in zip(_chunks(columns, chunk), parts, strict=True):
-        out, pull = vjp(lambda p, inputs=inputs: outputs_of(model, p, inputs), parameters)
+        out, pull = _pulled_back(model, parameters, inputs)
         if out.shape != part.shape:
             raise ShapeError(f"the vector has {part.shape[1]} columns and the network {out.shape[1]} outputs.")
         (pulled,) = pull(part)
@@ -175,17 +176,19 @@ def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
             handle.remove()
     size, width = out.shape
     names = [name for name in layers if seen[name]]  # a layer that is not called has no part in the outputs
+    if not names:
+        raise _not_dense("none of its layers is called")
     for name in names:
         (inputs, made) = seen[name][0]
         if len(seen[name]) > 1 or inputs.ndim != 2 or inputs.shape[0] != size or not made.requires_grad:
             raise _not_dense(f"layer {name!r} is not called once on (inputs, features)")
     picks = torch.eye(width, dtype=out.dtype, device=out.device).unsqueeze(1).expand(width, size, width)
-    slopes = torch.autograd.grad(
+    slopes: Sequence[Tensor | None] = torch.autograd.grad(
         out, [seen[name][0][1] for name in names], picks, is_grads_batched=True, allow_unused=True
     )
     gram = out.new_zeros(size, width, size, width)
     for name, slope in zip(names, slopes, strict=True):
-        if slope is None:
+        if slope is None:  # called, and without part in the outputs
             continue
         layer, inputs = layers[name], seen[name][0][0]
         factor = inputs @ inputs.T if layer.weight.requires_grad else out.new_zeros(size, size)
@@ -199,7 +202,8 @@ def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
 def _chunks(x: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ConfigError(f"chunk must be a positive number of inputs, or None for all at once, got {chunk!r}.")
-    return x.split(chunk or x.shape[0])
+    parts: tuple[Tensor, ...] = x.split(chunk or x.shape[0])
+    return parts
 
 
 def _jacobian(model: nn.Module, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
@@ -209,7 +213,16 @@ def _jacobian(model: nn.Module, parameters: dict[str, Tensor], name: str, x: Ten
         return outputs_of(model, {**parameters, name: value}, item.unsqueeze(0)).squeeze(0)
 
     found = vmap(jacrev(one), in_dims=(None, 0))(parameters[name], x)
-    return found.reshape(found.shape[0] * found.shape[1], -1).detach()
+    matrix: Tensor = found.reshape(found.shape[0] * found.shape[1], -1).detach()
+    return matrix
+
+
+def _pulled_back(
+    model: nn.Module, parameters: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]:
+    """Outputs, and the map from their cotangents to those of the parameters."""
+    out, pull = vjp(lambda p: outputs_of(model, p, x), parameters)[:2]
+    return out, pull
 
 
 def _pushed(model: nn.Module, parameters: dict[str, Tensor], tangent: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -83,8 +83,9 @@ def relu_kernel(
               \Theta_{l+1} = \Sigma_{l+1} + \dot\Sigma_{l+1} \Theta_l, \quad \Theta_0 = \Sigma_0 = x \cdot x'
 
     With ``readout="normal"`` the kernel is the last ``Theta``; with ``"zero"`` (output weights start at zero)
-    only these have a gradient at the start, and it is the last ``Sigma``. It is homogeneous of degree one in each input, so
-    **collinear inputs make its Gram matrix singular**, and on a circle it is zero on odd harmonics from three on.
+    only these have a gradient at the start, and it is the last ``Sigma``. It is homogeneous of degree one in each
+    input, so **collinear inputs make its Gram matrix singular**; with one hidden layer, on a circle, it is zero on odd
+    harmonics from three on.
 
     Args:
         x: Inputs ``(N, coordinates)``.
@@ -130,7 +131,8 @@ def relu_kernel(
         covariance = gain * norms / (2 * math.pi) * _arc(angle)
         tangent = covariance + gain * (math.pi - angle) / (2 * math.pi) * tangent
         norms = norms * gain / 2
-    return tangent if readout == "normal" else covariance
+    kernel: Tensor = tangent if readout == "normal" else covariance
+    return kernel
 
 
 def circle_spectrum(harmonics: int, *, readout: Readout = "zero", dtype: torch.dtype = torch.float64) -> Tensor:
