@@ -64,17 +64,35 @@ def test_gram_on_the_circle_is_singular_and_a_constant_coordinate_mends_it() -> 
     assert 6e-8 < values.min() < 8e-8
 
 
-@pytest.mark.parametrize("readout", ["zero", "normal"])
-def test_finite_networks_approach_the_limit(seed, readout) -> None:
+@pytest.mark.parametrize(("readout", "published"), [
+    ("zero", {64: 0.343, 256: 0.151, 1024: 0.052, 4096: 0.045}),
+    ("normal", {64: 0.275, 256: 0.133, 1024: 0.060, 4096: 0.039}),
+])  # fmt: skip
+def test_finite_networks_approach_the_limit(seed, readout, published) -> None:
     x = circle(16)
     limit = torch.kron(relu_kernel(x, readout=readout), torch.eye(2, dtype=DOUBLE))
-    published = {64: 0.343, 1024: 0.060, 4096: 0.045} if readout == "zero" else {64: 0.275, 1024: 0.065, 4096: 0.039}
     for width, expected in published.items():
         gaps = []
         for k in range(5):
             net = TwoLayerReLU(2, width, 2, generator=generator(seed, "net", width, k), readout=readout)
             gaps.append(float((layerwise_gram(net, x) - limit).norm() / limit.norm()))
         assert sum(gaps) / 5 < 3 * expected
+
+
+@pytest.mark.parametrize("width", [64, 256, 1024])
+def test_gap_to_the_limit_is_that_of_a_mean_over_units(seed, width) -> None:
+    # with output weights at zero the kernel is a mean over units, so its squared gap is a variance over the width
+    x = circle(16)
+    limit = relu_kernel(x)
+    active = torch.relu(normal(seed, "w", 100_000, 2) @ x.T)
+    of_a_unit = (active[:, :, None] * active[:, None, :]).flatten(1).var(dim=0).sum() / width
+    squares = []
+    for k in range(200):
+        net = TwoLayerReLU(2, width, 1, generator=generator(seed, "gap", width, k))
+        squares.append((layerwise_gram(net, x) - limit).square().sum())
+    found = torch.stack(squares)
+    # the variance of a unit is known to about a hundredth
+    assert abs(found.mean() - of_a_unit) < 5 * (found.std() / len(found) ** 0.5 + 0.01 * of_a_unit)
 
 
 def test_output_weights_at_zero_give_a_scalar_kernel_times_the_identity(seed) -> None:

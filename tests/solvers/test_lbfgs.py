@@ -272,7 +272,9 @@ def test_a_loss_that_takes_no_hooks_keeps_small_parts():
 def test_a_cheap_density_is_evaluated_in_few_parts():
     run = make_run(registry.build("problems", "banana").model)
     draws = torch.zeros(65536, *run.family.noise_spec.shape, dtype=torch.float64)
-    assert run._part(draws) > 1024
+    run._fix_on(run.loss, draws)
+    assert len(run.loss.parts[0]) > 1024
+    assert sum(len(part) for part in run.loss.parts) == 65536
 
 
 def test_parts_do_not_change_the_answer(monkeypatch):

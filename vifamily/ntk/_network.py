@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, jvp
 
 from vifamily.errors import ConfigError, DeviceError, ShapeError
 
-__all__ = ["check_inputs", "outputs_of", "trainable"]
+__all__ = ["check_inputs", "outputs_of", "pushed", "trainable"]
 
 _RANDOM_OR_COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -31,14 +34,14 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def check_inputs(model: nn.Module, *inputs: Tensor) -> None:
+def check_inputs(parameters: dict[str, Tensor], *inputs: Tensor) -> None:
     """Refuse inputs without a batch axis, empty ones and those of another dtype or device.
 
     Raises:
         ShapeError: If there is no input, or no axis of inputs.
         DeviceError: If the device or the floating dtype is not that of the parameters.
     """
-    first = next(iter(trainable(model).values()))
+    first = next(iter(parameters.values()))
     for x in inputs:
         if x.ndim < 1 or x.shape[0] == 0:
             raise ShapeError(f"inputs need shape (inputs, ...) with at least one input, got {tuple(x.shape)}.")
@@ -62,3 +65,14 @@ def outputs_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Te
             f"the network must give (inputs, outputs) or (inputs,) for {x.shape[0]} inputs, got {got}. Flatten it."
         )
     return out.reshape(x.shape[0], -1)
+
+
+def pushed(
+    function: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], tangent: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Value of a function of the parameters, and its derivative along a tangent, by forward differentiation."""
+    with warnings.catch_warnings():
+        # the first use of forward derivatives makes torch load code of its own that it has deprecated
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        value, change = jvp(function, (parameters,), (tangent,))[:2]
+    return value, change

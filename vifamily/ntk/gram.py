@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev, jvp, vjp, vmap
+from torch.func import jacrev, vjp, vmap
 from torch.utils.hooks import RemovableHandle
 
 from vifamily.errors import ConfigError, IncompatibleError, ShapeError
-from vifamily.ntk._network import check_inputs, outputs_of, trainable
+from vifamily.ntk._network import check_inputs, outputs_of, pushed, trainable
 
 __all__ = ["jacobian_gram", "layerwise_gram", "ntk_product"]
 
@@ -50,9 +49,8 @@ def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, c
         tensor([[2., 1.],
                 [1., 2.]], dtype=torch.float64)
     """
-    check_inputs(model, x, *(() if other is None else (other,)))
-    parameters = trainable(model)
-    columns = x if other is None else other
+    columns, parameters = x if other is None else other, trainable(model)
+    check_inputs(parameters, x, columns)
     left, right = _chunks(x, chunk), _chunks(columns, chunk)
     total: dict[tuple[int, int], Tensor] = {}
     for name in parameters:
@@ -104,22 +102,24 @@ def ntk_product(
         >>> ntk_product(net, x, torch.tensor([[1.0], [0.0]], dtype=torch.float64)).flatten()
         tensor([2., 1.], dtype=torch.float64)
     """
-    columns = x if other is None else other
-    check_inputs(model, x, columns)
-    parameters = trainable(model)
+    columns, parameters = x if other is None else other, trainable(model)
+    check_inputs(parameters, x, columns)
     if vector.ndim != 2 or vector.shape[0] != columns.shape[0]:
         raise ShapeError(
             f"the vector must have shape (inputs, outputs) with {columns.shape[0]} inputs, got {tuple(vector.shape)}."
         )
     tangent = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    parts = vector.split(chunk or vector.shape[0])
-    for inputs, part in zip(_chunks(columns, chunk), parts, strict=True):
+    for inputs, part in zip(_chunks(columns, chunk), _chunks(vector, chunk), strict=True):
         out, pull = _pulled_back(model, parameters, inputs)
         if out.shape != part.shape:
             raise ShapeError(f"the vector has {part.shape[1]} columns and the network {out.shape[1]} outputs.")
         (pulled,) = pull(part)
         tangent = {name: tangent[name] + pulled[name].detach() for name in parameters}
-    return torch.cat([_pushed(model, parameters, tangent, inputs) for inputs in _chunks(x, chunk)])
+
+    def product(rows: Tensor) -> Tensor:
+        return pushed(lambda p: outputs_of(model, p, rows), parameters, tangent)[1].detach()
+
+    return torch.cat([product(rows) for rows in _chunks(x, chunk)])
 
 
 def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
@@ -156,41 +156,19 @@ def layerwise_gram(model: nn.Module, x: Tensor) -> Tensor:
         >>> torch.allclose(layerwise_gram(net, x), jacobian_gram(net, x), rtol=0, atol=1e-12)
         True
     """
-    check_inputs(model, x)
+    check_inputs(trainable(model), x)
     layers = _dense_layers(model)
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-
-    def hook(name: str) -> RemovableHandle:
-        def record(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            seen[name].append((inputs[0].detach(), out))
-            return out
-
-        return layers[name].register_forward_hook(record)
-
-    handles = [hook(name) for name in layers]
-    try:
-        with torch.enable_grad():
-            out = outputs_of(model, {}, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    out, seen = _passed(model, layers, x)
     size, width = out.shape
-    names = [name for name in layers if seen[name]]  # a layer that is not called has no part in the outputs
-    if not names:
-        raise _not_dense("none of its layers is called")
-    for name in names:
-        (inputs, made) = seen[name][0]
-        if len(seen[name]) > 1 or inputs.ndim != 2 or inputs.shape[0] != size or not made.requires_grad:
-            raise _not_dense(f"layer {name!r} is not called once on (inputs, features)")
     picks = torch.eye(width, dtype=out.dtype, device=out.device).unsqueeze(1).expand(width, size, width)
     slopes: Sequence[Tensor | None] = torch.autograd.grad(
-        out, [seen[name][0][1] for name in names], picks, is_grads_batched=True, allow_unused=True
+        out, [made for _, made in seen.values()], picks, is_grads_batched=True, allow_unused=True
     )
     gram = out.new_zeros(size, width, size, width)
-    for name, slope in zip(names, slopes, strict=True):
+    for (name, (inputs, _)), slope in zip(seen.items(), slopes, strict=True):
         if slope is None:  # called, and without part in the outputs
             continue
-        layer, inputs = layers[name], seen[name][0][0]
+        layer = layers[name]
         factor = inputs @ inputs.T if layer.weight.requires_grad else out.new_zeros(size, size)
         if layer.bias is not None and layer.bias.requires_grad:
             factor = factor + 1.0
@@ -225,13 +203,36 @@ def _pulled_back(
     return out, pull
 
 
-def _pushed(model: nn.Module, parameters: dict[str, Tensor], tangent: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Derivative of the outputs along a tangent of the parameters."""
-    with warnings.catch_warnings():
-        # the first use of forward derivatives makes torch load code of its own that it has deprecated
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-        pushed: Tensor = jvp(lambda p: outputs_of(model, p, x), (parameters,), (tangent,))[1]
-    return pushed.detach()
+def _passed(
+    model: nn.Module, layers: dict[str, nn.Linear], x: Tensor
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Outputs, and what goes into and comes out of each layer that is called, each once.
+
+    Raises:
+        IncompatibleError: If none is called, or one more than once or on another shape than ``(inputs, features)``.
+    """
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def hook(name: str) -> RemovableHandle:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            seen.setdefault(name, []).append((inputs[0].detach(), out))
+
+        return layers[name].register_forward_hook(record)
+
+    handles = [hook(name) for name in layers]
+    try:
+        with torch.enable_grad():
+            out = outputs_of(model, {}, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise _not_dense("none of its layers is called")
+    for name, calls in seen.items():
+        inputs, made = calls[0]
+        if len(calls) > 1 or inputs.ndim != 2 or inputs.shape[0] != x.shape[0] or not made.requires_grad:
+            raise _not_dense(f"layer {name!r} is not called once on (inputs, features)")
+    return out, {name: calls[0] for name, calls in seen.items()}
 
 
 def _dense_layers(model: nn.Module) -> dict[str, nn.Linear]:

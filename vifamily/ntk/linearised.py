@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 from torch import Tensor, nn
-from torch.func import jvp
 
-from vifamily.ntk._network import outputs_of, trainable
+from vifamily.ntk._network import outputs_of, pushed, trainable
 
 __all__ = ["LinearisedNetwork"]
 
@@ -54,11 +52,7 @@ class LinearisedNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs ``(inputs, outputs)``."""
         held = dict(self.start.named_parameters())
-        start = {name: held[name] for name in self.names}
-        tangent = dict(zip(self.names, self.displacement, strict=True))
-        with warnings.catch_warnings():
-            # the first use of forward derivatives makes torch load code of its own that it has deprecated
-            warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
-            value, change = jvp(lambda p: outputs_of(self.start, p, x), (start,), (tangent,))[:2]
-        out: Tensor = value + change
-        return out
+        start: dict[str, Tensor] = {name: held[name] for name in self.names}
+        tangent: dict[str, Tensor] = dict(zip(self.names, self.displacement, strict=True))
+        value, change = pushed(lambda p: outputs_of(self.start, p, x), start, tangent)
+        return value + change
