@@ -7,8 +7,8 @@ ROC curve, and the length of that curve is the largest value of
           L = J(u^*) = \int \sqrt{p^2 + q^2}, \qquad \sqrt2 \le L \le 2.
 
 That the length is an f-divergence with a variational form for the arctangent ratio is the source's (Liu 2022,
-"Estimating the arc length of the optimal ROC curve and lower bounding the maximal AUC"); the concave extension, the
-form in logits, the sine bound and the range of areas are derived here and tested against quadrature.
+"Estimating the arc length of the optimal ROC curve and lower bounding the maximal AUC"); the explicit J, the concave
+extension, the form in logits, the sine bound and the range of areas are derived here and tested against quadrature.
 """
 
 from __future__ import annotations
