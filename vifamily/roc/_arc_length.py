@@ -37,7 +37,8 @@ class ArcLength:
 
     def __str__(self) -> str:
         low, high = self.interval
-        near = self.value < SHORTEST + 2 * self.standard_error
+        # the tolerance is that of the optimiser: equal points have a standard error of zero
+        near = self.value <= SHORTEST + 2 * self.standard_error + 1e-6
         note = "; near equality, where the interval covers too rarely" if near else ""
         return (
             f"arc length {self.value:.4f} +- {self.standard_error:.4f}, {self.level:.0%} [{low:.4f}, {high:.4f}]{note}"
