@@ -10,12 +10,17 @@ builds it. :func:`relu_kernel` and :func:`circle_spectrum` are the limits of wid
 from vifamily.ntk.gram import jacobian_gram, layerwise_gram, ntk_product
 from vifamily.ntk.infinite import TwoLayerReLU, circle_spectrum, relu_kernel
 from vifamily.ntk.linearised import LinearisedNetwork
+from vifamily.ntk.spectrum import Alignment, KernelReport, alignment, kernel_report
 
 __all__ = [
+    "Alignment",
+    "KernelReport",
     "LinearisedNetwork",
     "TwoLayerReLU",
+    "alignment",
     "circle_spectrum",
     "jacobian_gram",
+    "kernel_report",
     "layerwise_gram",
     "ntk_product",
     "relu_kernel",
