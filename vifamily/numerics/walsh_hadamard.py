@@ -127,7 +127,8 @@ def walsh_output_moments(
 
     Example:
         >>> one = torch.ones(2)
-        >>> [t.round(decimals=3).tolist() for t in walsh_output_moments(torch.tensor([1.0, 0.0]), one, 0 * one, 4 * one, one)]
+        >>> moments = walsh_output_moments(torch.tensor([1.0, 0.0]), one, 0 * one, 4 * one, one)
+        >>> [t.round(decimals=3).tolist() for t in moments]
         [[0.0, 0.0], [2.0, 2.0]]
     """
     v = hadamard(right * x)
