@@ -53,12 +53,12 @@ class _XorGather(torch.autograd.Function):
         """Nothing has to be kept."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         index = _exclusive_or(grad.shape[-1], grad.device)
         return grad.gather(-1, index.expand(grad.shape)).sum(-2)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent[..., _exclusive_or(tangent.shape[-1], tangent.device)]
 
 
@@ -104,7 +104,7 @@ def walsh_matrix(left: Tensor, core: Tensor, right: Tensor) -> Tensor:
         [[2.0, 2.0], [1.0, 4.0]]
     """
     gamma = hadamard(core) / math.sqrt(core.shape[-1])
-    entries: Tensor = _XorGather.apply(gamma)
+    entries: Tensor = _XorGather.apply(gamma)  # type: ignore[no-untyped-call]
     return left.unsqueeze(-1) * entries * right.unsqueeze(-2)
 
 
@@ -166,7 +166,7 @@ def walsh_covariance(left: Tensor, variance: Tensor, right: Tensor) -> Tensor:
         ``(P, P, P, P)``, indexed ``i, j, k, l``: for small blocks.
     """
     size = variance.shape[-1]
-    eta = hadamard(variance) * size**-1.5
+    eta = hadamard(variance) / (size * math.sqrt(size))
     index = _exclusive_or(size, variance.device)
     scale = left.unsqueeze(-1) * right
     return scale[:, :, None, None] * scale * eta[index[:, :, None, None] ^ index]

@@ -125,14 +125,14 @@ class WalshLayer(LayerWeights):
         lead = z.shape[:-1]
         kernel, bias = self._weight(z).flatten(0, len(lead)), self._bias(z)
         offset = None if bias is None else bias.flatten()
-        data, options = x.shape[1], (layer.stride, layer.padding, layer.dilation)
+        data = x.shape[1]
         if len(x) == 1 and layer.groups == 1 and not each:
             wide, groups = x[0], 1
         else:
             full = x.expand(z.shape[0], *x.shape[1:])
             wide = full.flatten(0, 2).unsqueeze(0) if each else full.transpose(0, 1).flatten(1, 2)
             groups = lead.numel() * layer.groups
-        out = functional.conv2d(wide, kernel, offset, *options, groups)
+        out = functional.conv2d(wide, kernel, offset, layer.stride, layer.padding, layer.dilation, groups)
         if each:
             return out.reshape(*lead, layer.out_channels, *out.shape[2:])
         return out.reshape(data, z.shape[0], layer.out_channels, *out.shape[2:]).transpose(0, 1)
