@@ -31,12 +31,13 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", LINEAR)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("latent_bias", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"residual": True, "latent_bias": True}, {"latent_scales": True}, {"latent_bias": True}], ids=str
+)
 def test_linear_layer_is_that_of_its_written_out_weights(
-    shape: tuple[int, int], residual: bool, latent_bias: bool, generator: torch.Generator
+    shape: tuple[int, int], settings: dict[str, bool], generator: torch.Generator
 ) -> None:
-    layer = _make(_module(nn.Linear, shape[1], shape[0]), generator, residual=residual, latent_bias=latent_bias)
+    layer = _make(_module(nn.Linear, shape[1], shape[0]), generator, **settings)
     z = _normal(generator, 3, 4, layer.dim)
     for lead in ((1, 4), (3, 4), (1, 4, 2)):
         x = _normal(generator, *lead, shape[1])
@@ -52,9 +53,12 @@ def test_linear_layer_is_that_of_its_written_out_weights(
 
 @pytest.mark.parametrize("layout", ["stack", "taps", "reshape"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_convolution_is_that_of_its_written_out_filter(layout: str, groups: int, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("latent_scales", [False, True])
+def test_convolution_is_that_of_its_written_out_filter(
+    layout: str, groups: int, latent_scales: bool, generator: torch.Generator
+) -> None:
     module = _module(nn.Conv2d, 4, 6, 3, padding=1, groups=groups)
-    layer = _make(module, generator, layout, latent_bias=True)
+    layer = _make(module, generator, layout, latent_bias=True, latent_scales=latent_scales)
     z = _normal(generator, 3, 2, layer.dim)
     for x in (_normal(generator, 1, 2, 4, 5, 5), _normal(generator, 3, 2, 4, 5, 5)):
         for latent in (z, z[:, 0]):
@@ -75,6 +79,44 @@ def test_weights_start_at_their_usual_spread(generator: torch.Generator) -> None
     # 128 independent squares, each of variance 2: five standard errors of their mean
     assert abs(weight.square().mean() * 50 - 1) < 5 * (2 / 128) ** 0.5
     assert sd.unique().tolist() == [0.1]
+
+
+def test_latent_diagonals_begin_where_the_others_do(generator: torch.Generator) -> None:
+    layer = _make(_module(nn.Linear, 100, 128), generator, latent_scales=True)
+    mean, sd = layer.initial(generator)
+    assert not [name for name, _ in layer.named_parameters() if "module" not in name]
+    assert layer.dim == 3 * 128
+    left, core, right = mean[128:256], mean[:128], mean[256:]
+    # s1 = +-1 and s2 = +-sqrt(2 P / D_in), as where they are points
+    torch.testing.assert_close(left.abs(), torch.ones_like(left))
+    torch.testing.assert_close(right.abs(), torch.full_like(right, (2 * 128 / 100) ** 0.5))
+    torch.testing.assert_close(sd[:256].unique(), sd.new_tensor([0.1]))
+    torch.testing.assert_close(sd[256:], 0.1 * right.abs())
+    assert (left > 0).any() and (left < 0).any()
+    weight = layer.materialise(mean)["a.weight"]
+    # each row is +-right times the entries of one vector, H g / P: exclusive or only permutes them
+    want = (core @ _matrix(128).T / 128)[torch.arange(128) ^ 5][:100] * right[:100] * left[5]
+    torch.testing.assert_close(weight[5], want, rtol=0, atol=1e-10)
+
+
+def _matrix(size: int) -> Tensor:
+    index = torch.arange(size)
+    bits = sum((index[:, None] & index) >> k & 1 for k in range(10))
+    return 1.0 - 2.0 * (torch.as_tensor(bits) % 2).double()
+
+
+def test_isotropic_prior_with_latent_diagonals_is_a_law_of_g_given_them(generator: torch.Generator) -> None:
+    layer = _make(_module(nn.Linear, 4, 4), generator, isotropic=True, latent_scales=True)
+    z = _normal(generator, layer.dim)
+    core, left, right = z.view(3, 4)
+    # g ~ N(0, tau^2 (A'A)^-1) with the columns of A = vec(diag(a) H diag(e_k) H diag(b)) written out
+    hadamard = _matrix(4) / 2
+    columns = torch.einsum("i,ik,kj,j->ijk", left, hadamard, hadamard, right).reshape(16, 4)
+    tau = layer.right_sd
+    law = torch.distributions.MultivariateNormal(torch.zeros(4).double(), precision_matrix=columns.T @ columns / tau**2)
+    rest = torch.distributions.Normal(0.0, torch.tensor([1.0] * 4 + [tau] * 4, dtype=z.dtype)).log_prob(z[4:]).sum()
+    torch.testing.assert_close(layer.log_prior(z), law.log_prob(core) + rest, rtol=0, atol=1e-10)
+    assert layer.cross_entropy(z, z.exp(), independent=True) is None
 
 
 def test_a_collapsed_start_warns(generator: torch.Generator) -> None:

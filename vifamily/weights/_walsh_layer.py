@@ -10,13 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vifamily.errors import VifamilyWarning
-from vifamily.numerics.hadamard import hadamard
-from vifamily.numerics.walsh_hadamard import isotropic_cross_entropy, isotropic_log_prior, walsh_matrix
+from vifamily.numerics.walsh_hadamard import (
+    isotropic_cross_entropy,
+    isotropic_log_prior,
+    walsh_matrix,
+    walsh_product,
+)
 from vifamily.weights._base import LayerWeights
 from vifamily.weights._walsh_blocks import Blocks
 
 __all__ = ["IsotropicWalshLayer", "WalshLayer"]
 
+_START_SD = 0.1
+"""Standard deviation at the start, relative to the mean's usual size."""
 _SMALLEST = 1e-2
 """Below this share of the usual spread of weights a layer puts out nearly nothing, and a fit stays there."""
 
@@ -28,8 +34,9 @@ def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
 class WalshLayer(LayerWeights):
     r"""A linear layer or convolution whose weight is ``W0 + diag(a) H diag(g) H diag(b)`` by blocks.
 
-    The latent holds ``g``, ``(T, P)``, and after it the bias where that is normal; ``a`` and ``b`` are points. The
-    prior of ``g`` is ``N(0, scale^2)``. A bias that is a point stays with the module.
+    The latent holds ``g``, ``(T, P)``, after it ``a`` and ``b`` of the same shape where they are latent, and last the
+    bias where that is. The prior of ``g`` is ``N(0, scale^2)``, those of ``a`` and ``b`` are ``N(0, 1)`` and
+    ``N(0, P sd^2)`` with ``sd`` the usual spread of the weights. A bias that is a point stays with the module.
 
     Args:
         module: ``nn.Linear`` or ``nn.Conv2d``.
@@ -38,8 +45,10 @@ class WalshLayer(LayerWeights):
         scale: Prior standard deviation of a weight relative to ``sqrt(gain / fan-in)`` at the start.
         gain: 2 before a rectifier, 1 otherwise.
         residual: Whether to add to the module's own weight, which stays fixed.
+        latent_scales: Whether ``a`` and ``b`` belong to the latent; otherwise they are the parameters ``left`` and
+            ``right``.
         latent_bias: Whether the bias belongs to the latent.
-        generator: Randomness of the signs of ``a`` and ``b``.
+        generator: Randomness of the signs of ``a`` and ``b`` where they are parameters.
     """
 
     module: nn.Linear | nn.Conv2d
@@ -54,6 +63,7 @@ class WalshLayer(LayerWeights):
         scale: float,
         gain: float,
         residual: bool,
+        latent_scales: bool = False,
         latent_bias: bool,
         generator: torch.Generator,
     ) -> None:
@@ -61,9 +71,11 @@ class WalshLayer(LayerWeights):
         prefix = f"{name}." if name else ""
         self.module, self.blocks, self.scale, self.residual = module, blocks, scale, residual
         self.latent_bias = latent_bias and module.bias is not None
+        self.latent_scales = latent_scales
         self.names = (f"{prefix}weight", *((f"{prefix}bias",) if self.latent_bias else ()))
         self.cores = blocks.numbers
-        self.dim = self.cores + (blocks.shape[0] if self.latent_bias else 0)
+        self.structured = self.cores * (3 if latent_scales else 1)
+        self.dim = self.structured + (blocks.shape[0] if self.latent_bias else 0)
         self.example_noise = isinstance(module, nn.Linear)
         weight = module.weight.detach()
         self.weight_sd = math.sqrt(gain / blocks.fan_in)
@@ -72,25 +84,36 @@ class WalshLayer(LayerWeights):
         self.register_buffer("base", weight.clone() if residual else None)
         bias = module.bias.detach().clone() if module.bias is not None else None
         self.register_buffer("start_bias", bias if residual else None if bias is None else torch.zeros_like(bias))
-        shape = (blocks.count, blocks.size)
-        self.left = nn.Parameter(_signs(shape, generator, weight))
-        self.right = nn.Parameter(_signs(shape, generator, weight) * self.weight_sd * math.sqrt(blocks.size))
+        if not latent_scales:
+            shape = (blocks.count, blocks.size)
+            self.left = nn.Parameter(_signs(shape, generator, weight))
+            self.right = nn.Parameter(_signs(shape, generator, weight) * self.right_sd)
 
-    def _core(self, z: Tensor) -> Tensor:
-        return z[..., : self.cores].reshape(*z.shape[:-1], *self.left.shape)
+    @property
+    def right_sd(self) -> float:
+        """Size of the entries of ``b`` at which weights have their usual spread, with those of ``a`` at one."""
+        return self.weight_sd * math.sqrt(self.blocks.size)
+
+    def _diagonals(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``a``, ``g`` and ``b``, ``(..., T, P)`` each; what is no latent has no leading axes."""
+        parts = z[..., : self.structured].reshape(*z.shape[:-1], -1, self.blocks.count, self.blocks.size)
+        if self.latent_scales:
+            core, left, right = parts.unbind(-3)
+            return left, core, right
+        return self.left, parts.squeeze(-3), self.right
 
     def _bias(self, z: Tensor) -> Tensor | None:
         if self.latent_bias:
-            return z[..., self.cores :]
+            return z[..., self.structured :]
         return None if self.module.bias is None else self.module.bias.expand(*z.shape[:-1], -1)
 
     def _weight(self, z: Tensor) -> Tensor:
-        weight = self.blocks.assemble(walsh_matrix(self.left, self._core(z), self.right))
+        weight = self.blocks.assemble(walsh_matrix(*self._diagonals(z)))
         return weight if self.base is None else weight + self.base
 
     def materialise(self, z: Tensor) -> dict[str, Tensor]:
         """Write the weight (and a latent bias) out, ``(..., dim) -> full name -> (..., *shape)``."""
-        values = [self._weight(z), *([z[..., self.cores :]] if self.latent_bias else [])]
+        values = [self._weight(z), *([z[..., self.structured :]] if self.latent_bias else [])]
         return dict(zip(self.names, values, strict=True))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -113,11 +136,12 @@ class WalshLayer(LayerWeights):
 
     def _product(self, x: Tensor, z: Tensor) -> Tensor:
         """``W x`` by transforms; the inner one is shared by draws that share their input."""
-        core = self._core(z)
-        core = core.reshape(*z.shape[:-1], *(1,) * (x.dim() - z.dim()), *self.left.shape)
+        middle = (1,) * (x.dim() - z.dim())
+        left, core, right = (
+            t if t.dim() == 2 else t.reshape(*t.shape[:-2], *middle, *t.shape[-2:]) for t in self._diagonals(z)
+        )
         padded = functional.pad(x, (0, self.blocks.size - x.shape[-1])).unsqueeze(-2)
-        out = self.left * hadamard(core * hadamard(self.right * padded))
-        return out.flatten(-2)[..., : self.blocks.shape[0]]
+        return walsh_product(padded, left, core, right).flatten(-2)[..., : self.blocks.shape[0]]
 
     def _convolution(self, layer: nn.Conv2d, x: Tensor, z: Tensor) -> Tensor:
         """Every draw (and datum, where latents are theirs) is a group of channels of one convolution."""
@@ -139,24 +163,35 @@ class WalshLayer(LayerWeights):
 
     def prior(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the prior, ``(dim,)`` each; a latent bias has unit variance."""
-        sd = torch.ones(self.dim, dtype=self.left.dtype, device=self.left.device)
+        like = self.module.weight
+        sd = torch.ones(self.dim, dtype=like.dtype, device=like.device)
         sd[: self.cores] = self.scale
+        if self.latent_scales:
+            sd[2 * self.cores : self.structured] = self.right_sd
         return torch.zeros_like(sd), sd
 
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Begin at a draw ``g ~ N(0, 1)``, at ``g = 0`` on top of a trained weight; standard deviation a tenth.
 
+        Latent ``a`` and ``b`` begin at random signs times their usual size.
+
         Warns:
             VifamilyWarning: If the diagonals are so small that the layer would put out nearly nothing.
         """
         mean = torch.zeros_like(self.prior()[0])
+        sd = torch.full_like(mean, _START_SD)
         if not self.residual:
             draw = torch.randn(self.cores, generator=generator, dtype=torch.float64)
             mean[: self.cores] = draw.to(mean)
+        if self.latent_scales:
+            mean[self.cores : self.structured] = _signs((2 * self.cores,), generator, mean)
+            for moment in (mean, sd):
+                moment[2 * self.cores : self.structured] *= self.right_sd
+        elif not self.residual:
             self._warn_if_collapsed(mean)
         if self.latent_bias and isinstance(self.start_bias, Tensor):
-            mean[self.cores :] = self.start_bias
-        return mean, torch.full_like(mean, 0.1)
+            mean[self.structured :] = self.start_bias
+        return mean, sd
 
     def _warn_if_collapsed(self, mean: Tensor) -> None:
         weight = self._weight(mean.detach())
@@ -180,27 +215,32 @@ class IsotropicWalshLayer(WalshLayer):
 
     @property
     def _tau(self) -> float:
-        return self.scale * self.weight_sd * math.sqrt(self.blocks.size)
+        return self.scale * self.right_sd
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Log prior density, ``(..., dim) -> (...)``."""
-        blocks = isotropic_log_prior(self._core(z), self.left, self.right, self._tau).sum(-1)
-        return blocks - self._bias_entropy(z[..., self.cores :].square())
+        left, core, right = self._diagonals(z)
+        blocks = isotropic_log_prior(core, left, right, self._tau).sum(-1)
+        return blocks - self._rest_entropy(z.square())
 
     def cross_entropy(self, mean: Tensor, variance: Tensor, *, independent: bool = False) -> Tensor | None:
         """Cross entropy with the prior; None unless ``independent``, since its precision is not diagonal.
+
+        It is None too where ``a`` and ``b`` are latent, which the precision depends on.
 
         Args:
             mean: ``(..., dim)``.
             variance: ``(..., dim)``.
             independent: Whether the coordinates of the law are independent, as in mean field: then it is exact.
         """
-        if not independent:
+        if not independent or self.latent_scales:
             return None
-        blocks = isotropic_cross_entropy(
-            self._core(mean), self.left, self.right, self._tau, variance=self._core(variance)
-        )
-        return blocks.sum(-1) + self._bias_entropy((mean.square() + variance)[..., self.cores :])
+        left, core, right = self._diagonals(mean)
+        spread = self._diagonals(variance)[1]
+        blocks = isotropic_cross_entropy(core, left, right, self._tau, variance=spread)
+        return blocks.sum(-1) + self._rest_entropy(mean.square() + variance)
 
-    def _bias_entropy(self, square: Tensor) -> Tensor:
-        return 0.5 * (square + math.log(2 * math.pi)).sum(-1)
+    def _rest_entropy(self, square: Tensor) -> Tensor:
+        """Cross entropy of what comes after ``g`` in the latent, from its second moments."""
+        sd = self.prior()[1][self.cores :]
+        return 0.5 * (square[..., self.cores :] / sd.square() + torch.log(2 * math.pi * sd.square())).sum(-1)
