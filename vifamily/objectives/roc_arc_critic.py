@@ -182,4 +182,5 @@ class LogRatio(nn.Module):
         for w, b in zip(list(self.weights)[:-1], list(self.biases)[:-1], strict=True):
             h = torch.tanh(h @ w.mT + b.unsqueeze(-2))
         out = h @ self.weights[-1].mT + self.biases[-1].unsqueeze(-2) + u @ self.linear.mT
-        return out.squeeze(-1) + ((u @ self.quadratic) * u).sum(-1)
+        value: Tensor = out.squeeze(-1) + ((u @ self.quadratic) * u).sum(-1)
+        return value
