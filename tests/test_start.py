@@ -242,3 +242,35 @@ def test_many_data_in_minibatches_are_not_read_whole_to_start():
     mean, covariance = moments(family)
     assert float(covariance[0, 0]) == pytest.approx(1 / 200_002, rel=1e-3)
     assert abs(float(mean[0])) < 5 / 100
+
+
+class BeginsItself(Density):
+    """A density that says where a fit should begin: at a draw of its own, one hundredth wide."""
+
+    def __init__(self):
+        super().__init__(log_prob, dim=2)
+
+    def initial_gaussian(self, *, generator):
+        return torch.randn(2, generator=generator, dtype=DOUBLE), torch.full((2,), 0.01, dtype=DOUBLE)
+
+
+def test_a_model_may_say_where_a_fit_begins():
+    family, how = begun(BeginsItself(), "mean_field")
+    mean, covariance = moments(family)
+    assert how == "where the model begins"
+    assert torch.equal(mean, BeginsItself().initial_gaussian(generator=generator(0, "start", 0))[0])
+    assert covariance.diagonal().sqrt().tolist() == pytest.approx([0.01, 0.01])
+    other, _ = begun(BeginsItself(), "mean_field", restart=1)
+    assert not torch.equal(moments(other)[0], mean)
+    # what is asked for goes before
+    assert begun(BeginsItself(), init="laplace")[1].startswith("at a Gaussian approximation")
+
+
+def test_members_of_an_ensemble_each_have_a_start_of_their_own():
+    family, _ = begun(BeginsItself(), "ensemble(size=3)")
+    points = family.to_latent(family.particles())
+    wanted = [BeginsItself().initial_gaussian(generator=generator(0, "start/member", 0, k))[0] for k in range(3)]
+    assert torch.allclose(points, torch.stack(wanted))
+    posterior = fit(BeginsItself(), "full_rank", seed=0, restarts=2)
+    assert posterior.record.converged
+    assert torch.allclose(moments(posterior.family)[0], MEAN, atol=1e-2)

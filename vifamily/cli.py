@@ -312,7 +312,7 @@ def reproduce_command(
 @app.command("benchmark", epilog=f"Example:  {_BENCHMARK_EXAMPLE}  {_CODES}")
 @_clean
 def benchmark_command(
-    name: Annotated[str, typer.Argument(help="The benchmark: solvers, scaling or large_data.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: solvers, scaling, large_data, hadamard or whvi.")],
     *,
     problems: Annotated[str | None, typer.Option(help="Problems of the suite, separated by commas.")] = None,
     families: Annotated[str | None, typer.Option(help="mean_field, full_rank or both.")] = None,

@@ -157,7 +157,10 @@ class FitLoop:
         spec = joint_noise_spec(family, self.batch_size or 0) if isinstance(family, LocalFamily) else family.noise_spec
         # parameters of the model would be shared by runs that follow each other: each has its own copy
         model = copy.deepcopy(self.plan.model) if self._separate() and self.restarts > 1 else self.plan.model
-        stream = NoiseStream(self.seed, spec, draws=self.plan.draws, restarts=len(group), first_restart=group[0],
+        rows = self.plan.draws
+        if objective.noise_per_datum:
+            rows *= self.batch_size or self.plan.model.own_batch_size or self.plan.model.num_data or 1
+        stream = NoiseStream(self.seed, spec, draws=rows, restarts=len(group), first_restart=group[0],
                              dtype=latent.dtype, device=latent.device, balanced=objective.linear_in_draws,
                              native=self.compiled)  # fmt: skip
         half = draw_noise(

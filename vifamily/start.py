@@ -89,6 +89,9 @@ def initialise(
             # the other starts differentiate the log joint; a density that hides its gradient would go unnoticed here
             value_and_gradient(model.log_joint, torch.zeros(1, model.dim, dtype=model.dtype, device=model.device))
         return _from_prior(family, model, seed=seed, restart=restart)
+    own = model.initial_gaussian(generator=generator(seed, "start", restart)) if init == "auto" else None
+    if own is not None:
+        return _from_own(family, model, own, seed=seed, restart=restart)
     if gaussian is not None:
         family.precondition(gaussian.mean, gaussian.scale, gaussian.covariance)
         return f"at a Gaussian approximation ({gaussian.method})"
@@ -179,6 +182,8 @@ def gaussian_starts(
         return None
     if minibatches and (model.num_data or 0) > _LARGEST_DATA:
         return None
+    if model.initial_gaussian(generator=generator(seed, "start", 0)) is not None:
+        return None
     points = torch.cat([model.start(1, generator=generator(seed, "start", r)) for r in range(restarts)])
     # one start may lead to a mode that hardly matters
     others = model.start(_OTHERS, generator=generator(seed, "start/others"))
@@ -257,6 +262,21 @@ def _curvature_scale(model: Model, point: Tensor) -> Tensor:
     diagonal = negative_curvature(model.log_joint, point, torch.full_like(point, 1e-4)).diagonal()
     positive = torch.isfinite(diagonal) & (diagonal > 0)
     return torch.where(positive, diagonal.clamp_min(1e-30).rsqrt(), torch.ones_like(point))
+
+
+def _from_own(family: Family, model: Model, own: tuple[Tensor, Tensor], *, seed: int, restart: int) -> str:
+    mean, sd = (part.detach().to(family.shift) for part in own)
+    family.precondition(mean, sd)
+    members: Any = family
+    if Capability.FINITE in family.capabilities and hasattr(family, "set_particles"):
+        # members that begin at one point stay together under many objectives: each has a start of its own
+        found = [
+            model.initial_gaussian(generator=generator(seed, "start/member", restart, k))
+            for k in range(len(members.particles()))
+        ]
+        points = torch.stack([part[0] for part in found if part is not None]).to(family.shift)
+        members.set_particles(family.to_standard(points))
+    return "where the model begins"
 
 
 def _from_prior(family: Family, model: Model, *, seed: int, restart: int) -> str:

@@ -55,6 +55,7 @@ class Capability(enum.StrEnum):
     GAUSSIAN_PRIOR = "Gaussian prior on unconstrained space"
     POINT_PARAMETERS = "point-estimated parameters"
     GROUPS = "data in groups (groups=)"
+    EXAMPLE_NOISE = "noise per example"
     # families
     DRAWS = "draws"
     REPARAMETERISED = "reparameterised draws"
@@ -226,6 +227,12 @@ class ModelLike(Protocol):
 
     def log_likelihood(self, z: Tensor, batch: Batch | None = None) -> Tensor:
         """Log likelihood per datum, unscaled, ``(..., draw, dim) -> (..., draw, datum)``."""
+
+    def log_likelihood_each(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Log likelihood of each datum under a draw of its own, ``(..., draw, datum, dim) -> (..., draw, datum)``."""
+
+    def kl_to_prior(self, family: Any) -> Tensor:
+        """KL divergence of a family with Gaussian marginals to a Gaussian prior, ``(...)``."""
 
     def log_local(self, z: Tensor, local: Tensor, batch: Batch) -> Tensor:
         """Log of local prior times likelihood per datum, ``(..., draw, datum)``."""

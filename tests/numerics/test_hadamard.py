@@ -83,14 +83,6 @@ def test_vmap_is_the_batched_form():
     torch.testing.assert_close(torch.vmap(hadamard, in_dims=1)(x), hadamard(x.movedim(1, 0)), rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture
-def validation():
-    """The compiler, when first used, switches torch's validation of distributions off."""
-    kept = torch.distributions.Distribution._validate_args
-    yield
-    torch.distributions.Distribution.set_default_validate_args(kept)
-
-
 @pytest.mark.usefixtures("validation")
 @pytest.mark.parametrize("size", [64, 1024])
 def test_it_compiles_as_one_graph(size):

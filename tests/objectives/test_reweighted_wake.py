@@ -7,9 +7,9 @@ import torch
 
 import vifamily as vf
 from vifamily import registry
-from vifamily.errors import IncompatibleError
+from vifamily.errors import ConfigError, IncompatibleError
 from vifamily.models import Density
-from vifamily.objectives._snis import effective_share, weights_apart
+from vifamily.objectives._snis import defensive_draws, effective_share, weights_apart
 from vifamily.testing import targets
 from vifamily.testing._tools import descend, flat_gradient
 
@@ -105,3 +105,56 @@ def test_effective_size_and_distance_of_weights():
     assert float(effective_share(even, even)) == pytest.approx(1) and float(weights_apart(even, even)) == 0
     assert float(effective_share(one, even)) == pytest.approx(0.25)
     assert float(weights_apart(one, even)) == pytest.approx(math.log(4))
+
+
+def test_defensive_weights_are_those_of_the_mixture(tools, seed):
+    model = vf.models.Density(lambda z: -0.5 * z.square().sum(-1), dim=1)
+    family = tools.gaussian([0.3], [0.5])
+    noise = torch.randn(40, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draw = family(noise)
+    ratio, log_q, _ = defensive_draws(family, model, draw, None, share=0.25, widen=4.0)
+    z = draw.z.detach()
+    centre = z[:30].mean()
+    moved = torch.cat([z[:30], centre + 4 * (z[30:] - centre)]).squeeze(-1)
+    q = torch.distributions.Normal(0.3, 0.5)
+    # q widened about the centre: mean m + c (mu - m), standard deviation c times that of q
+    wide = torch.distributions.Normal(centre + 4 * (0.3 - centre), 2.0)
+    mixture = torch.logaddexp(q.log_prob(moved) + math.log(0.75), wide.log_prob(moved) + math.log(0.25))
+    torch.testing.assert_close(ratio, -0.5 * moved.square() - mixture)
+    torch.testing.assert_close(log_q.detach(), q.log_prob(moved))
+
+
+def test_defensive_weights_are_bounded_and_their_mean_is_that_of_the_target(tools, seed):
+    # q is so narrow that its own weights have no variance; under the mixture they are bounded by p / (s r)
+    model = vf.models.Density(lambda z: -0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi), dim=1)
+    family = tools.gaussian([0.0], [0.5])
+    noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    draw = family(noise)
+    ratio, _, _ = defensive_draws(family, model, draw, None, share=0.2, widen=3.0)
+    weight = ratio.exp()
+    assert float(weight.max()) < 1.5 / 0.2 + 1e-2  # r has sd 1.5 at its mean
+    error = float(weight.std()) / math.sqrt(len(weight))
+    assert abs(float(weight.mean()) - 1) < 5 * error
+    z = draw.z.detach()[:160_000]
+    plain = (model.log_joint(z) - family.log_prob(z)).detach().exp()
+    assert float(plain.max()) > 2 * float(weight.max())
+
+
+def test_a_defensive_fit_from_a_narrow_start_finds_both_normals(tools):
+    model, family = targets.two_normals().model, tools.gaussian(0.5, 1.0)
+    objective = registry.build("objectives", "reweighted_wake(defensive=0.3, widen=4)").resolve(model, family)
+    descend(objective, family, model, torch.zeros(400, 1, dtype=torch.float64), steps=400, rate=0.05, fresh=True)
+    mean, covariance = (part.detach() for part in family.moments())
+    assert abs(float(mean)) < 0.15
+    assert math.sqrt(float(covariance)) == pytest.approx(3.162, abs=0.15)
+
+
+def test_defensive_options_are_checked():
+    with pytest.raises(ConfigError, match="defensive"):
+        vf.objectives.ReweightedWake(defensive=1.0)
+    with pytest.raises(ConfigError, match="widen"):
+        vf.objectives.ReweightedWake(defensive=0.1, widen=1.0)
+    with pytest.raises(ConfigError, match="dreg"):
+        vf.objectives.ReweightedWake(defensive=0.1, estimator="dreg")
+    with pytest.raises(IncompatibleError, match="unequal weights"):
+        vf.plan("correlated_normal", "mixture(components=2)", "reweighted_wake(defensive=0.1)")

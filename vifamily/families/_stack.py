@@ -188,6 +188,15 @@ class StackedFamily(nn.Module):
             getattr(self, f"p{i}")[row] = member.get_parameter(name)
 
     @torch.no_grad()
+    def adopt(self, row: int, member: Family) -> None:
+        """Make one member a copy of a family, its affine map as well: parameters mean nothing without the map."""
+        for i, name in enumerate(self._buffer_names):
+            value = member.get_buffer(name)
+            getattr(self, f"b{i}")[row] = value
+            self._members[row].get_buffer(name).copy_(value)
+        self._take(row, member)
+
+    @torch.no_grad()
     def members(self) -> list[Family]:
         """Return the families one by one, as copies."""
         out = []

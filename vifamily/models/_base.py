@@ -232,6 +232,54 @@ class Model(nn.Module, abc.ABC):
         size = self.num_data if batch is None else batch.size
         return self._folded("the log likelihood", lambda flat: self._log_likelihood(flat, batch), z, (size,))
 
+    def log_likelihood_each(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Unscaled log likelihood of each datum under a point of its own, ``(..., datum, dim) -> (..., datum)``.
+
+        Where every datum may have its own draw, the sum over data is less noisy than under a draw for all.
+
+        Raises:
+            NotAvailableError: If the model would compute it no cheaper than point by point.
+        """
+        size = self.num_data if batch is None else batch.size
+        if z.shape[-2:] != (size, self.dim):
+            raise ShapeError(
+                f"the log likelihood of each datum needs points of shape (..., {size}, {self.dim}), one for each, "
+                f"got {tuple(z.shape)}."
+            )
+        flat = z.reshape(-1, *z.shape[-2:])
+        out = self._log_likelihood_each(flat, batch)
+        check_result("the log likelihood of each datum", out, (flat.shape[0], size), flat)
+        return out.reshape(z.shape[:-1])
+
+    def _log_likelihood_each(self, z: Tensor, batch: Batch | None) -> Tensor:
+        """As :meth:`log_likelihood_each`, ``(draw, datum, dim) -> (draw, datum)``."""
+        raise NotAvailableError(f"the model {type(self).__name__} takes no noise per example.")
+
+    def gaussian_prior(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the normal prior on unconstrained space, ``(dim,)`` each.
+
+        Raises:
+            NotAvailableError: If the prior is not known to be independent normal.
+        """
+        raise NotAvailableError(f"the model {type(self).__name__} has no prior that is known to be normal.")
+
+    def kl_to_prior(self, family: Any) -> Tensor:
+        """Divergence of a Gaussian family from the normal prior in closed form, one number per restart.
+
+        Args:
+            family: A family with closed-form marginal moments and entropy.
+
+        Raises:
+            NotAvailableError: If the prior is not normal.
+        """
+        mean, own_variance = family.marginals()
+        prior_mean, prior_sd = self.gaussian_prior()
+        variance = prior_sd**2
+        spread = (own_variance + (mean - prior_mean) ** 2) / variance
+        log_det = 2 * family.entropy() - mean.shape[-1] * (1 + torch.log(variance.new_tensor(2 * torch.pi)))
+        kl: Tensor = 0.5 * (spread.sum(-1) - mean.shape[-1] + variance.log().expand_as(mean).sum(-1) - log_det)
+        return kl
+
     def log_local(self, z: Tensor, local: Tensor, batch: Batch) -> Tensor:
         """Log of local prior times likelihood per datum, ``(..., dim), (..., datum, local_dim) -> (..., datum)``."""
         flat_local = local.reshape(-1, *local.shape[-2:])
@@ -375,6 +423,13 @@ class Model(nn.Module, abc.ABC):
             return self.sample_prior(num_draws, generator=generator).to(self.device, self.dtype)
         unit = torch.rand(num_draws, self.dim, generator=generator, dtype=torch.float64)
         return (4 * unit - 2).to(self.device, self.dtype)
+
+    def initial_gaussian(self, *, generator: torch.Generator) -> tuple[Tensor, Tensor] | None:
+        """Return mean and standard deviations ``(dim,)`` where a fit should begin, or None to look for them.
+
+        For models whose own start is better than a mode or a prior draw, as that of a network is.
+        """
+        return None
 
     @property
     def own_batch_size(self) -> int | None:

@@ -111,6 +111,11 @@ class Objective(abc.ABC):
         return False
 
     @property
+    def noise_per_datum(self) -> bool:
+        """Whether each datum of a step has noise of its own: ``draws`` times the size of the batch rows of it."""
+        return False
+
+    @property
     def renyi_order(self) -> float | tuple[float, float] | None:
         """Order alpha of the Rényi divergence ``D_alpha(q || p)`` that the loss stands for with many draws, or None.
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from vifamily.errors import ConfigError, NotAvailableError
@@ -31,6 +30,9 @@ class Elbo(Objective):
     Every estimator is unbiased for the gradient, also on minibatches. They differ in variance and in what they need:
 
     - ``enumerated``: all states of a finite family, weighted; no noise at all.
+    - ``example``: the KL to a normal prior in closed form, the likelihood with a draw of its own for every datum (the
+      local reparameterisation of Kingma, Salimans and Welling 2015): the noise of a minibatch averages out over its
+      data. For models that take noise per example; each step uses ``draws`` times the batch size rows of noise.
     - ``stl``: sticking the landing (Roeder et al. 2017); the density's parameters are held fixed, so the gradient
       noise vanishes when q reaches p.
     - ``entropy``: the entropy in closed form; less noise far from the optimum, does not vanish there.
@@ -68,6 +70,12 @@ class Elbo(Objective):
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "unbiased"
     estimators: ClassVar[Mapping[str, Estimator]] = {
         "enumerated": Estimator(family=frozenset({Capability.ENUMERATED})),
+        "example": Estimator(
+            model=frozenset({Capability.SCORE, Capability.GAUSSIAN_PRIOR, Capability.EXAMPLE_NOISE}),
+            family=_PATH | {Capability.GAUSSIAN, Capability.ENTROPY},
+            never_family=frozenset({Capability.WEIGHTED}),
+            value_gradient=False,
+        ),
         "stl": Estimator(
             model=frozenset({Capability.SCORE}),
             family=_PATH,
@@ -97,8 +105,13 @@ class Elbo(Objective):
 
     @property
     def linear_in_draws(self) -> bool:
-        """The bound is a mean over draws; the leave-one-out baseline is not, and needs independent ones."""
-        return self.estimator != "score"
+        """The bound is a mean over draws; a leave-one-out baseline is not, and draws per datum must be independent."""
+        return self.estimator not in ("score", "example")
+
+    @property
+    def noise_per_datum(self) -> bool:
+        """Whether every datum has a draw of its own."""
+        return self.estimator == "example"
 
     @property
     def renyi_order(self) -> float:
@@ -110,8 +123,11 @@ class Elbo(Objective):
     ) -> Loss:
         """Evaluate minus the bound (see :class:`Objective`)."""
         draw = family(noise)
+        if self.estimator == "example":
+            return self._example(family, model, draw, batch)
         if self.estimator == "analytic_kl":
-            return self._analytic_kl(family, model, draw, batch)
+            each = model.log_likelihood(draw.z, batch).sum(-1)
+            return self._closed_kl(family, model, weighted_sum(draw.log_weight, each), batch)
         if self.estimator == "score":
             return self._score(family, model, draw, batch)
         log_p, local_log_q, terms = log_ratio_parts(model, draw, batch)
@@ -145,14 +161,19 @@ class Elbo(Objective):
         out = _loss(-ratio.mean(-1), terms, draw, {"log_q": log_q.mean(-1)})
         return dataclasses.replace(out, surrogate=surrogate)
 
-    def _analytic_kl(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
-        likelihood = weighted_sum(draw.log_weight, model.scale(batch) * model.log_likelihood(draw.z, batch).sum(-1))
-        mean, own_variance = family.marginals()  # type: ignore[attr-defined]
-        prior_mean, prior_sd = model.gaussian_prior()  # type: ignore[attr-defined]
-        variance = prior_sd**2
-        spread = (own_variance + (mean - prior_mean) ** 2) / variance
-        log_det = 2 * family.entropy() - mean.shape[-1] * (1 + torch.log(variance.new_tensor(2 * torch.pi)))
-        kl = 0.5 * (spread.sum(-1) - mean.shape[-1] + variance.log().expand_as(mean).sum(-1) - log_det)
+    def _example(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
+        size = batch.size if batch is not None else model.num_data
+        rows = draw.z.shape[-2]
+        if not size or rows % size:
+            raise ConfigError(
+                f"noise per example needs a row of noise for every datum, a multiple of {size}, and got {rows}."
+            )
+        each = model.log_likelihood_each(draw.z.unflatten(-2, (-1, size)), batch)
+        return self._closed_kl(family, model, each.sum(-1).mean(-1), batch)
+
+    def _closed_kl(self, family: FamilyLike, model: ModelLike, log_likelihood: Tensor, batch: Batch | None) -> Loss:
+        likelihood = model.scale(batch) * log_likelihood
+        kl = model.kl_to_prior(family)
         value = kl - likelihood
         return Loss(value, value.detach(), {"kl_to_prior": kl.detach(), "log_likelihood": -likelihood.detach()})
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from vifamily.errors import ConfigError
 from vifamily.objectives._base import Estimator, Objective, ValueKind, log_ratio_parts
-from vifamily.objectives._snis import effective_share, weighted_draws, weights_apart
+from vifamily.objectives._reference import check_number
+from vifamily.objectives._snis import defensive_draws, effective_share, weighted_draws, weights_apart
 from vifamily.registry import register
-from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike
+from vifamily.types import Batch, Capability, FamilyLike, Loss, ModelLike, Space
 
 __all__ = ["ReweightedWake"]
 
@@ -35,8 +38,12 @@ class ReweightedWake(Objective):
     :math:`\sum_k \bar w_k \log(K \bar w_k)`, which tends to :math:`\mathrm{KL}(p \,\|\, q)` with K and cannot exceed
     :math:`\log K`; the term ``ess`` is the effective sample size as a part of K.
 
-    The sleep phase of the method trains a conditional q on data simulated from the model; models offer no joint
-    simulation so far, and it is not here.
+    With ``defensive`` a part of the draws comes from q widened about its mean by the factor ``widen``, and all are
+    weighed as draws of the mixture of the two: no weight exceeds that of p over the wider law, so q may begin, or
+    stay, with lighter tails than p. The value is then measured from the mixture.
+
+    The sleep phase of the method trains a conditional q on data simulated from the model; it belongs to amortised
+    inference, where q takes data as its context, and a q for one data set has none.
 
     **Bias.** Of order 1/K from the division by the sum of weights, towards what the draws already cover; none at
     q = p, and none in the limit of many draws. ``wake`` and ``dreg`` have the same bias.
@@ -49,17 +56,28 @@ class ReweightedWake(Objective):
 
     Source: J. Bornschein and Y. Bengio, "Reweighted wake-sleep" (ICLR 2015), equation 7; T. A. Le et al., "Revisiting
     reweighted wake-sleep" (UAI 2019); ``dreg``: G. Tucker et al., "Doubly reparameterized gradient estimators" (ICLR
-    2019), equation 10.
+    2019), equation 10; ``defensive``: T. Hesterberg, "Weighted average importance sampling and defensive mixture
+    distributions" (Technometrics 1995), with the balance heuristic of E. Veach and L. Guibas (SIGGRAPH 1995).
 
     Args:
+        defensive: Part of the draws that comes from the wider law, from 0 (none) to below 1; ``wake`` only, on real
+            spaces, for families whose draws carry equal weights.
+        widen: Standard deviation of the wider law over that of q, above 1.
         estimator: ``"auto"``, ``"dreg"`` or ``"wake"``.
+
+    Raises:
+        ConfigError: If a number is out of range, or ``dreg`` is asked for with ``defensive``.
 
     Example:
         >>> from vifamily import plan
         >>> plan("correlated_normal", "mean_field", "reweighted_wake").estimator
         'dreg'
+        >>> plan("correlated_normal", "mean_field", "reweighted_wake(defensive=0.1)").estimator
+        'wake'
     """
 
+    defensive: float = 0.0
+    widen: float = 3.0
     estimator: str = "auto"
 
     needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_Q, Capability.DRAWS})
@@ -88,6 +106,22 @@ class ReweightedWake(Objective):
     min_draws: ClassVar[int] = 2
     default_draws: ClassVar[int] = 64
 
+    def __post_init__(self) -> None:
+        if self.defensive != 0:
+            check_number("defensive", self.defensive, 0, 1, "a part of the draws from 0 to below 1")
+        check_number("widen", self.widen, 1, math.inf, "a factor above 1")
+        super().__post_init__()
+        if not self.defensive:
+            return
+        if self.estimator == "dreg":
+            raise ConfigError(
+                "the estimator dreg moves draws of q alone; with defensive= use estimator='wake', or leave it out."
+            )
+        plain = type(self).estimators["wake"]
+        mixed = dataclasses.replace(plain, never_family=plain.never_family | {Capability.WEIGHTED})
+        object.__setattr__(self, "estimators", {"wake": mixed})
+        object.__setattr__(self, "spaces", frozenset({Space.REAL}))
+
     def loss(
         self, family: FamilyLike, model: ModelLike, noise: Tensor, batch: Batch | None = None, state: Any = None
     ) -> Loss:
@@ -97,6 +131,8 @@ class ReweightedWake(Objective):
             log_p, _, _ = log_ratio_parts(model, draw, batch)
             moving = log_p - family.log_prob(draw.z, frozen=True)
             ratio = moving.detach()
+        elif self.defensive:
+            ratio, log_q, log_p = defensive_draws(family, model, draw, batch, share=self.defensive, widen=self.widen)
         else:
             ratio, log_q, log_p = weighted_draws(family, model, draw, batch)
         log_weight = draw.log_weight.detach()

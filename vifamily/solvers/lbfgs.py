@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from vifamily.solvers._base import Run, Solver, StepReport, Task
 from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._quasi_newton import Descent, FirstGuess, NotFinite, first_guess
+from vifamily.solvers._stragglers import PATIENCE, hopeless, only_stragglers
 from vifamily.solvers._watch import bad_parameter, has_moments, meetings, units, watched
 from vifamily.types import Capability, NoiseSpec
 
@@ -54,8 +55,9 @@ class Lbfgs(Solver):
     The draws are scrambled Sobol points with their mirror images, scaled to exact second moments, which makes
     Gaussian answers to Gaussian posteriors exact on any number of draws. For objectives that combine several draws
     (``iwae``, ``renyi``) they are independent, in groups of ``draws``. Restarts share their draws and are minimised
-    side by side; those that start at the same Gaussian are one calculation. One step of the fit is one
-    evaluation of the loss and its gradient on all draws.
+    side by side; those that start at the same Gaussian are one calculation, and once three in four are at their
+    minimum, those that are still clearly worse on four sets of draws are left behind where they stand. One step of the
+    fit is one evaluation of the loss and its gradient on all draws.
 
     What it refuses before the first step: families whose optimum on fixed draws is unbounded, or fits the draws rather
     than the posterior (flows, implicit families: they need fresh draws); gradient estimators that do not follow the
@@ -160,7 +162,7 @@ class LbfgsRun(Run):
         self.options = options
         self.notes: list[str] = []
         self.counts = self._counts(most_draws)
-        self.loss = self._fixed_loss()
+        self.loss = self._loss_of_rows()
         # a mean that is off by a tenth of the tolerance costs half its square; a hundredth of that, as under strong
         # dependence a factorised family may move by many of its own sds at little cost
         self.descent = Descent(
@@ -176,6 +178,9 @@ class LbfgsRun(Run):
         self._step_sizes: list[float] = []
         self._terms: dict[str, list[float]] = {}
         self.at_minimum = False
+        self.left: list[np.ndarray] = []
+        self.left_values: list[float] = []
+        self.gaps: list[list[float]] = []
         self.finished: str | None = None
         self._fix()
 
@@ -211,16 +216,15 @@ class LbfgsRun(Run):
         unit = 1 if self.task.linear_in_draws or count % self.task.draws else self.task.draws
         return unit * part_size(count // unit, unit * self.rows, getattr(self.task.model, "num_data", None))
 
-    def _fixed_loss(self) -> FixedLoss:
+    def _fixed_loss(self, family: Any, parameters: Sequence[torch.nn.Parameter], rows: int) -> FixedLoss:
         task = self.task
         # families of points have no draws to group
-        single = task.linear_in_draws or math.prod(self.family.noise_spec.shape) == 0
-        family = self.family if single else Grouped(self.family, task.draws)
-        return FixedLoss(
-            lambda noise: task.objective_loss(family, task.model, noise, None, None),
-            [p for g in self.groups for p in g.parameters],
-            self.rows,
-        )
+        single = task.linear_in_draws or math.prod(family.noise_spec.shape) == 0
+        held = family if single else Grouped(family, task.draws)
+        return FixedLoss(lambda noise: task.objective_loss(held, task.model, noise, None, None), parameters, rows)
+
+    def _loss_of_rows(self) -> FixedLoss:
+        return self._fixed_loss(self.family, [p for g in self.groups for p in g.parameters], self.rows)
 
     def _fix(self) -> None:
         """Take the draws of the level, or another set of as many that judges its minimum."""
@@ -274,6 +278,8 @@ class LbfgsRun(Run):
         gradient = torch.cat(packed, dim=1).double().cpu().numpy()
         taken = 0.0 if self.checked else float(np.mean(descent.t))
         if self.checked:
+            if self.gaps:
+                self.gaps.append((values - values[int(np.argmin(descent.value))]).tolist())
             self._check(gradient)
         else:
             try:
@@ -288,8 +294,11 @@ class LbfgsRun(Run):
             column = self._terms.setdefault(name, [])
             # a trial beyond a wall is not where the fit stands
             column.append(term if math.isfinite(term) or not column else column[-1])
-        if not self.checked and (descent.finished or self.step_count - self.level_from >= _MOST_EVALUATIONS):
-            self.at_minimum = self._at_minimum()
+        waits = not descent.finished and self.step_count - self.level_from < _MOST_EVALUATIONS
+        if not self.checked and (not waits or self._only_stragglers()):
+            # a minimum that is not waited for is judged with the others, on the draws of the checks
+            self.gaps = [(descent.value - descent.value.min()).tolist()] if waits else []
+            self.at_minimum = not waits and self._at_minimum()
             self.checked = [self._watched()]
             if len(self.counts) > 1:
                 self._fix()
@@ -351,6 +360,9 @@ class LbfgsRun(Run):
         self._fix()
 
     def _end_level(self) -> None:
+        waited = not self.gaps
+        if not waited:
+            self._leave_behind()
         row, unit = self.checked[0], units(self.family, self.checked[0])
         if len(self.counts) > 1:
             spread = torch.stack(self.checked).std(0)
@@ -365,7 +377,7 @@ class LbfgsRun(Run):
         self.checked = []
         if settled and self.at_minimum:
             self.finished = "converged"
-        elif not self.descent.finished:
+        elif waited and not self.descent.finished:
             self.finished = "max_steps"
         elif self.level + 1 == len(self.counts):
             self.finished = "most_draws"
@@ -384,10 +396,51 @@ class LbfgsRun(Run):
             self._fix()
             self.descent.renew()
 
+    # -- restarts that are left behind ---------------------------------------------------------------------------------
+    def _only_stragglers(self) -> bool:
+        """Whether every row that is not at its minimum is far above the best, which is at its own."""
+        few = self.step_count - self.level_from < PATIENCE
+        last = self.level + 1 == len(self.counts)
+        if few or last or self.rows < 2 or self.model_flat.parameters or not has_moments(self.family):
+            return False
+        if self._watched().numel() % (2 * self.rows):
+            return False
+        return only_stragglers(self.descent, self.tolerance)
+
+    def _leave_behind(self) -> None:
+        """Give up the open rows that are worse than the best on every set of draws by more than chance explains."""
+        descent, judged = self.descent, len(self.gaps)
+        lost, least = hopeless(descent, self.gaps)
+        self.gaps = []
+        # with one that could still win among them, the next level takes up all of the rest
+        self.at_minimum = bool((descent.done == 1).sum() + len(lost) == self.rows)
+        if not lost:
+            return
+        kept = [row for row in range(self.rows) if row not in lost]
+        new = {row: i for i, row in enumerate(kept)}
+        for row in lost:
+            new[row] = -1 - len(self.left)
+            self.left.append(descent.x[row].copy())
+            self.left_values.append(float(descent.value[row]))
+        behind = sum(place in lost for place in self.place)
+        self.notes.append(
+            f"{behind} of {self.task.restarts} restarts were left behind: after {self.step_count - self.level_from} "
+            f"evaluations on {self.counts[self.level]} fixed draws they were not at a minimum and worse than the best "
+            f"by {least:.2g} or more on {judged} sets of draws; their losses are those of where "
+            "they stood"
+        )
+        self.checked = [self._columns(row, kept) for row in self.checked]
+        self.previous = None if self.previous is None else self._columns(self.previous, kept)
+        self._keep(kept, [new[row] if row >= 0 else row for row in self.place])
+
+    def _columns(self, row: Tensor, kept: list[int]) -> Tensor:
+        """What is watched of some rows."""
+        return row.reshape(2, self.rows, -1)[:, kept].reshape(-1)
+
     # -- restarts that meet --------------------------------------------------------------------------------------------
     def _spread_out(self, values: list[float]) -> list[float]:
         """Numbers of the rows, as those of all restarts."""
-        return [values[row] for row in self.place]
+        return [values[row] if row >= 0 else self.left_values[-1 - row] for row in self.place]
 
     def _merge(self, row: Tensor) -> Tensor:
         """Go on with one of the restarts that met at one minimum of the draws they share; returns what is watched."""
@@ -397,9 +450,9 @@ class LbfgsRun(Run):
         if len(kept) == self.rows:
             return row
         self.mean_errors = [self.mean_errors[i] for i in kept] if self.mean_errors else []
-        columns = row.reshape(2, self.rows, -1)[:, kept]
-        self._keep(kept, [new[i] for i in self.place])
-        return columns.reshape(-1)
+        columns = self._columns(row, kept)
+        self._keep(kept, [new[i] if i >= 0 else i for i in self.place])
+        return columns
 
     def _keep(self, rows: list[int], place: list[int]) -> None:
         """Go on with some rows; ``place`` says for each restart which of them is its own."""
@@ -408,7 +461,7 @@ class LbfgsRun(Run):
         self.rows, self.place = len(rows), place
         self.flat = FlatParameters(self.family.parameters(), self.rows)
         self.groups = [self.flat]
-        self.loss = self._fixed_loss()
+        self.loss = self._loss_of_rows()
         self._set(self.descent.x)
 
     def _at_minimum(self) -> bool:
@@ -428,7 +481,12 @@ class LbfgsRun(Run):
         """Leave the minimum in the family (see :class:`~vifamily.solvers._base.Run`)."""
         self._set(self.descent.x)
         if self.flat is not self.whole:
-            self.whole.set(self.flat.value[self.place])
+            left = [torch.from_numpy(x).to(self.flat.value) for x in self.left]
+            self.whole.set(torch.stack([self.flat.value[i] if i >= 0 else left[-1 - i] for i in self.place]))
+            # parameters are relative to an affine map: that of the first of the restarts which share a row
+            members = self.task.family.members()
+            for restart, row in enumerate(self.place):
+                self.task.family.adopt(restart, members[self.place.index(row)])
         # one set of draws for all restarts, none of which was fitted to it
         count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
         fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.rows)
@@ -436,14 +494,24 @@ class LbfgsRun(Run):
         fresh.fix([draws] * self.rows, self._part(count), self.options)
         used = ", ".join(str(n) for n in self.counts[: self.level + 1])
         return {
-            "losses": self._spread_out(fresh.values().mean(0).tolist()),
+            "losses": self._losses_of_all(draws) if self.left else self._spread_out(fresh.values().mean(0).tolist()),
             "rhat": float("nan"),
             "mcse": self.error,
-            "mean_errors": [self.mean_errors[row] for row in self.place] if self.mean_errors else [],
+            "mean_errors": [self.mean_errors[i] if i >= 0 else [math.nan] * self.family.latent.dim for i in self.place]
+            if self.mean_errors
+            else [],
             "gradient_snr": None,
             "notes": (*self.notes, f"minimised on {used} fixed draws in turn"),
             "change": self.change,
         }
+
+    def _losses_of_all(self, draws: Tensor) -> list[float]:
+        """Losses of all restarts, those left behind too, on the same draws."""
+        restarts = self.task.restarts
+        loss = self._fixed_loss(self.task.family, self.whole.parameters, restarts)
+        loss.fix([draws] * restarts, self._part(len(draws)), self.options)
+        values: list[float] = loss.values().mean(0).tolist()
+        return values
 
     # -- writing down --------------------------------------------------------------------------------------------------
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -453,20 +521,29 @@ class LbfgsRun(Run):
         out.update({f"term/{name}": column for name, column in self.terms.items()})
         if self.previous is not None:
             out["previous"] = self.previous.clone()
+        if self.left:
+            out["left"] = torch.from_numpy(np.stack(self.left))
         if self.checked:
             out["checked"] = torch.stack(self.checked)
         values = {
             "step": self.step_count, "level": self.level, "level_from": self.level_from, "finished": self.finished,
             "change": _plain(self.change), "error": _plain(self.error), "notes": list(self.notes),
             "at_minimum": self.at_minimum, "place": self.place, "mean_errors": self.mean_errors,
+            "left_values": list(self.left_values),
+            "gaps": [[_plain(v) for v in row] for row in self.gaps],
         }  # fmt: skip
         return out, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take up a written-down state (see :class:`~vifamily.solvers._base.Run`)."""
         place = [int(v) for v in values["place"]]
-        if len(set(place)) < self.rows:
-            self._keep([place.index(row) for row in range(len(set(place)))], place)
+        rows = len({row for row in place if row >= 0})
+        if rows < self.rows:
+            self._keep([place.index(row) for row in range(rows)], place)
+        # checkpoints of before any restart could be left behind say nothing of it
+        self.left = list(tensors["left"].numpy()) if "left" in tensors else []
+        self.left_values = [float(v) for v in values.get("left_values", [])]
+        self.gaps = [[float("nan" if v is None else v) for v in row] for row in values.get("gaps", [])]
         prefix = "descent/"
         own = {k.removeprefix(prefix): v.numpy() for k, v in tensors.items() if k.startswith(prefix)}
         self.descent.restore(own)

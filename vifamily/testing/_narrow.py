@@ -198,3 +198,15 @@ class NarrowModel(torch.nn.Module):
         self._need(Capability.GAUSSIAN_PRIOR)
         out: tuple[Tensor, Tensor] = self._model.gaussian_prior()
         return out
+
+    def log_likelihood_each(self, z: Tensor, batch: Batch | None = None) -> Tensor:
+        """Log likelihood of each datum under the draw beside it."""
+        self._need(Capability.EXAMPLE_NOISE)
+        out: Tensor = self._model.log_likelihood_each(z, batch)
+        return out
+
+    def kl_to_prior(self, family: Any) -> Tensor:
+        """KL of a family to the Gaussian prior; the added constant belongs to the prior and so enters negatively."""
+        self._need(Capability.GAUSSIAN_PRIOR)
+        out: Tensor = self._model.kl_to_prior(family) - self.constant
+        return out

@@ -1,0 +1,117 @@
+"""The compiled transform against that of torch, its derivatives, its vectorised and compiled forms."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from vifamily.errors import ConfigError, NotAvailableError, ShapeError
+from vifamily.numerics import hadamard_kernel
+from vifamily.numerics.hadamard import hadamard as torch_hadamard
+from vifamily.numerics.hadamard_kernel import compile_kernel, hadamard
+from vifamily.numerics.native import _library
+from vifamily.rng import scoped
+
+
+@pytest.fixture
+def kernel() -> str:
+    try:
+        compile_kernel()
+    except NotAvailableError as error:
+        pytest.skip(str(error))
+    return "compiled"
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("power", range(17))
+@pytest.mark.parametrize("orthonormal", [True, False])
+def test_it_is_the_transform_of_torch(kernel, power, orthonormal):
+    x = normal(3, 2**power)
+    wanted = torch_hadamard(x, orthonormal=orthonormal)
+    found = hadamard(x, orthonormal=orthonormal, kernel=kernel)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-10)
+    single = hadamard(x.float(), orthonormal=orthonormal, kernel=kernel)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), wanted, rtol=1e-4, atol=2e-6 * wanted.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.usefixtures("validation")
+def test_derivatives(kernel):
+    x = normal(2, 64).requires_grad_()
+    with scoped(0):  # the checks draw directions
+        assert gradcheck(lambda v: hadamard(v, kernel=kernel), (x,), check_forward_ad=True)
+        assert gradgradcheck(lambda v: hadamard(v, kernel=kernel).pow(3), (normal(1, 16).requires_grad_(),))
+
+
+def test_vmap(kernel):
+    x = normal(32, 5, 3)
+    found = torch.func.vmap(lambda v: hadamard(v, kernel=kernel), in_dims=1)(x.movedim(0, -1).movedim(0, 1))
+    torch.testing.assert_close(found, torch_hadamard(x.movedim(0, -1)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("validation")
+def test_compiled_graph(kernel):
+    def loss(v):
+        return (hadamard(v * 2, kernel="compiled") ** 3).sum()
+
+    x = normal(3, 32)
+    found = torch.func.grad(loss)(x)
+    y = x.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(y).backward()
+    torch.testing.assert_close(y.grad, found, rtol=1e-12, atol=1e-10)
+
+
+def test_layouts(kernel):
+    x = normal(64, 4, 6)
+    y = x.movedim(0, -1)
+    assert not y.is_contiguous()
+    torch.testing.assert_close(hadamard(y, kernel=kernel), torch_hadamard(y), rtol=0, atol=1e-10)
+    assert hadamard(x.new_empty(0, 64), kernel=kernel).shape == (0, 64)
+    assert hadamard(y[0, 0], kernel=kernel).shape == (64,)
+
+
+def test_half_precision_is_left_to_torch(kernel):
+    x = normal(3, 256, dtype=torch.bfloat16)
+    assert torch.equal(hadamard(x, kernel=kernel), torch_hadamard(x))
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(ConfigError, match="got 'fast'"):
+        hadamard(normal(2, 16), kernel="fast")
+    with pytest.raises(ShapeError, match="power of two"):
+        hadamard(normal(2, 12), kernel="compiled")
+    monkeypatch.setattr(hadamard_kernel, "_LOADED", {})
+
+    def none(source):
+        raise _library.NoCompilerError("no C compiler was found")
+
+    monkeypatch.setattr(_library, "load", none)
+    with pytest.raises(NotAvailableError, match="no C compiler"):
+        hadamard(normal(2, 16), kernel="compiled")
+    # by default nothing is compiled
+    torch.testing.assert_close(hadamard(normal(2, 16)), torch_hadamard(normal(2, 16)))
+
+
+def test_the_installed_cuda_kernel_is_chosen_and_called(monkeypatch):
+    fake = types.ModuleType("fast_hadamard_transform")
+    fake.__spec__ = types.SimpleNamespace(name="fast_hadamard_transform")  # type: ignore[assignment]
+    fake.hadamard_transform = lambda x, scale: torch_hadamard(x, orthonormal=False) * scale  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", fake)
+    assert hadamard_kernel._way("cuda", torch.float32, 256, "auto") == "dao"
+    assert hadamard_kernel._way("cuda", torch.float64, 256, "auto") is None
+    assert hadamard_kernel._way("cuda", torch.float32, 256, "torch") is None
+    x = normal(2, 64).requires_grad_()
+    with scoped(0):
+        assert gradcheck(lambda v: hadamard_kernel._apply(v, 0.125, "dao"), (x,))
+
+
+@pytest.mark.gpu
+def test_on_a_cuda_device():
+    x = normal(3, 256, dtype=torch.float32).cuda()
+    torch.testing.assert_close(hadamard(x).cpu(), torch_hadamard(x.cpu()), rtol=1e-4, atol=1e-4)
