@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from vifamily import registry
+from vifamily.benchmark import names as benchmark_names
 from vifamily.errors import ConfigError, IncompatibleError, SpecError, VifamilyError
 
 __all__ = ["app", "main"]
@@ -312,7 +313,7 @@ def reproduce_command(
 @app.command("benchmark", epilog=f"Example:  {_BENCHMARK_EXAMPLE}  {_CODES}")
 @_clean
 def benchmark_command(
-    name: Annotated[str, typer.Argument(help="The benchmark: solvers, scaling, large_data, hadamard or whvi.")],
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(benchmark_names())}.")],
     *,
     problems: Annotated[str | None, typer.Option(help="Problems of the suite, separated by commas.")] = None,
     families: Annotated[str | None, typer.Option(help="mean_field, full_rank or both.")] = None,

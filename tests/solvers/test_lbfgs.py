@@ -16,7 +16,7 @@ from vifamily.models import Density, LikelihoodModel
 from vifamily.objectives import Objective
 from vifamily.rng import NoiseStream, draw_noise, generator
 from vifamily.solvers import Lbfgs, Task
-from vifamily.solvers._fixed_draws import balanced_draws, independent_draws, part_size
+from vifamily.solvers._fixed_draws import FixedLoss, balanced_draws, independent_draws, part_size
 from vifamily.solvers._quasi_newton import Descent, NotFinite
 from vifamily.testing import targets
 from vifamily.types import LatentSpec, Loss, NoiseSpec
@@ -237,6 +237,44 @@ def test_parts_bound_the_memory():
     assert part_size(4096, 1, 100_000) == 32
     assert part_size(4096, 4, None) == 256
     assert part_size(4096, 1, 10**9) == 2
+    # where the size of the data is not known, what a draw holds decides, and never makes parts smaller than before
+    assert part_size(65536, 1, None, 2**24 // 8192) == 8192
+    assert part_size(65536, 2, None, 2**24 // 8192) == 4096
+    assert part_size(65536, 1, None, 2**30) == 1024
+    assert part_size(4096, 1, 100_000, 1) == 32
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_a_draw_holds_is_counted_and_the_data_are_not(rows):
+    dim, num_data = 4, 100
+    scale = torch.nn.Parameter(torch.ones(rows, 1, dim, dtype=torch.float64))
+    data = torch.ones(dim, num_data, dtype=torch.float64)
+
+    def loss(noise):
+        value = ((noise * scale) @ data).square().sum(-1).mean(-1)
+        return Loss(value, value.detach(), {})
+
+    fixed = FixedLoss(loss, [scale], rows)
+    draws = torch.ones(64, dim, dtype=torch.float64)
+    # the product keeps the noise, the square its argument; the data are kept once, whatever the number of draws
+    expected = 8 * (dim + num_data)
+    assert fixed.held_by_a_draw(draws, 1, {}) == pytest.approx(expected, abs=8 * dim)
+    assert fixed.held_by_a_draw(draws[:15], 1, {}) is None
+
+
+def test_a_loss_that_takes_no_hooks_keeps_small_parts():
+    def loss(noise):
+        raise RuntimeError("no hooks here")
+
+    assert FixedLoss(loss, [], 1).held_by_a_draw(torch.ones(64, 2), 1, {}) is None
+
+
+def test_a_cheap_density_is_evaluated_in_few_parts():
+    run = make_run(registry.build("problems", "banana").model)
+    draws = torch.zeros(65536, *run.family.noise_spec.shape, dtype=torch.float64)
+    run._fix_on(run.loss, draws)
+    assert len(run.loss.parts[0]) > 1024
+    assert sum(len(part) for part in run.loss.parts) == 65536
 
 
 def test_parts_do_not_change_the_answer(monkeypatch):

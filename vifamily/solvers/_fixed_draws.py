@@ -17,6 +17,9 @@ __all__ = ["FixedLoss", "Grouped", "balanced_draws", "independent_draws", "part_
 
 _LARGEST_PART = 4_000_000
 _PART_OF_UNKNOWN = 1024
+_LARGEST_HELD = 2**24
+"""Bytes that an evaluation may hold for its gradient where the size of a model's data is not known."""
+_FEW = 8
 
 
 def balanced_draws(spec: NoiseSpec, count: int, seed: int) -> Tensor:
@@ -92,9 +95,20 @@ def independent_draws(spec: NoiseSpec, count: int, seed: int) -> Tensor:
     return torch.cat([points, -points])
 
 
-def part_size(count: int, rows: int, num_data: int | None) -> int:
-    """Draws to evaluate at once, a power-of-two part of ``count``, so that memory does not grow with their number."""
+def part_size(count: int, rows: int, num_data: int | None, held: int | None = None) -> int:
+    """Draws to evaluate at once, a power-of-two part of ``count``, so that memory does not grow with their number.
+
+    Args:
+        count: Number of draws.
+        rows: Number of restarts.
+        num_data: Size of the data, where the model says.
+        held: Bytes held for the gradient by each draw of each restart, where that was measured; counts only where
+            the size of the data is not known, and never makes parts smaller.
+    """
     most = _PART_OF_UNKNOWN if num_data is None else max(1, _LARGEST_PART // max(1, num_data))
+    if num_data is None and held:
+        # small parts of a cheap density cost calls, not arithmetic
+        most = max(most, _LARGEST_HELD // held)
     size = count
     while size * rows > most and size % 2 == 0 and size > 2:
         size //= 2
@@ -175,6 +189,40 @@ class FixedLoss:
             for name, term in loss.terms.items():
                 terms[name] = terms.get(name, 0.0) + share * float(term.double().mean())
         return value, gradients, terms
+
+    def held_by_a_draw(self, draws: Tensor, unit: int, options: dict[str, Any]) -> int | None:
+        """Bytes that a draw of a restart adds to what an evaluation holds for its gradient.
+
+        It is the difference of two small evaluations, so that data of a model, held once, do not count.
+
+        Args:
+            draws: ``(draw, ...)``, at least twice ``max(8, unit)`` of them.
+            unit: Draws that belong together.
+            options: Dtype and device of the noise.
+
+        Returns:
+            The bytes, or None where they cannot be counted.
+        """
+        few = unit * math.ceil(_FEW / unit)
+        if len(draws) < 2 * few:
+            return None
+        seen = []
+        for size in (few, 2 * few):
+            noise = draws[:size].to(**options)
+            total = [0]
+
+            def note(tensor: Tensor, total: list[int] = total) -> Tensor:
+                total[0] += tensor.numel() * tensor.element_size()
+                return tensor
+
+            try:
+                with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                    self.loss(noise if self.rows == 1 else noise.expand(self.rows, *noise.shape))
+            except (RuntimeError, ValueError):
+                # transforms that take no hooks, or a loss that is not defined here: the parts stay small
+                return None
+            seen.append(total[0])
+        return max(1, (seen[1] - seen[0]) // (few * self.rows))
 
     def _mean(self, loss: Loss) -> np.ndarray:
         out: np.ndarray = loss.value.detach().double().reshape(self.rows, -1).mean(1).cpu().numpy()

@@ -211,10 +211,16 @@ class LbfgsRun(Run):
         spec: NoiseSpec = self.family.noise_spec
         return (balanced_draws if self.task.linear_in_draws else independent_draws)(spec, count, seed)
 
-    def _part(self, count: int) -> int:
+    def _fix_on(self, loss: FixedLoss, draws: Tensor) -> None:
+        """Fix one set of draws for all rows of a loss, in parts that its memory allows."""
         # a group is never cut
+        count, num_data = len(draws), getattr(self.task.model, "num_data", None)
         unit = 1 if self.task.linear_in_draws or count % self.task.draws else self.task.draws
-        return unit * part_size(count // unit, unit * self.rows, getattr(self.task.model, "num_data", None))
+        held = None
+        if num_data is None and part_size(count, loss.rows, None) < count:
+            held = loss.held_by_a_draw(draws, unit, self.options)
+        part = unit * part_size(count // unit, unit * loss.rows, num_data, held)
+        loss.fix([draws] * loss.rows, part, self.options)
 
     def _fixed_loss(self, family: Any, parameters: Sequence[torch.nn.Parameter], rows: int) -> FixedLoss:
         task = self.task
@@ -230,8 +236,7 @@ class LbfgsRun(Run):
         """Take the draws of the level, or another set of as many that judges its minimum."""
         # one set for all restarts: what tells them apart is where they start, not chance
         count = self.counts[self.level]
-        draws = self._draws(count, self.level, len(self.checked))
-        self.loss.fix([draws] * self.rows, self._part(count), self.options)
+        self._fix_on(self.loss, self._draws(count, self.level, len(self.checked)))
 
     def _guesses(self) -> list[FirstGuess | None]:
         """What the families know of the curvature before the first evaluation."""
@@ -491,7 +496,7 @@ class LbfgsRun(Run):
         count = max(_FRESH_DRAWS, 8 * self.task.draws) if len(self.counts) > 1 else 2
         fresh = FixedLoss(self.loss.loss, self.loss.parameters, self.rows)
         draws = self._draws(count, _FRESH)
-        fresh.fix([draws] * self.rows, self._part(count), self.options)
+        self._fix_on(fresh, draws)
         used = ", ".join(str(n) for n in self.counts[: self.level + 1])
         return {
             "losses": self._losses_of_all(draws) if self.left else self._spread_out(fresh.values().mean(0).tolist()),
@@ -507,9 +512,8 @@ class LbfgsRun(Run):
 
     def _losses_of_all(self, draws: Tensor) -> list[float]:
         """Losses of all restarts, those left behind too, on the same draws."""
-        restarts = self.task.restarts
-        loss = self._fixed_loss(self.task.family, self.whole.parameters, restarts)
-        loss.fix([draws] * restarts, self._part(len(draws)), self.options)
+        loss = self._fixed_loss(self.task.family, self.whole.parameters, self.task.restarts)
+        self._fix_on(loss, draws)
         values: list[float] = loss.values().mean(0).tolist()
         return values
 
