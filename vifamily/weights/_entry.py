@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import abc
-import copy
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
-from vifamily.errors import ConfigError
-from vifamily.supports import Layout
 from vifamily.weights._base import LayerWeights
-from vifamily.weights._fold import FoldedNet
-from vifamily.weights._report import ConversionReport, ConvertedLayer
+from vifamily.weights._network import NetworkWeights
 
 __all__ = ["NetworkWeights", "WeightsEntry"]
 
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
-Route = Literal["fold", "repeat", "vmap", "loop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +34,25 @@ class WeightsEntry(abc.ABC):
     def picks(self, layer: str, parameter: str = "") -> bool:
         """Whether the patterns choose a layer, or a parameter of it (its own name, ``"weight"``)."""
         full = ".".join(part for part in (layer, parameter) if part)
-
-        def matches(patterns: str) -> bool:
-            found = [p.strip() for p in patterns.split(",") if p.strip()]
-            return any(fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(layer, p) for p in found)
-
-        return matches(self.include) and not matches(self.exclude)
+        return _matches(self.include, layer, full) and not _matches(self.exclude, layer, full)
 
     def skips(self, net: nn.Module, name: str, module: nn.Module) -> str | None:
-        """Why a layer is not even asked for, or None where it is."""
-        if isinstance(module, _BATCH_NORM):
+        """Why a layer is not even asked for, or None where it is.
+
+        Args:
+            net: The network, as it was given.
+            name: Full name of the layer.
+            module: The layer.
+        """
+        if isinstance(module, _BATCH_NORM) and not self.named_on_purpose(name, module):
             return "batch normalisation: its scale and shift stay points, its running statistics are fixed"
-        parameters = [key for key, _ in module.named_parameters(recurse=False)]
-        if not any(self.picks(name, key) for key in parameters):
+        if not any(self.picks(name, key) for key in own_parameters(module)):
             return "not chosen by include= and exclude="
         return None
+
+    def named_on_purpose(self, name: str, module: nn.Module) -> bool:
+        """Whether patterns that do not choose everything choose this layer; batch normalisation needs it."""
+        return self.include != "*" and any(self.picks(name, key) for key in own_parameters(module))
 
     @abc.abstractmethod
     def layer(self, module: nn.Module, name: str, *, generator: torch.Generator) -> LayerWeights | str:
@@ -85,273 +82,11 @@ class WeightsEntry(abc.ABC):
         )
 
 
-class NetworkWeights(nn.Module):
-    """A network as a function of its input and a flat latent.
-
-    The given net is copied. It is evaluated in eval mode: dropout is off and batch normalisation uses its running
-    statistics, since batch statistics would mix draws.
-
-    Args:
-        net: Any module that maps ``(datum, ...)`` to ``(datum, ...)``.
-        entry: Which layers are converted, and how.
-        generator: Randomness of starting values.
-        rest: What becomes of parameters that are not converted: ``"point"`` (estimated as points) or ``"frozen"``.
-        prior_scale: Multiplies the prior standard deviation of every layer.
-        chunk_draws: Draws at a time, to bound memory; None for all at once.
-
-    Attributes:
-        layout: The latent's sites: one per parameter, or one per layer where a layer's latent is not its parameters.
-        dim: Number of latent coordinates.
-        report: What was converted and what was not.
-        route: How draws are evaluated: ``"fold"``, ``"repeat"``, ``"vmap"`` or ``"loop"`` (see :meth:`settle`).
-
-    Raises:
-        ConfigError: If no layer is converted, or an argument has an impossible value.
-    """
-
-    scales: Tensor
-
-    def __init__(
-        self,
-        net: nn.Module,
-        entry: WeightsEntry,
-        *,
-        generator: torch.Generator,
-        rest: str = "point",
-        prior_scale: float = 1.0,
-        chunk_draws: int | None = None,
-    ) -> None:
-        super().__init__()
-        _check(net, rest, prior_scale, chunk_draws)
-        self.rest, self.chunk_draws, self.route = rest, chunk_draws, "fold"
-        self.net = copy.deepcopy(net).eval()
-        own = sum(p.numel() for p in self.net.parameters())
-        modules = {n: m for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))}
-        tied = _tied(modules)
-        layers: dict[str, LayerWeights] = {}
-        rows: list[ConvertedLayer] = []
-        for name, module in modules.items():
-            count = sum(p.numel() for p in module.parameters(recurse=False))
-            reason = entry.skips(self.net, name, module)
-            made = reason if reason is not None else entry.layer(copy.deepcopy(module), name, generator=generator)
-            skipped = made if isinstance(made, str) else ""
-            dim = 0 if isinstance(made, str) else made.dim
-            rows.append(ConvertedLayer(name or "(net)", type(module).__name__, count, dim, skipped))
-            if not isinstance(made, str):
-                layers[name] = made
-        if not layers:
-            raise ConfigError(
-                "no layer of the network was converted: "
-                + ("; ".join(f"{row.name}: {row.skipped}" for row in rows) or "it has no parameters")
-                + ". Choose other weights=, include= or exclude=."
-            )
-        self.layers = nn.ModuleList(layers.values())
-        self.layer_names = tuple(layers)
-        self._convert(layers, modules, tied)
-        like = next(iter(net.parameters()))
-        self.register_buffer("scales", torch.full((len(layers),), float(prior_scale)).to(like))
-        sites: dict[str, Any] = {}
-        for name, layer in layers.items():
-            shapes: Mapping[str, tuple[int, ...]] = getattr(layer, "site_shapes", {}) or {name or "net": (layer.dim,)}
-            sites |= {site: (shape, "real") for site, shape in shapes.items()}
-        self.layout, self.dim = Layout.of(sites), sum(layer.dim for layer in layers.values())
-        point = sum(p.numel() for p in self.parameters())
-        self.report = ConversionReport(tuple(rows), own, self.dim, point)
-        self._fold_cache: FoldedNet | None = None
-
-    def _convert(self, layers: Mapping[str, LayerWeights], modules: Mapping[str, nn.Module], tied: set[int]) -> None:
-        """Turn what the latent makes into buffers of the copied net, and share what stays with the layers' weights."""
-        made = {name for layer in layers.values() for name in layer.names}
-        if any(id(self.net.get_parameter(name)) in tied for name in made):
-            self.route = "vmap"  # a folded layer sees only its own parameters
-        for name, module in modules.items():
-            for key, value in list(module.named_parameters(recurse=False)):
-                full = f"{name}.{key}" if name else key
-                if full in made or self.rest == "frozen" or not value.requires_grad:
-                    del module._parameters[key]
-                    module.register_buffer(key, value.detach().clone(), persistent=full not in made)
-        for name, layer in layers.items():
-            if isinstance(getattr(layer, "module", None), nn.Module):
-                layer.module = self.net.get_submodule(name)  # the net's own: one set of points for both
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._fold_cache = None  # buffers of the folded net are replaced, not changed
-        return super()._apply(fn, recurse)
-
-    # -- evaluation ----------------------------------------------------------------------------------------------------
-    @property
-    def example_noise(self) -> bool:
-        """Whether every layer can take a latent of its own for each datum."""
-        folded = self.route in ("fold", "repeat")
-        return folded and all(bool(layer.example_noise) for layer in self._layers())
-
-    def _layers(self) -> list[LayerWeights]:
-        return [layer for layer in self.layers if isinstance(layer, LayerWeights)]
-
-    def slices(self, z: Tensor) -> list[Tensor]:
-        """Part of the latent that each layer takes, ``(..., dim) -> [(..., layer dim)]``."""
-        return list(z.split([layer.dim for layer in self._layers()], -1))
-
-    def materialise(self, z: Tensor) -> dict[str, Tensor]:
-        """Write out every converted parameter, ``(..., dim) -> full name -> (..., *shape)``."""
-        out: dict[str, Tensor] = {}
-        for layer, part in zip(self._layers(), self.slices(z), strict=True):
-            out |= layer.materialise(part)
-        return out
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Compute the network's outputs for every draw.
-
-        Args:
-            x: Inputs, ``(datum, ...)``.
-            z: ``(draw, dim)``, or ``(draw, datum, dim)`` where each datum has a latent of its own.
-
-        Returns:
-            ``(draw, datum, *out)``.
-        """
-        size = self.chunk_draws or max(z.shape[0], 1)
-        parts = [self._evaluate(x, part) for part in z.split(size)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _evaluate(self, x: Tensor, z: Tensor) -> Tensor:
-        if self.route in ("fold", "repeat"):
-            if self._fold_cache is None:
-                self._fold_cache = FoldedNet(self.net, dict(zip(self.layer_names, self._layers(), strict=True)))
-            return self._fold_cache(x, self.slices(z), repeat=self.route == "repeat")
-        if z.dim() == 3:
-            per_datum = [self._evaluate(x[i : i + 1], z[:, i]) for i in range(x.shape[0])]
-            return torch.cat(per_datum, 1)
-        parameters = self.materialise(z)
-        if self.route == "vmap":
-            out: Tensor = torch.vmap(lambda values: functional_call(self.net, values, (x,)))(parameters)
-            return out
-        return self._loop(x, parameters, z.shape[0])
-
-    def _loop(self, x: Tensor, parameters: Mapping[str, Tensor], num_draws: int) -> Tensor:
-        outs = [functional_call(self.net, {k: v[s] for k, v in parameters.items()}, (x,)) for s in range(num_draws)]
-        return torch.stack(outs)
-
-    def settle(self, x: Tensor, *, generator: torch.Generator) -> str:
-        """Find out on a few inputs how draws can be evaluated, by comparison with a loop over draws.
-
-        Draws are folded into the datum axis (``"fold"``; with the input repeated first, ``"repeat"``) where that gives
-        what a loop gives; where a net mixes rows or reads its parameters from outside their layer it does not, and
-        the whole net is vectorised (``"vmap"``) or, where that raises, looped over (``"loop"``).
-
-        Args:
-            x: A few inputs, ``(datum, ...)``.
-            generator: Randomness of the two draws that are compared.
-
-        Returns:
-            The route, also kept as ``route``.
-        """
-        mean, sd = self.initial(generator)
-        noise = torch.randn(2, self.dim, generator=generator, dtype=torch.float64).to(mean)
-        z = mean + (sd + 0.1) * noise
-        with torch.no_grad():
-            expected = self._loop(x, self.materialise(z), 2)
-            routes: tuple[Route, ...] = ("vmap",) if self.route == "vmap" else ("fold", "repeat", "vmap")
-            tolerance = 1e3 * torch.finfo(expected.dtype).eps * float(1 + expected.abs().max())
-            for route in routes:
-                self.route = route
-                try:
-                    out = self._evaluate(x, z)
-                except Exception:  # what user code raises on axes that it does not expect: the next route has them
-                    continue
-                if out.shape == expected.shape and float((out - expected).abs().max()) <= tolerance:
-                    return route
-        self.route = "loop"
-        return self.route
-
-    # -- prior ---------------------------------------------------------------------------------------------------------
-    @property
-    def gaussian_prior(self) -> bool:
-        """Whether the prior of every layer is independent normal."""
-        return not any(map(_own_prior, self._layers()))
-
-    def prior(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the prior, ``(dim,)`` each."""
-        pairs = [self._prior_of(i, layer) for i, layer in enumerate(self._layers())]
-        return torch.cat([mean for mean, _ in pairs]), torch.cat([sd for _, sd in pairs])
-
-    def _prior_of(self, index: int, layer: LayerWeights) -> tuple[Tensor, Tensor]:
-        mean, sd = layer.prior()
-        return mean, sd if _own_prior(layer) else sd * self.scales[index]
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        """Log prior density, ``(..., dim) -> (...)``."""
-        total = z.new_zeros(z.shape[:-1])
-        for i, (layer, part) in enumerate(zip(self._layers(), self.slices(z), strict=True)):
-            if _own_prior(layer):
-                total = total + layer.log_prior(part)
-            else:
-                normal = torch.distributions.Normal(*self._prior_of(i, layer), validate_args=False)
-                total = total + normal.log_prob(part).sum(-1)
-        return total
-
-    def cross_entropy(self, mean: Tensor, variance: Tensor) -> Tensor | None:
-        """``E_q[-log p(z)]`` of a law with these moments, ``(..., dim) -> (...)``; None where moments do not do."""
-        total = mean.new_zeros(mean.shape[:-1])
-        moments = zip(self._layers(), self.slices(mean), self.slices(variance), strict=True)
-        for i, (layer, centre, spread) in enumerate(moments):
-            if _own_prior(layer):
-                part = layer.cross_entropy(centre, spread)
-                if part is None:
-                    return None
-            else:
-                prior_mean, sd = self._prior_of(i, layer)
-                quadratic = ((centre - prior_mean).square() + spread) / sd.square()
-                part = 0.5 * (quadratic + (2 * torch.pi * sd.square()).log()).sum(-1)
-            total = total + part
-        return total
-
-    def fit_prior(self, mean: Tensor, variance: Tensor) -> dict[str, float]:
-        r"""Set each layer's prior scale to the maximiser of the bound at given posterior moments (empirical Bayes).
-
-        .. math:: \lambda^2 = \operatorname{mean}_k\, [v_k + (m_k - m^0_k)^2] / s_k^2
-
-        Args:
-            mean: Posterior means, ``(dim,)``.
-            variance: Marginal posterior variances, ``(dim,)``.
-
-        Returns:
-            Layer name to its new scale; layers with a prior of their own kind are left out.
-        """
-        out: dict[str, float] = {}
-        moments = zip(self._layers(), self.slices(mean), self.slices(variance), strict=True)
-        for i, (layer, centre, spread) in enumerate(moments):
-            if not _own_prior(layer):
-                prior_mean, sd = layer.prior()
-                square = (((centre - prior_mean).square() + spread) / sd.square()).mean().detach()
-                self.scales[i] = square.sqrt()
-                out[self.layer_names[i]] = float(self.scales[i])
-        return out
-
-    def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation from which a fit should begin, ``(dim,)`` each."""
-        pairs = [layer.initial(generator) for layer in self._layers()]
-        return torch.cat([mean for mean, _ in pairs]), torch.cat([sd for _, sd in pairs])
+def own_parameters(module: nn.Module) -> Iterable[str]:
+    """Own names of the parameters that a module holds itself."""
+    return [key for key, _ in module.named_parameters(recurse=False)]
 
 
-def _own_prior(layer: nn.Module) -> bool:
-    return isinstance(layer, LayerWeights) and type(layer).log_prior is not LayerWeights.log_prior
-
-
-def _tied(modules: Mapping[str, nn.Module]) -> set[int]:
-    seen = [id(p) for module in modules.values() for p in module.parameters(recurse=False)]
-    return {i for i in seen if seen.count(i) > 1}
-
-
-def _check(net: Any, rest: str, prior_scale: float, chunk_draws: int | None) -> None:
-    if not isinstance(net, nn.Module):
-        raise ConfigError(f"net must be a torch.nn.Module, got {type(net).__name__}.")
-    kinds = {p.dtype for p in net.parameters() if p.is_floating_point()}
-    if len(kinds) != 1:
-        found = ", ".join(sorted(map(str, kinds))) or "no parameters"
-        raise ConfigError(f"net must have parameters of one floating dtype, got {found}: use net.to(dtype).")
-    if rest not in ("point", "frozen"):
-        raise ConfigError(f"rest must be 'point' or 'frozen', got {rest!r}.")
-    if not (isinstance(prior_scale, (int, float)) and 0 < prior_scale < float("inf")):
-        raise ConfigError(f"prior_scale must be a positive number, got {prior_scale!r}.")
-    if chunk_draws is not None and (not isinstance(chunk_draws, int) or chunk_draws < 1):
-        raise ConfigError(f"chunk_draws must be a positive integer or None, got {chunk_draws!r}.")
+def _matches(patterns: str, layer: str, full: str) -> bool:
+    found = [p.strip() for p in patterns.split(",") if p.strip()]
+    return any(fnmatch.fnmatchcase(full, p) or fnmatch.fnmatchcase(layer, p) for p in found)

@@ -32,6 +32,7 @@ class _Folded(nn.Module):
         self.__dict__["weights"] = weights  # owned by the network, not by this stand-in
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute ``(rows, ...)`` to ``(rows, ...)``, with draws before data in the rows."""
         rows, call = x.shape[0], self.call
         z, draws = call.latents[self.name], call.num_draws
         if not call.repeat and rows == call.num_data:
@@ -41,6 +42,8 @@ class _Folded(nn.Module):
         else:
             raise ShapeError(f"layer {self.name!r} got {rows} rows for {draws} draws of {call.num_data} data.")
         out = self.weights.forward(unfolded, z)
+        if not isinstance(out, Tensor):
+            raise ShapeError(f"layer {self.name!r} gives no tensor but {type(out).__name__}.")
         return out.reshape(out.shape[0] * out.shape[1], *out.shape[2:])
 
 

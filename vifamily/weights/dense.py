@@ -10,13 +10,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from vifamily.errors import ConfigError
 from vifamily.registry import register
 from vifamily.weights._base import LayerWeights
 from vifamily.weights._entry import WeightsEntry
 
-__all__ = ["Dense", "DenseLayer"]
+__all__ = ["NORMALISATIONS", "Dense", "DenseLayer"]
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm)
+NORMALISATIONS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+"""Layers whose weight multiplies something already of unit size."""
+_APART = 0.1
+"""Starts are this share of the start standard deviation apart: members of an ensemble that begin at one point stay so."""
 _CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d}
 
 
@@ -28,6 +38,7 @@ class DenseLayer(LayerWeights):
         name: Its full name.
         keys: Own names of the parameters that are latent; the others stay with the layer.
         spread: Start standard deviation relative to that of the prior of the weights.
+        begin: Where a fit begins, ``"net"`` (the layer's own values) or ``"prior"`` (a draw of the prior).
     """
 
     example_noise = True
@@ -37,9 +48,11 @@ class DenseLayer(LayerWeights):
     start: Tensor
     start_sd: Tensor
 
-    def __init__(self, module: nn.Module, name: str, keys: tuple[str, ...], spread: float = 0.1) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, keys: tuple[str, ...], spread: float = 0.1, begin: str = "net"
+    ) -> None:
         super().__init__()
-        self.module, self.keys = module, keys
+        self.module, self.keys, self.begin = module, keys, begin
         values = {key: module.get_parameter(key).detach() for key in keys}
         self.names = tuple(f"{name}.{key}" if name else key for key in keys)
         self.shapes = tuple(tuple(v.shape) for v in values.values())
@@ -68,7 +81,9 @@ class DenseLayer(LayerWeights):
             return self._linear(x, z, own)
         if type(self.module) in _CONVOLUTIONS and self.module.padding_mode == "zeros":
             return self._convolution(x, z, own)
-        call = torch.vmap(lambda v, row: functional_call(self.module, v, (row,)), in_dims=(0, 0 if len(x) > 1 else None))
+        call = torch.vmap(
+            lambda v, row: functional_call(self.module, v, (row,)), in_dims=(0, 0 if len(x) > 1 else None)
+        )
         given = x if len(x) > 1 else x[0]
         if z.dim() == 2:
             out: Tensor = call(own, given)
@@ -77,17 +92,23 @@ class DenseLayer(LayerWeights):
         each: Tensor = torch.vmap(one)(own, x.expand(z.shape[0], *x.shape[1:]))
         return each
 
-    def _full(self, own: dict[str, Tensor], key: str, lead: torch.Size) -> Tensor | None:
-        """A parameter for every draw, whether latent or not."""
-        if key in own:
-            return own[key]
-        value = getattr(self.module, key)
+    def _weight(self, own: dict[str, Tensor], lead: torch.Size) -> Tensor:
+        """The weight for every draw, whether latent or not."""
+        if "weight" in own:
+            return own["weight"]
+        value: Tensor = self.module.weight
+        return value.expand(*lead, *value.shape)
+
+    def _bias(self, own: dict[str, Tensor], lead: torch.Size) -> Tensor | None:
+        """The bias for every draw, or None where the layer has none."""
+        if "bias" in own:
+            return own["bias"]
+        value: Tensor | None = self.module.bias
         return None if value is None else value.expand(*lead, *value.shape)
 
     def _linear(self, x: Tensor, z: Tensor, own: dict[str, Tensor]) -> Tensor:
         lead = z.shape[:-1]
-        weight, bias = self._full(own, "weight", lead), self._full(own, "bias", lead)
-        assert weight is not None  # a linear layer has one
+        weight, bias = self._weight(own, lead), self._bias(own, lead)
         draws, out_features, in_features = z.shape[0], weight.shape[-2], weight.shape[-1]
         if z.dim() == 3:
             rows = x.reshape(x.shape[0], x.shape[1], -1, in_features)
@@ -106,8 +127,7 @@ class DenseLayer(LayerWeights):
     def _convolution(self, x: Tensor, z: Tensor, own: dict[str, Tensor]) -> Tensor:
         layer, lead = self.module, z.shape[:-1]
         convolve = _CONVOLUTIONS[type(layer)]  # type: ignore[index]
-        weight, bias = self._full(own, "weight", lead), self._full(own, "bias", lead)
-        assert weight is not None  # a convolution has one
+        weight, bias = self._weight(own, lead), self._bias(own, lead)
         kernel = weight.flatten(0, len(lead))
         offset = None if bias is None else bias.flatten()
         options = (layer.stride, layer.padding, layer.dilation)
@@ -128,12 +148,15 @@ class DenseLayer(LayerWeights):
         return self.prior_mean, self.prior_sd
 
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Begin at the layer's own values, so that a trained net stays trained."""
-        return self.start, self.start_sd
+        """Begin near the layer's own values, so that a trained net stays trained, or at a draw of the prior."""
+        noise = torch.randn(self.dim, generator=generator, dtype=torch.float64).to(self.start)
+        if self.begin == "prior":
+            return self.prior_mean + self.prior_sd * noise, self.start_sd
+        return self.start + _APART * self.start_sd * noise, self.start_sd
 
 
 def _prior(module: nn.Module, key: str, value: Tensor) -> tuple[Tensor, float, float]:
-    if isinstance(module, _NORMS):
+    if isinstance(module, NORMALISATIONS):
         return value, (1.0 if key == "weight" else 0.0), 1.0
     if value.dim() < 2 or isinstance(module, nn.Embedding):
         return value, 0.0, 1.0
@@ -147,13 +170,17 @@ class Dense(WeightsEntry):
 
     .. math:: w \sim \mathrm{N}(0, 2 / \text{fan-in}), \qquad b \sim \mathrm{N}(0, 1)
 
-    Outputs of a layer then keep their size through ReLU networks of any width. Scales of layer and group normalisation
-    have prior mean 1, rows of embeddings standard deviation 1. A fit begins at the layer's own values with a tenth of
-    the smallest prior standard deviation of the layer.
+    Outputs of a layer then keep their size through ReLU networks of any width. Scales of normalisation layers have prior
+    mean 1, rows of embeddings standard deviation 1. A fit begins with a tenth of the smallest prior standard deviation
+    of the layer, around the layer's own values or around a draw of the prior (each member of an ensemble has its own).
 
     Args:
         include: Patterns on parameter or layer names, separated by commas.
         exclude: Patterns of what stays as it is.
+        begin: Where a fit begins: ``"net"``, near the values that the network has, or ``"prior"``.
+
+    Raises:
+        ConfigError: If begin is neither.
 
     Source: He, Zhang, Ren and Sun (2015), "Delving deep into rectifiers", equation 10, as the prior.
 
@@ -164,7 +191,16 @@ class Dense(WeightsEntry):
         (6, 2, torch.Size([4, 5, 2]))
     """
 
+    begin: str = "net"
+
+    def __post_init__(self) -> None:
+        """Check the start."""
+        if self.begin not in ("net", "prior"):
+            raise ConfigError(f"begin must be 'net' or 'prior', got {self.begin!r}.")
+
     def layer(self, module: nn.Module, name: str, *, generator: torch.Generator) -> LayerWeights | str:
         """Make the weights of a layer: all its chosen parameters that are not frozen."""
         keys = [k for k, p in module.named_parameters(recurse=False) if p.requires_grad and self.picks(name, k)]
-        return DenseLayer(module, name, tuple(keys)) if keys else "its parameters do not require gradients"
+        if not keys:
+            return "its parameters do not require gradients"
+        return DenseLayer(module, name, tuple(keys), begin=self.begin)

@@ -7,7 +7,8 @@ import dataclasses
 from torch import nn
 
 from vifamily.registry import register
-from vifamily.weights.dense import Dense
+from vifamily.weights._entry import own_parameters
+from vifamily.weights.dense import NORMALISATIONS, Dense
 
 __all__ = ["LastLayer"]
 
@@ -19,11 +20,13 @@ class LastLayer(Dense):
 
     .. math:: f(x) = W \phi(x) + b, \qquad W, b \text{ latent}
 
-    The last layer is the last by registration in the module. Prior and start are those of ``dense``.
+    The last layer is the last by registration in the module that ``include`` and ``exclude`` choose, normalisation
+    layers left aside. Prior and start are those of ``dense``.
 
     Args:
         include: Patterns on parameter or layer names, separated by commas.
         exclude: Patterns of what stays as it is.
+        begin: Where a fit begins: ``"net"``, near the values that the network has, or ``"prior"``.
 
     Source: Snoek et al. (2015), "Scalable Bayesian optimization using deep neural networks", section 3.1.
 
@@ -37,5 +40,13 @@ class LastLayer(Dense):
     def skips(self, net: nn.Module, name: str, module: nn.Module) -> str | None:
         """Skip all but the last layer."""
         # latent layers lose their parameters only once all have been asked
-        own = [n for n, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        return super().skips(net, name, module) if name == own[-1] else "not the last layer"
+        chosen = [
+            n
+            for n, m in net.named_modules()
+            if own_parameters(m)
+            and not isinstance(m, NORMALISATIONS)
+            and super(LastLayer, self).skips(net, n, m) is None
+        ]
+        if chosen and name == chosen[-1]:
+            return None
+        return super().skips(net, name, module) or "not the last layer"

@@ -25,17 +25,15 @@ class LoraLayer(LayerWeights):
         name: Its full name.
         rank: Rank of the change.
         scale: Multiplies the change, over the rank.
-        generator: Randomness of the start.
     """
 
     example_noise = True
     module: nn.Linear
     base: Tensor
     prior_sd: Tensor
-    start: Tensor
     start_sd: Tensor
 
-    def __init__(self, module: nn.Linear, name: str, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(self, module: nn.Linear, name: str, rank: int, scale: float) -> None:
         super().__init__()
         wide, out = module.in_features, module.out_features
         self.module, self.rank, self.factor = module, rank, scale / rank
@@ -46,10 +44,7 @@ class LoraLayer(LayerWeights):
         }
         self.dim = rank * (wide + out)
         like = module.weight.detach()
-        noise = torch.rand(rank * wide, generator=generator, dtype=torch.float64)
-        start = (2 * noise - 1).to(like) * math.sqrt(3 / wide)
         self.register_buffer("base", like.clone())
-        self.register_buffer("start", torch.cat([start, like.new_zeros(out * rank)]))
         sizes = torch.tensor([rank * wide, out * rank], device=like.device)
         self.register_buffer("prior_sd", like.new_tensor([wide**-0.5, 1.0]).repeat_interleave(sizes))
         self.register_buffer("start_sd", self.prior_sd * like.new_tensor(1e-2))
@@ -78,8 +73,11 @@ class LoraLayer(LayerWeights):
         return torch.zeros_like(self.prior_sd), self.prior_sd
 
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Begin without a change: the second factor has mean zero."""
-        return self.start, self.start_sd
+        """Begin without a change: the second factor has mean zero, the first is uniform with the prior's variance."""
+        (out, wide), rank = self.base.shape, self.rank
+        noise = 2 * torch.rand(rank * wide, generator=generator, dtype=torch.float64) - 1
+        start = noise.to(self.base) * math.sqrt(3 / wide)
+        return torch.cat([start, start.new_zeros(out * rank)]), self.start_sd
 
 
 @register("weights", "lora")
@@ -127,4 +125,4 @@ class Lora(WeightsEntry):
             return "not a linear layer"
         if not self.picks(name, "weight"):
             return "its weight is not chosen"
-        return LoraLayer(module, name, self.rank, self.scale, generator)
+        return LoraLayer(module, name, self.rank, self.scale)

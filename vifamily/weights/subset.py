@@ -7,6 +7,7 @@ import dataclasses
 from torch import nn
 
 from vifamily.registry import register
+from vifamily.weights._entry import own_parameters
 from vifamily.weights.dense import Dense
 
 __all__ = ["Subset"]
@@ -15,13 +16,15 @@ __all__ = ["Subset"]
 @register("weights", "subset")
 @dataclasses.dataclass(frozen=True)
 class Subset(Dense):
-    """Parameters whose full names match a pattern are latent, also those of batch normalisation.
+    """Parameters whose full names match a pattern are latent.
 
-    Prior and start are those of ``dense``.
+    Prior and start are those of ``dense``. The scale and shift of batch normalisation are taken where a pattern other
+    than ``"*"`` chooses them.
 
     Args:
         include: Patterns on parameter or layer names, separated by commas.
         exclude: Patterns of what stays as it is.
+        begin: Where a fit begins: ``"net"``, near the values that the network has, or ``"prior"``.
         pattern: Further pattern that a name must match, ``"encoder.*"``.
 
     Source: Daxberger et al. (2021), "Bayesian deep learning via subnetwork inference".
@@ -39,8 +42,7 @@ class Subset(Dense):
         """Whether both patterns choose a parameter."""
         return super().picks(layer, parameter) and Dense(include=self.pattern).picks(layer, parameter)
 
-    def skips(self, net: nn.Module, name: str, module: nn.Module) -> str | None:
-        """Skip what no pattern chooses; who names batch normalisation gets it."""
-        if self.pattern == "*" or any(self.picks(name, k) for k, _ in module.named_parameters(recurse=False)):
-            return super().skips(net, name, module) if self.pattern == "*" else None
-        return "not chosen by include=, exclude= and pattern="
+    def named_on_purpose(self, name: str, module: nn.Module) -> bool:
+        """Whether a pattern names the layer, rather than everything; batch normalisation needs it."""
+        named = {"*"} != {self.include, self.pattern}
+        return named and any(self.picks(name, key) for key in own_parameters(module))
