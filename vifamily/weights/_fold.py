@@ -26,6 +26,8 @@ class _Call:
 class _Folded(nn.Module):
     """Stands for a converted layer: unfolds its input, computes with its weights, folds back (draws outermost)."""
 
+    weights: LayerWeights
+
     def __init__(self, name: str, weights: LayerWeights, call: _Call) -> None:
         super().__init__()
         self.name, self.call = name, call

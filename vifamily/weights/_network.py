@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, override
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -96,17 +96,15 @@ class NetworkWeights(nn.Module):
             if isinstance(getattr(layer, "module", None), nn.Module):
                 layer.module = self.net.get_submodule(name)  # the net's own: one set of points for both
 
-    @override
-    def train(self, mode: bool = True) -> NetworkWeights:
+    def train(self, mode: bool = True) -> NetworkWeights:  # noqa: FBT001, FBT002 - torch's own signature
         """Set the mode of this module; the network inside stays in eval mode."""
         super().train(mode)
         self.net.eval()
         return self
 
-    @override
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's own signature
         self._fold_cache = None  # buffers of the folded net are replaced, not changed
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -49,7 +50,8 @@ def settled_route(
     declined: dict[str, str] = {}
     routes: tuple[Route, ...] = ("fold", "repeat", "vmap")
     # user code that draws at random knows no generator
-    with torch.no_grad(), rng.scoped(source):
+    with torch.no_grad(), rng.scoped(source), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         expected = _expected(weights, rows, z)
         tolerance = 1e3 * torch.finfo(expected.dtype).eps * float(1 + expected.abs().max())
         for route in routes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ NORMALISATIONS = (
 )
 """Layers whose weight multiplies something already of unit size."""
 _APART = 0.1
-"""Starts are this share of the start standard deviation apart: members of an ensemble that begin at one point stay so."""
-_CONVOLUTIONS = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d}
+"""Starts are this share of their standard deviation apart: members that begin at one point stay together."""
+_CONVOLUTIONS: dict[Any, Any] = {nn.Conv1d: functional.conv1d, nn.Conv2d: functional.conv2d}
 
 
 class DenseLayer(LayerWeights):
@@ -42,14 +43,14 @@ class DenseLayer(LayerWeights):
     """
 
     example_noise = True
-    module: nn.Module
+    module: Any
     prior_mean: Tensor
     prior_sd: Tensor
     start: Tensor
     start_sd: Tensor
 
     def __init__(
-        self, module: nn.Module, name: str, keys: tuple[str, ...], spread: float = 0.1, begin: str = "net"
+        self, module: nn.Module, name: str, keys: tuple[str, ...], *, spread: float = 0.1, begin: str = "net"
     ) -> None:
         super().__init__()
         self.module, self.keys, self.begin = module, keys, begin
@@ -125,8 +126,8 @@ class DenseLayer(LayerWeights):
         return out.reshape(*x.shape[:-1], out_features)
 
     def _convolution(self, x: Tensor, z: Tensor, own: dict[str, Tensor]) -> Tensor:
-        layer, lead = self.module, z.shape[:-1]
-        convolve = _CONVOLUTIONS[type(layer)]  # type: ignore[index]
+        layer = self.module
+        lead, convolve = z.shape[:-1], _CONVOLUTIONS[type(layer)]
         weight, bias = self._weight(own, lead), self._bias(own, lead)
         kernel = weight.flatten(0, len(lead))
         offset = None if bias is None else bias.flatten()
@@ -134,7 +135,7 @@ class DenseLayer(LayerWeights):
         data, channels = x.shape[1], layer.out_channels
         if z.dim() == 3:  # every draw and datum is a group of its own
             wide = x.expand(z.shape[0], *x.shape[1:]).flatten(0, 2).unsqueeze(0)
-            out = convolve(wide, kernel, offset, *options, lead.numel() * layer.groups)
+            out: Tensor = convolve(wide, kernel, offset, *options, lead.numel() * layer.groups)
             return out.reshape(*lead, channels, *out.shape[2:])
         if len(x) == 1 and layer.groups == 1:
             out = convolve(x[0], kernel, offset, *options)
@@ -170,9 +171,10 @@ class Dense(WeightsEntry):
 
     .. math:: w \sim \mathrm{N}(0, 2 / \text{fan-in}), \qquad b \sim \mathrm{N}(0, 1)
 
-    Outputs of a layer then keep their size through ReLU networks of any width. Scales of normalisation layers have prior
-    mean 1, rows of embeddings standard deviation 1. A fit begins with a tenth of the smallest prior standard deviation
-    of the layer, around the layer's own values or around a draw of the prior (each member of an ensemble has its own).
+    Outputs of a layer then keep their size through ReLU networks of any width. Scales of normalisation layers have
+    prior mean 1, rows of embeddings standard deviation 1. A fit begins with a tenth of the smallest prior standard
+    deviation of the layer, around the layer's own values or around a draw of the prior (each member of an ensemble has
+    its own).
 
     Args:
         include: Patterns on parameter or layer names, separated by commas.
@@ -186,7 +188,7 @@ class Dense(WeightsEntry):
 
     Example:
         >>> import torch
-        >>> made = Dense(exclude="*.bias").build(torch.nn.Sequential(torch.nn.Linear(3, 2)), generator=torch.Generator())
+        >>> made = Dense(exclude="bias").build(torch.nn.Linear(3, 2), generator=torch.Generator())
         >>> made.dim, made.report.point, made(torch.zeros(5, 3), torch.zeros(4, 6)).shape
         (6, 2, torch.Size([4, 5, 2]))
     """

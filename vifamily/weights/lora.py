@@ -85,10 +85,11 @@ class LoraLayer(LayerWeights):
 class Lora(WeightsEntry):
     r"""Linear layers keep their weights; a low-rank change of each is latent.
 
-    .. math:: W = W_0 + \frac{s}{r} B A, \qquad A_{kj} \sim \mathrm{N}(0, 1/\text{fan-in}), \quad B_{ik} \sim \mathrm{N}(0, 1)
+    .. math:: W = W_0 + \frac{s}{r} B A, \qquad
+              A_{kj} \sim \mathrm{N}(0, 1/\text{fan-in}), \quad B_{ik} \sim \mathrm{N}(0, 1)
 
-    ``W_0`` is frozen; biases stay what ``rest=`` makes of them. A fit begins with uniform ``A`` of the prior's variance,
-    ``B`` zero, and a hundredth of the prior standard deviations. The posterior is the same under a rotation
+    ``W_0`` is frozen; biases stay what ``rest=`` makes of them. A fit begins with uniform ``A`` of the prior's
+    variance, ``B`` zero, and a hundredth of the prior standard deviations. The posterior is the same under a rotation
     of the two factors into each other, so single coordinates mean little: look at outputs.
 
     Args:
