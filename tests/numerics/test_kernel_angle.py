@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
-from vifamily.numerics.kernel_angle import balanced_size, kernel_angle, robust_scale
+from vifamily.numerics.arctangent_ratio import extended_sine
+from vifamily.numerics.kernel_angle import _extended_sine, balanced_size, kernel_angle, robust_scale
 
 
 def normal_pair(seed, sizes=(4000, 4000), shift=1.0):
@@ -64,3 +66,12 @@ def test_far_points_do_not_move_the_fit(seed):
     plain = kernel_angle(p, q, np.random.default_rng(0))(at)
     spoiled = kernel_angle(np.r_[p, [[1e9]]], np.r_[q, [[-1e9]]], np.random.default_rng(0))(at)
     assert spoiled == pytest.approx(plain, abs=0.1)
+
+
+def test_sine_by_hand_is_that_of_tensors_with_its_slope():
+    u = torch.tensor([-2.0, -0.1, 0.0, 0.3, 1.5, 1.6, 9.0], dtype=torch.float64, requires_grad=True)
+    value, slope = _extended_sine(u.detach().numpy())
+    wanted = extended_sine(u)
+    assert value == pytest.approx(wanted.detach().numpy(), abs=1e-14)
+    (gradient,) = torch.autograd.grad(wanted.sum(), u)
+    assert slope == pytest.approx(gradient.numpy(), abs=1e-14)

@@ -50,7 +50,8 @@ class ArcLengthRatio(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         bandwidth: Kernel bandwidth in multiples of the median distance of the centres.
         alpha: Penalty of the kernel; None is ``0.05 / sqrt(n)``, n the harmonic mean of the class sizes.
         max_samples: Points of each class that the kernel is fitted to, at most; drawn at random.
-        scaling: ``"robust"`` for the arctangent of each feature in units of its interquartile range, or ``"none"``.
+        scaling: ``"robust"`` for the arctangent of each feature about its median, in units of twice its interquartile
+            range, or ``"none"``.
         hidden: Widths of the network's layers.
         learning_rate: Of the network.
         batch_size: Points of each class in a minibatch of the network.
@@ -78,7 +79,7 @@ class ArcLengthRatio(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         model: Any = "kernel",
         *,
         num_centers: int = 100,
-        bandwidth: float = 1.5,
+        bandwidth: float = 1.0,
         alpha: float | None = None,
         max_samples: int = 50_000,
         scaling: str = "robust",
