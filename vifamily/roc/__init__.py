@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vifamily.roc._arc_length import ArcLength, arc_length
+from vifamily.roc._arc_length import ArcLength, arc_length, arc_length_from_angles
+from vifamily.roc._display import OptimalRocDisplay
 from vifamily.roc._ratio import ArcLengthRatio
 
-__all__ = ["ArcLength", "ArcLengthRatio", "arc_length"]
+__all__ = ["ArcLength", "ArcLengthRatio", "OptimalRocDisplay", "arc_length", "arc_length_from_angles"]
