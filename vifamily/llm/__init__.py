@@ -1,26 +1,26 @@
-"""Language models: ensembles of low-rank adapters that share one frozen base.
+"""Ensembles of LoRA adapters for language models.
 
-Needs the extra ``llm``; its packages are imported when something here first needs them.
+Everything here that needs transformers, peft or tokenizers imports them when it is used. They come with
+``pip install "vifamily[llm]"``.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
+from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
+from vifamily.llm.reading import read_records
+from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 
-if TYPE_CHECKING:
-    from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
-
-__all__ = ["StackedCausalLM", "StackedLoRA"]
-
-_HOMES = {"StackedCausalLM": "_stacked", "StackedLoRA": "_stacked"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = [
+    "PairRow",
+    "Row",
+    "Rows",
+    "StackedCausalLM",
+    "StackedLoRA",
+    "check_tokenizer",
+    "collate_pairs",
+    "collate_sft",
+    "prepare_pairs",
+    "prepare_sft",
+    "read_records",
+]

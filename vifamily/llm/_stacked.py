@@ -266,7 +266,7 @@ class StackedCausalLM(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, **options: Any
     ) -> Tensor:
         """Log probability of each row's completion, ``(member, row)``; arguments are those of :meth:`forward`."""
-        value = self(input_ids, attention_mask, completion_mask, **options)
+        value: Tensor = self(input_ids, attention_mask, completion_mask, **options)
         out = value.new_zeros(len(value), len(input_ids))
         return out.index_add(1, completion_rows(completion_mask), value)
 
