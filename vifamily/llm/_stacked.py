@@ -117,6 +117,7 @@ class StackedCausalLM(nn.Module):
     """
 
     accepts_loss_kwargs = True
+    log_weight: Tensor
 
     def __init__(
         self,

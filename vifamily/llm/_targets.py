@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from vifamily.errors import ConfigError, IncompatibleError
 from vifamily.llm._extra import require
 
-__all__ = ["adapter_scale", "check_lora_config", "features", "is_linear", "target_names"]
+__all__ = ["adapter_scale", "check_lora_config", "features", "is_linear", "matching", "target_names"]
 
 _UNSET: tuple[Any, ...] = (None, False, "none", "", (), [], {})
 _REASONS = {
@@ -92,7 +93,6 @@ def target_names(base: nn.Module, config: Any) -> list[str]:
     Raises:
         ConfigError: If nothing matches, or the output head or an embedding does.
     """
-    tuners = require("peft.tuners.tuners_utils", "matching layers by name")
     config = copy.copy(config)
     if config.target_modules is None:
         known = require("peft.utils.constants", "matching layers by name")
@@ -104,11 +104,14 @@ def target_names(base: nn.Module, config: Any) -> list[str]:
                 "example 'all-linear'."
             )
         config.target_modules = set(found)
+    tuners = require("peft.tuners.tuners_utils", "matching layers by name")
     config = tuners._maybe_include_all_linear_layers(config, base)
-    names = []
-    for name, module in base.named_modules():
-        if not name or not tuners.check_target_module_exists(config, name) or isinstance(module, nn.ModuleList):
-            continue
+    modules = dict(base.named_modules())
+    names = matching(
+        [name for name, module in modules.items() if name and not isinstance(module, nn.ModuleList)], config
+    )
+    for name in names:
+        module = modules[name]
         if module is _head(base):
             raise ConfigError(
                 f"target_modules must not name the output head ({name}): servers do not apply adapters on it when "
@@ -118,13 +121,18 @@ def target_names(base: nn.Module, config: Any) -> list[str]:
             raise ConfigError(
                 f"target_modules names {name}, a {type(module).__name__}: only linear layers can be adapted."
             )
-        names.append(name)
     if not names:
         raise ConfigError(
             f"target_modules={_shown(config.target_modules)} matches no layer of {type(base).__name__}. Linear layers "
             f"are called {', '.join(_linear_endings(base))}."
         )
     return names
+
+
+def matching(names: Sequence[str], config: Any) -> list[str]:
+    """Those of some names that PEFT would adapt under a ``LoraConfig`` with a list or pattern of layers."""
+    check = require("peft.tuners.tuners_utils", "matching layers by name").check_target_module_exists
+    return [name for name in names if check(config, name)]
 
 
 def _head(base: nn.Module) -> nn.Module | None:
