@@ -6,18 +6,35 @@ Everything here that needs transformers, peft or tokenizers imports them when it
 
 from __future__ import annotations
 
+from vifamily.llm.corpora import (
+    Corpus,
+    as_conversations,
+    contradictory_pairs,
+    contradictory_sft,
+    ideal_nll,
+    symbol_tasks,
+)
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
+from vifamily.llm.styles import annotators, styled_facts
 
 __all__ = [
+    "Corpus",
     "PairRow",
     "Row",
     "Rows",
+    "annotators",
+    "as_conversations",
     "check_tokenizer",
     "collate_pairs",
     "collate_sft",
+    "contradictory_pairs",
+    "contradictory_sft",
+    "ideal_nll",
     "prepare_pairs",
     "prepare_sft",
     "read_records",
+    "styled_facts",
+    "symbol_tasks",
 ]
