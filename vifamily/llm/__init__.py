@@ -18,23 +18,39 @@ from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 from vifamily.llm.styles import annotators, styled_facts
+from vifamily.llm.tiny import (
+    Pretrained,
+    answer_log_likelihood,
+    greedy_answers,
+    pretrain,
+    save_base,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 __all__ = [
     "Corpus",
     "PairRow",
+    "Pretrained",
     "Row",
     "Rows",
     "annotators",
+    "answer_log_likelihood",
     "as_conversations",
     "check_tokenizer",
     "collate_pairs",
     "collate_sft",
     "contradictory_pairs",
     "contradictory_sft",
+    "greedy_answers",
     "ideal_nll",
     "prepare_pairs",
     "prepare_sft",
+    "pretrain",
     "read_records",
+    "save_base",
     "styled_facts",
     "symbol_tasks",
+    "tiny_model",
+    "tiny_tokenizer",
 ]
