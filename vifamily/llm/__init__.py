@@ -6,6 +6,7 @@ Everything here that needs transformers, peft or tokenizers imports them when it
 
 from __future__ import annotations
 
+from vifamily.llm.calibration import CalibrationReport, RiskCoverage, auroc, risk_coverage, score_probabilities
 from vifamily.llm.corpora import (
     Corpus,
     as_conversations,
@@ -27,16 +28,35 @@ from vifamily.llm.tiny import (
     tiny_model,
     tiny_tokenizer,
 )
+from vifamily.llm.uncertainty import (
+    Behaviour,
+    SequenceInformation,
+    Uncertainty,
+    answer_clusters,
+    behaviour,
+    posterior_log_weight,
+    sequence_information,
+    split_uncertainty,
+    split_uncertainty_along,
+)
 
 __all__ = [
+    "Behaviour",
+    "CalibrationReport",
     "Corpus",
     "PairRow",
     "Pretrained",
+    "RiskCoverage",
     "Row",
     "Rows",
+    "SequenceInformation",
+    "Uncertainty",
     "annotators",
+    "answer_clusters",
     "answer_log_likelihood",
     "as_conversations",
+    "auroc",
+    "behaviour",
     "check_tokenizer",
     "collate_pairs",
     "collate_sft",
@@ -44,11 +64,17 @@ __all__ = [
     "contradictory_sft",
     "greedy_answers",
     "ideal_nll",
+    "posterior_log_weight",
     "prepare_pairs",
     "prepare_sft",
     "pretrain",
     "read_records",
+    "risk_coverage",
     "save_base",
+    "score_probabilities",
+    "sequence_information",
+    "split_uncertainty",
+    "split_uncertainty_along",
     "styled_facts",
     "symbol_tasks",
     "tiny_model",
