@@ -6,14 +6,5 @@ from vifamily.models._base import BatchSource, Model
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
 from vifamily.models.pyro_model import PyroModel
-from vifamily.models.random_features import RandomFourierFeatures, random_feature_network
 
-__all__ = [
-    "BatchSource",
-    "Density",
-    "LikelihoodModel",
-    "Model",
-    "PyroModel",
-    "RandomFourierFeatures",
-    "random_feature_network",
-]
+__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model", "PyroModel"]
