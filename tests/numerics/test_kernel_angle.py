@@ -34,12 +34,11 @@ def test_no_neighbour_is_better(seed):
     p, q = normal_pair(seed, (50, 60))
     rng = np.random.default_rng(seed)
     found = kernel_angle(p, q, rng, num_centers=10, robust=False)
-    gram = np.exp(-0.5 * ((found.centers - found.centers.T) / found.bandwidth) ** 2)
+    centers, width = found.features.centers, found.features.bandwidth
+    gram = np.exp(-0.5 * ((centers - centers.T) / width) ** 2)
 
     def gain(coefficients, intercept):
-        u, v = (
-            np.exp(-0.5 * ((x - found.centers.T) / found.bandwidth) ** 2) @ coefficients + intercept for x in (p, q)
-        )
+        u, v = (np.exp(-0.5 * ((x - centers.T) / width) ** 2) @ coefficients + intercept for x in (p, q))
         inside = np.sin(np.clip(u, 0, np.pi / 2)).mean() + np.cos(np.clip(v, 0, np.pi / 2)).mean()
         outside = np.minimum(u, 0).mean() + np.minimum(np.pi / 2 - v, 0).mean()
         return inside + outside - found.alpha * coefficients @ gram @ coefficients

@@ -18,7 +18,16 @@ from scipy.spatial.distance import cdist, pdist
 
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 
-__all__ = ["KernelAngle", "RobustScale", "balanced_size", "class_mean_weights", "kernel_angle", "robust_scale"]
+__all__ = [
+    "KernelAngle",
+    "KernelFeatures",
+    "RobustScale",
+    "balanced_size",
+    "class_mean_weights",
+    "kernel_angle",
+    "kernel_features",
+    "robust_scale",
+]
 
 Array = NDArray[np.float64]
 _ROWS = 8192
@@ -76,36 +85,83 @@ def robust_scale(x: Array, weight: Array | None = None) -> RobustScale:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelFeatures:
+    """Features whose plain norm is the norm of the kernel's space, on the span of some centres.
+
+    Attributes:
+        scaling: Map of the points, or None.
+        centers: ``(center, feature)``, scaled.
+        bandwidth: Bandwidth of the kernel, in scaled units.
+        whitening: ``(center, kept)``.
+    """
+
+    scaling: RobustScale | None
+    centers: Array
+    bandwidth: float
+    whitening: Array
+
+    def __call__(self, x: Array) -> Array:
+        """Return the features of points, ``(sample, kept)``."""
+        return self.expand(x, self.whitening)
+
+    def expand(self, x: Array, coefficients: Array) -> Array:
+        """Kernels of points and centres times coefficients ``(center, ...)``; in blocks of rows, to bound memory."""
+        blocks = [x[i : i + _ROWS] for i in range(0, max(len(x), 1), _ROWS)]
+        scaled = (block if self.scaling is None else self.scaling(block) for block in blocks)
+        return np.concatenate([_kernel(z, self.centers, self.bandwidth) @ coefficients for z in scaled])
+
+
+def kernel_features(
+    x: Array, source: np.random.Generator, *, weight: Array | None = None, num_centers: int = 100,
+    bandwidth: float = 1.0, robust: bool = True,
+) -> KernelFeatures:  # fmt: skip
+    """Choose centres, a bandwidth and a scaling from points of both classes.
+
+    Args:
+        x: ``(sample, feature)``.
+        source: Randomness of the choice of centres.
+        weight: ``(sample,)``, repetitions of each point, positive; None for one each.
+        num_centers: Largest number of centres, drawn from the distinct points.
+        bandwidth: Bandwidth in multiples of the median distance between centres.
+        robust: Whether features are scaled by :func:`robust_scale`.
+
+    Example:
+        >>> x = np.linspace(0, 1, 5)[:, None]
+        >>> phi = kernel_features(x, np.random.default_rng(0), num_centers=5)(x)
+        >>> bool(np.allclose((phi**2).sum(1), 1))  # the kernel of a point with itself
+        True
+    """
+    scaling = robust_scale(x, weight) if robust else None
+    centers = _centers(x if scaling is None else scaling(x), num_centers, source)
+    apart = pdist(centers)
+    apart = apart[apart > 0]
+    width = bandwidth * float(np.median(apart)) if apart.size else 1.0
+    level, vectors = np.linalg.eigh(_kernel(centers, centers, width))
+    keep = level > 1e-10 * level[-1]
+    return KernelFeatures(scaling, centers, width, vectors[:, keep] / np.sqrt(level[keep]))
+
+
+@dataclasses.dataclass(frozen=True)
 class KernelAngle:
     """A fitted angle; a callable from points to u, not yet clipped to ``[0, pi/2]``.
 
     Attributes:
-        scaling: Map of the features, or None.
-        centers: ``(center, feature)``, scaled.
-        bandwidth: Bandwidth of the kernel, in scaled units.
+        features: Centres, bandwidth and scaling.
         coefficients: ``(center,)``.
         intercept: Constant.
         alpha: Penalty.
         steps: Iterations of L-BFGS.
     """
 
-    scaling: RobustScale | None
-    centers: Array
-    bandwidth: float
+    features: KernelFeatures
     coefficients: Array
     intercept: float
     alpha: float
     steps: int
 
     def __call__(self, x: Array) -> Array:
-        """Return u at points ``(sample, feature)``, ``(sample,)``; in blocks of rows, to bound memory."""
-        blocks = [x[i : i + _ROWS] for i in range(0, max(len(x), 1), _ROWS)]
-        parts = [_kernel(self._scaled(b), self.centers, self.bandwidth) @ self.coefficients for b in blocks]
-        out: Array = np.concatenate(parts) + self.intercept
-        return out
-
-    def _scaled(self, x: Array) -> Array:
-        return x if self.scaling is None else self.scaling(x)
+        """Return u at points ``(sample, feature)``, ``(sample,)``."""
+        return self.features.expand(x, self.coefficients) + self.intercept
 
 
 def _kernel(z: Array, centers: Array, bandwidth: float) -> Array:
@@ -165,24 +221,15 @@ def kernel_angle(
     weight = None
     if weight_pos is not None and weight_neg is not None:
         weight = np.concatenate([weight_pos, weight_neg])
-    scaling = robust_scale(x, weight) if robust else None
-    z = x if scaling is None else scaling(x)
-    centers = _centers(z, num_centers, source)
-    apart = pdist(centers)
-    apart = apart[apart > 0]
-    width = bandwidth * float(np.median(apart)) if apart.size else 1.0
-    # features whose plain norm is the norm of the kernel's space
-    level, vectors = np.linalg.eigh(_kernel(centers, centers, width))
-    keep = level > 1e-10 * level[-1]
-    whiten = vectors[:, keep] / np.sqrt(level[keep])
-    features = _kernel(z, centers, width) @ whiten
+    features = kernel_features(x, source, weight=weight, num_centers=num_centers, bandwidth=bandwidth, robust=robust)
+    phi = features(x)
     sizes = [
         len(part) if given is None else float(given.sum()) for part, given in ((x_pos, weight_pos), (x_neg, weight_neg))
     ]
     penalty = 0.05 / math.sqrt(balanced_size(*sizes)) if alpha is None else alpha
     weights = class_mean_weights(weight_pos, len(x_pos)), class_mean_weights(weight_neg, len(x_neg))
-    found, steps = _maximise(features[: len(x_pos)], features[len(x_pos) :], *weights, penalty)
-    return KernelAngle(scaling, centers, width, whiten @ found[1:], float(found[0]), penalty, steps)
+    found, steps = _maximise(phi[: len(x_pos)], phi[len(x_pos) :], *weights, penalty)
+    return KernelAngle(features, features.whitening @ found[1:], float(found[0]), penalty, steps)
 
 
 def _centers(z: Array, count: int, source: np.random.Generator) -> Array:

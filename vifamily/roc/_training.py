@@ -172,7 +172,7 @@ def train(
         return float(watch(scores_of(module, held[0].x), scores_of(module, held[1].x), held[0].weight, held[1].weight))
 
     best, best_step, kept, step = held_out(), 0, copy.deepcopy(module.state_dict()), 0
-    every = 1 if max(len(held[0]), len(held[1])) < 1000 else 5
+    every = 1 if len(held[0]) + len(held[1]) < 200 else 5
     while step < schedule.max_iter and step - best_step < schedule.patience:
         a, b = pos[next(streams[0])], neg[next(streams[1])]
         with torch.enable_grad():
