@@ -6,6 +6,7 @@ Everything here that needs transformers, peft or tokenizers imports them when it
 
 from __future__ import annotations
 
+from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
 from vifamily.llm.calibration import CalibrationReport, RiskCoverage, auroc, risk_coverage, score_probabilities
 from vifamily.llm.corpora import (
     Corpus,
@@ -16,8 +17,10 @@ from vifamily.llm.corpora import (
     symbol_tasks,
 )
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
+from vifamily.llm.manifest import Manifest, read_manifest
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
+from vifamily.llm.saving import export_merged, load_members, load_model, save_members
 from vifamily.llm.styles import annotators, styled_facts
 from vifamily.llm.tiny import (
     Pretrained,
@@ -44,12 +47,15 @@ __all__ = [
     "Behaviour",
     "CalibrationReport",
     "Corpus",
+    "Manifest",
     "PairRow",
     "Pretrained",
     "RiskCoverage",
     "Row",
     "Rows",
     "SequenceInformation",
+    "StackedCausalLM",
+    "StackedLoRA",
     "Uncertainty",
     "annotators",
     "answer_clusters",
@@ -62,15 +68,20 @@ __all__ = [
     "collate_sft",
     "contradictory_pairs",
     "contradictory_sft",
+    "export_merged",
     "greedy_answers",
     "ideal_nll",
+    "load_members",
+    "load_model",
     "posterior_log_weight",
     "prepare_pairs",
     "prepare_sft",
     "pretrain",
+    "read_manifest",
     "read_records",
     "risk_coverage",
     "save_base",
+    "save_members",
     "score_probabilities",
     "sequence_information",
     "split_uncertainty",
