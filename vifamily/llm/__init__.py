@@ -18,6 +18,7 @@ from vifamily.llm.corpora import (
 )
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
 from vifamily.llm.manifest import Manifest, read_manifest
+from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members
@@ -47,6 +48,7 @@ __all__ = [
     "Behaviour",
     "CalibrationReport",
     "Corpus",
+    "EnsembleOptions",
     "Manifest",
     "PairRow",
     "Pretrained",
