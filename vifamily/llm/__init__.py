@@ -16,7 +16,8 @@ from vifamily.llm.corpora import (
     ideal_nll,
     symbol_tasks,
 )
-from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
+from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
+from vifamily.llm.ensemble import Answer, Ensemble
 from vifamily.llm.manifest import Manifest, read_manifest
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
@@ -44,9 +45,11 @@ from vifamily.llm.uncertainty import (
 )
 
 __all__ = [
+    "Answer",
     "Behaviour",
     "CalibrationReport",
     "Corpus",
+    "Ensemble",
     "Manifest",
     "PairRow",
     "Pretrained",
@@ -77,6 +80,7 @@ __all__ = [
     "prepare_pairs",
     "prepare_sft",
     "pretrain",
+    "prompt_ids",
     "read_manifest",
     "read_records",
     "risk_coverage",
