@@ -102,7 +102,8 @@ def next_log_prob(model: StackedCausalLM, prompt: Tensor) -> Tensor:
         hidden = model.base.base_model(  # type: ignore[operator]
             input_ids=prompt.to(model.device).repeat(1 if model._repeats_inside else count, 1), use_cache=False
         ).last_hidden_state[:, -1]
-    return model.logits(hidden).double().log_softmax(-1).cpu().unflatten(0, (count, rows))
+    out: Tensor = model.logits(hidden).double().log_softmax(-1).cpu().unflatten(0, (count, rows))
+    return out
 
 
 def picker(
