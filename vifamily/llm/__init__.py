@@ -19,6 +19,7 @@ from vifamily.llm.corpora import (
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
 from vifamily.llm.ensemble import Answer, Ensemble
 from vifamily.llm.manifest import Manifest, read_manifest
+from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members
@@ -50,6 +51,7 @@ __all__ = [
     "CalibrationReport",
     "Corpus",
     "Ensemble",
+    "EnsembleOptions",
     "Manifest",
     "PairRow",
     "Pretrained",
