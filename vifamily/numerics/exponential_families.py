@@ -127,7 +127,7 @@ def bessel_ratio(kappa: Tensor) -> Tensor:
     """``I_1(kappa) / I_0(kappa)``, the mean resultant length of a von Mises law; stable for any ``kappa >= 0``.
 
     Example:
-        >>> bessel_ratio(torch.tensor([0.0, 1e6], dtype=torch.float64)).numpy().round(6)
+        >>> bessel_ratio(torch.tensor([0.0, 1e8], dtype=torch.float64)).numpy().round(6)
         array([0., 1.])
     """
     return torch.special.i1e(kappa) / torch.special.i0e(kappa)
@@ -143,7 +143,7 @@ class VonMises(ExponentialFamily):
 
     Example:
         >>> law = VonMises()
-        >>> float(law.log_partition(torch.zeros(2, dtype=torch.float64)).exp() / math.pi)
+        >>> round(float(law.log_partition(torch.zeros(2, dtype=torch.float64)).exp() / math.pi), 6)
         2.0
     """
 
