@@ -17,7 +17,7 @@ FLOORS = (
     ("types", "errors", "rng", "numerics"),
     ("registry", "supports", "plots", "report", "progress", "interrupts", "trackers"),
     ("objectives", "families", "models", "weights", "solvers"),
-    ("diagnostics", "checkpoint", "posterior", "plan", "start", "amortised", "fit", "loop", "grid_fit", "problems"),
+    ("diagnostics", "checkpoint", "posterior", "plan", "start", "fit", "loop", "grid_fit", "problems"),
     ("ntk", "roc", "llm"),
     ("compare", "reproduce", "benchmark"),
     ("cli", "testing"),

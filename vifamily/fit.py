@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 
 from vifamily import checkpoint as checkpoints
-from vifamily.amortised import AmortisedPosterior, fit_amortised
 from vifamily.errors import ConfigError, ConvergenceWarning
 from vifamily.loop import FitLoop
 from vifamily.models import Simulator
 from vifamily.plan import make_plan
 from vifamily.plan import plan as plan
 from vifamily.posterior import Posterior
+from vifamily.posterior.amortised import AmortisedPosterior, fit_amortised
 from vifamily.progress import FitProgress
 from vifamily.rng import check_seed
 from vifamily.solvers import StepReport
@@ -84,7 +84,7 @@ def fit(
         time_limit: Most seconds that this call may take steps; the averaged posterior so far is returned.
         encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its
             own parameters. For a simulator: a module from standardised data ``(datum, *shape)`` to a context, or a name
-            such as ``"set(outputs=16)"`` (see :mod:`vifamily.amortised`).
+            such as ``"set(outputs=16)"`` (see :mod:`vifamily.posterior.amortised`).
         local_family: For models with local latents: the family of one datum's latents; None takes mean field.
         compile: Whether to compile the steps of ``adam``: ``"auto"`` where it pays; what cannot be compiled runs in
             torch, and the record's notes say why. Callbacks and trackers then see up to a hundred steps at once.
@@ -93,8 +93,8 @@ def fit(
 
     Returns:
         The posterior: draws, density, summary, diagnosis. For a simulator an
-        :class:`~vifamily.amortised.AmortisedPosterior`, which gives the posterior of an observation when it is called
-        with one; ``objective`` then is ``inclusive_kl`` unless another is given.
+        :class:`~vifamily.posterior.amortised.AmortisedPosterior`, which gives the posterior of an observation when it
+        is called with one; its objective is ``inclusive_kl``.
 
     Raises:
         IncompatibleError: If model, family and objective cannot meet.
@@ -162,8 +162,8 @@ def _amortised(
         if value is not None:
             raise ConfigError(f"{name}= is not for simulators: {instead}.")
     if device is not None or dtype is not None:
-        model = model.moved(device=model.device if device is None else torch.device(device), dtype=dtype or model.dtype)
-    objective = "inclusive_kl" if isinstance(objective, str) and objective == "elbo" else objective
+        where = model.device if device is None else torch.device(device)
+        model = model.moved(device=where, dtype=dtype or model.dtype)
     found = fit_amortised(model, family, objective, steps=steps or _MOST_STEPS, **options)
     warn_if_unfinished(found, steps)
     return found

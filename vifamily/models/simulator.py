@@ -71,7 +71,7 @@ class Simulator(Model):
     def __init__(
         self,
         prior: Any,
-        simulate: Callable[[Any], Any],
+        simulate: Callable[..., Any],
         *,
         parameters: Mapping[str, Any] | None = None,
         log_likelihood: Callable[[Any, Tensor], Tensor] | None = None,
@@ -265,6 +265,12 @@ class Simulator(Model):
             )
         other = copy.copy(self)
         other.stored = Simulations.join([pairs])
+        return other
+
+    def moved(self, *, device: torch.device, dtype: torch.dtype) -> Self:
+        """Return a copy whose networks live on another device, or whose numbers have another floating dtype."""
+        other = copy.copy(self)
+        other.device, other.dtype = device, check_dtype(dtype)
         return other
 
     # -- at an observation ---------------------------------------------------------------------------------------------

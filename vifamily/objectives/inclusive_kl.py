@@ -34,7 +34,7 @@ class InclusiveKl(Objective):
 
     **Blind to.** Whatever the simulator does not do: at an observation that the model would hardly make, the network
     extrapolates. An average over data says little of one observation; calibrate
-    (:meth:`vifamily.amortised.AmortisedPosterior.sbc`), and weigh by importance where there is a likelihood.
+    (:meth:`vifamily.posterior.amortised.AmortisedPosterior.sbc`), and weigh by importance where there is a likelihood.
 
     **Fails when.** Simulations are few for the family: the posterior is then too narrow or too wide, which held-out
     loss and calibration show.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vifamily.amortised import AmortisedFamily, Vector
 from vifamily.errors import VifamilyError
 from vifamily.models import Simulator
 from vifamily.objectives import Objective
+from vifamily.posterior.amortised import AmortisedFamily, Vector
 from vifamily.registry import build
 from vifamily.testing import tolerances
 from vifamily.testing._report import Broken, Contracts, NotApplicable
@@ -79,7 +80,8 @@ class _Checks:
     def exact(self) -> AmortisedFamily:
         """The family at the exact posterior of every observation."""
         out = self.family()
-        inner, head = out.family, out.family.head[-1]  # type: ignore[index, union-attr]
+        inner: Any = out.family
+        head = inner.head[-1]
         with torch.no_grad():
             inner.start_at(torch.zeros(2), torch.linalg.cholesky(self.covariance))
             head.weight.zero_()
@@ -188,10 +190,10 @@ class _Checks:
         def closure() -> Tensor:
             optimiser.zero_grad()
             value = self.loss(family, batch).surrogate
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value
 
-        optimiser.step(closure)  # type: ignore[arg-type]
+        optimiser.step(closure)
         return family
 
     def _draws(self, family: AmortisedFamily, x: Tensor) -> tuple[Tensor, Tensor]:

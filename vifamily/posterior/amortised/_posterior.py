@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from vifamily import checkpoint
-from vifamily.amortised._family import AmortisedFamily
-from vifamily.amortised.encoders import Encoder, as_encoder
 from vifamily.diagnostics import sbc
 from vifamily.diagnostics.calibration import Calibration
 from vifamily.errors import CheckpointError, ConfigError, NotAvailableError, ShapeError
 from vifamily.models import ObservedSimulator, Simulator
 from vifamily.posterior import FitRecord, Posterior
+from vifamily.posterior.amortised._family import AmortisedFamily
+from vifamily.posterior.amortised.encoders import Encoder, as_encoder
 from vifamily.rng import draw_noise, generator
 from vifamily.supports import Layout
 from vifamily.types import Capability

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from vifamily.amortised.encoders import Encoder
 from vifamily.errors import DataError, ShapeError
 from vifamily.families import Family
+from vifamily.posterior.amortised.encoders import Encoder
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
 __all__ = ["AmortisedFamily", "ConditionedFamily"]

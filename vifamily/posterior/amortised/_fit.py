@@ -11,26 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vifamily import registry
-from vifamily.amortised._family import AmortisedFamily
-from vifamily.amortised._posterior import AmortisedPosterior
-from vifamily.amortised._training import EpochReport, Pairs, Trainer
-from vifamily.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
-from vifamily.errors import ConfigError, IncompatibleError
-from vifamily.families import FamilyEntry
-from vifamily.families._adapters import as_entry
+from vifamily.errors import ConfigError
 from vifamily.families.flow import Flow
 from vifamily.interrupts import Interrupts
 from vifamily.models import Simulations, Simulator
 from vifamily.numerics.threads import few_threads
-from vifamily.objectives import Objective
-from vifamily.plan import default_capabilities, describe
-from vifamily.posterior import FitRecord, versions
+from vifamily.plan import describe, make_plan
+from vifamily.posterior._record import FitRecord, versions
+from vifamily.posterior.amortised._family import AmortisedFamily
+from vifamily.posterior.amortised._posterior import AmortisedPosterior
+from vifamily.posterior.amortised._training import EpochReport, Pairs, Trainer
+from vifamily.posterior.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
 from vifamily.progress import FitProgress
 from vifamily.rng import generator, split
 from vifamily.solvers import StepReport
 from vifamily.trackers import Tracker
-from vifamily.types import Batch, Capability, LatentSpec
+from vifamily.types import Batch, LatentSpec
 
 __all__ = ["fit_amortised"]
 
@@ -149,19 +145,21 @@ class _Run:
         step_size: float | None, init: Any, workers: int,
     ) -> None:  # fmt: skip
         self.simulator, self.seed, self.workers = simulator, seed, workers
-        self.objective: Any = _checked_objective(objective, simulator)
+        planned = make_plan(simulator, family, objective, "auto", draws=None, batch_size=batch_size, device=None,
+                            dtype=None)  # fmt: skip
+        self.objective: Any = planned.objective
         self.init = init if isinstance(init, AmortisedPosterior) else None
         if self.init is None and not (isinstance(init, str) and init == "auto"):
             raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
         if self.init is not None and self.init.layout != simulator.layout:
             raise ConfigError("init is an amortised posterior of other parameters than this simulator's.")
-        self.entry = _checked_family(family, self.objective, simulator)
+        self.entry = planned.entry
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
         self.asked_batch, self.step_size = batch_size, step_size or _STEP_SIZE
-        self.notes: list[str] = []
+        self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
 
     # -- simulations ---------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -290,34 +288,3 @@ class _Run:
 
 def _column(reports: Sequence[EpochReport], key: str) -> Any:
     return np.array([getattr(report, key) for report in reports], dtype=np.float64)
-
-
-def _checked_objective(objective: Any, simulator: Simulator) -> Objective:
-    built = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
-    if not isinstance(built, Objective):
-        raise ConfigError(f"an objective is a name such as 'inclusive_kl' or an Objective, got {type(built).__name__}.")
-    if Capability.SIMULATE not in built.needs_model:
-        lacking = (*built.missing(simulator.capabilities, frozenset(Capability)), "a log joint at one observation")
-        raise IncompatibleError(
-            f"the objective {describe(built)!r} is not one of a simulator's joint; use 'inclusive_kl'. At one "
-            "observation, and with a likelihood, fit(simulator.at(x), ...) takes it.",
-            missing=lacking, works_with={"families": [], "objectives": ["inclusive_kl"]},
-        )  # fmt: skip
-    return built
-
-
-def _checked_family(family: Any, objective: Objective, simulator: Simulator) -> FamilyEntry:
-    entry = as_entry("flow" if isinstance(family, str) and family == "auto" else family)
-    lacking = objective.missing(simulator.capabilities, frozenset(entry.capabilities))
-    if lacking:
-        latent = LatentSpec(simulator.dim, context_dim=1)
-        fitting = [
-            name for name in registry.names("families")
-            if (found := default_capabilities(name, latent)) is not None and objective.needs_family <= found
-        ]  # fmt: skip
-        raise IncompatibleError(
-            f"the family {describe(entry)!r} cannot be amortised: {'; '.join(lacking)}.\n"
-            f"  families that can: {', '.join(fitting) or 'none'}",
-            missing=lacking, works_with={"families": fitting, "objectives": []},
-        )  # fmt: skip
-    return entry.for_given_points()

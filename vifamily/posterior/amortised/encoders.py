@@ -267,7 +267,7 @@ def _convolution(
     with torch.no_grad():
         std = math.sqrt(2 / math.prod(weight.shape[1:]))
         weight.copy_(normal(weight.shape, generator, std=std, **options))
-        layer.bias.zero_()  # type: ignore[operator, union-attr]
+        layer.bias.zero_()  # type: ignore[operator]
     return layer
 
 
