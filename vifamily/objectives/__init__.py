@@ -16,6 +16,7 @@ from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.f_divergence import FDivergence
 from vifamily.objectives.fisher import Fisher
 from vifamily.objectives.gsm import Gsm
+from vifamily.objectives.inclusive_kl import InclusiveKl
 from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.ksd import Ksd
@@ -49,6 +50,7 @@ __all__ = [
     "FDivergence",
     "Fisher",
     "Gsm",
+    "InclusiveKl",
     "InclusiveKlDraws",
     "Iwae",
     "Ksd",
