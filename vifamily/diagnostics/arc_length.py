@@ -61,7 +61,7 @@ def arc_length(draws: Any, reference: Any, *, generator: torch.Generator, folds:
 
     def fit(a: Any, b: Any) -> Any:
         # more points would not be felt: the error of the length is quadratic in that of the angle
-        angle = kernel_angle(*(x[:_MOST_FITTED] for x in (a, b)), source)
+        angle = kernel_angle(a[:_MOST_FITTED], b[:_MOST_FITTED], source)
         return lambda x: np.clip(angle(x), 0.0, RIGHT_ANGLE)
 
     a, b = (x.numpy()[source.permutation(len(x))] for x in pair)
