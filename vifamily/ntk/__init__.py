@@ -7,16 +7,27 @@ builds it. :func:`relu_kernel` and :func:`circle_spectrum` are the limits of wid
 :class:`LinearisedNetwork` is the network whose kernel never moves.
 """
 
+from vifamily.ntk.drift import DriftRecorder, KernelDrift, WidthSweep, kernel_drift, width_sweep
 from vifamily.ntk.gram import jacobian_gram, layerwise_gram, ntk_product
 from vifamily.ntk.infinite import TwoLayerReLU, circle_spectrum, relu_kernel
 from vifamily.ntk.linearised import LinearisedNetwork
+from vifamily.ntk.spectrum import Alignment, KernelReport, alignment, kernel_report
 
 __all__ = [
+    "Alignment",
+    "DriftRecorder",
+    "KernelDrift",
+    "KernelReport",
     "LinearisedNetwork",
     "TwoLayerReLU",
+    "WidthSweep",
+    "alignment",
     "circle_spectrum",
     "jacobian_gram",
+    "kernel_drift",
+    "kernel_report",
     "layerwise_gram",
     "ntk_product",
     "relu_kernel",
+    "width_sweep",
 ]
