@@ -278,6 +278,7 @@ def reproduce_command(
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and smaller grids, for a first look.")] = False,
     seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Folder of reference data, where a paper needs some.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the claims.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for claims, tables and figures.")] = None,
     quiet: Quiet = False,
@@ -297,7 +298,7 @@ def reproduce_command(
     failed, rows = False, []
     for each, paper in papers.items():
         console.print(f"{paper.title} ({paper.source})", markup=False)
-        found = paper.run(Options(quick=quick, seed=seed, say=say))
+        found = paper.run(Options(quick=quick, seed=seed, data=data, say=say))
         console.print(found.table())
         failed = failed or found.failed
         rows += found.plain_rows()

@@ -11,6 +11,7 @@ from vifamily.diagnostics.bounds import (
     log_evidence,
     wasserstein_bounds,
 )
+from vifamily.diagnostics.c2st import c2st
 from vifamily.diagnostics.calibration import Calibration, SymmetryCheck, sbc, vsbc
 from vifamily.diagnostics.diagnosis import Diagnosis
 from vifamily.diagnostics.fisher_gap import fisher_gap
@@ -44,6 +45,7 @@ __all__ = [
     "SteinTest",
     "Summary",
     "SymmetryCheck",
+    "c2st",
     "cubo",
     "distances",
     "divergence_bound",
