@@ -278,7 +278,7 @@ def reproduce_command(
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and smaller grids, for a first look.")] = False,
     seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
-    data: Annotated[Path | None, typer.Option(help="Folder of reference data, where a paper needs some.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the data sets of papers that need some.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the claims.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for claims, tables and figures.")] = None,
     quiet: Quiet = False,
@@ -292,6 +292,8 @@ def reproduce_command(
         if not quiet:
             typer.echo(line, err=True)
 
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data must be a folder, and there is none at {data}.")
     chosen = names() if name == "all" else (name,)
     papers = {each: paper_named(each) for each in chosen}
     console = _console(quiet=quiet)

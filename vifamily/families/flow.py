@@ -1,4 +1,4 @@
-"""Normalizing flows of zuko, run in the direction in which a draw and its density come from one pass."""
+"""Normalizing flows, run in the direction in which a draw and its density come from one pass."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vifamily.errors import ConfigError
 from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
 from vifamily.families._foreign import load
 from vifamily.families._nets import check_positive, check_widths
+from vifamily.families._planar import Planar
 from vifamily.families.full_rank import strict_lower, whiten
 from vifamily.registry import register
 from vifamily.rng import scoped
@@ -22,7 +23,7 @@ from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 __all__ = ["Flow", "FlowFamily"]
 
 _CAPABILITIES = frozenset({Capability.DRAWS, Capability.REPARAMETERISED, Capability.LOG_Q, Capability.CONDITIONAL})
-_KINDS = ("nsf", "maf", "nice", "realnvp", "bpf")
+_KINDS = ("nsf", "maf", "nice", "realnvp", "bpf", "planar")
 _COUPLING = ("nice", "realnvp")
 _ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU, "relu": nn.ReLU}
 _START = 1e-2
@@ -32,7 +33,7 @@ _LARGEST_FULL = 256
 @register("families", "flow")
 @dataclasses.dataclass(frozen=True)
 class Flow(FamilyEntry):
-    """A normalizing flow ``z = loc + L f(e)``, ``e`` standard normal, ``f`` from zuko and ``L`` lower triangular.
+    """A normalizing flow ``z = loc + L f(e)``, ``e`` standard normal, ``f`` mostly zuko's and ``L`` lower triangular.
 
     ``log q(z) = log N(e) - log |det df/de| - log |det L|``. The triangular map makes the family contain every Gaussian;
     ``f`` starts near the identity. The autoregressive direction is that of the inverse autoregressive flow (Kingma et
@@ -41,7 +42,9 @@ class Flow(FamilyEntry):
 
     Kinds: ``nsf`` neural spline flow (Durkan et al., NeurIPS 2019), ``maf`` affine autoregressive (Papamakarios et al.,
     NeurIPS 2017), ``nice`` and ``realnvp`` affine coupling (Dinh et al., ICLR 2017), ``bpf`` Bernstein polynomials
-    (Sick et al., ICPR 2020; inverted by bisection to about 1e-6).
+    (Sick et al., ICPR 2020; inverted by bisection to about 1e-6), ``planar`` bends along one direction each (Rezende
+    and Mohamed, ICML 2015): few parameters and no networks, for many coordinates; takes no context, inverted by
+    bisection.
 
     Args:
         kind: One of the kinds above.
@@ -95,8 +98,12 @@ class Flow(FamilyEntry):
             check_positive("passes", self.passes, least=2)
             if self.kind in _COUPLING:
                 raise ConfigError(f"the coupling flow {self.kind!r} has no passes= to choose: leave it out.")
+            if self.kind == "planar":
+                raise ConfigError("a planar flow has no passes= to choose: leave it out.")
         if self.cheap:
             object.__setattr__(self, "capabilities", _CAPABILITIES | {Capability.CHEAP_LOG_Q})
+        if self.kind == "planar":
+            object.__setattr__(self, "capabilities", _CAPABILITIES - {Capability.CONDITIONAL})
 
     @property
     def cheap(self) -> bool:
@@ -114,6 +121,15 @@ class Flow(FamilyEntry):
         return FlowFamily(latent, self, self._make(latent, generator))
 
     def _make(self, latent: LatentSpec, generator: torch.Generator) -> nn.Module:
+        if self.kind == "planar":
+            return Planar(
+                latent.dim,
+                self.transforms,
+                generator=generator,
+                dtype=latent.dtype,
+                device=latent.device,
+                start=_START,
+            )
         flows = load("zuko.flows")
         make = {"nsf": flows.NSF, "maf": flows.MAF, "nice": flows.NICE, "realnvp": flows.RealNVP, "bpf": flows.BPF}
         options: dict[str, Any] = {"hidden_features": list(self.hidden), "activation": _ACTIVATIONS[self.activation]}

@@ -28,6 +28,7 @@ from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.renyi_predictive import RenyiPredictive
 from vifamily.objectives.reweighted_wake import ReweightedWake
 from vifamily.objectives.roc_arc import RocArc
+from vifamily.objectives.roc_arc_critic import RocArcCritic
 from vifamily.objectives.sinkhorn import Sinkhorn
 from vifamily.objectives.svgd import Svgd
 from vifamily.objectives.tail_adaptive import TailAdaptive
@@ -62,6 +63,7 @@ __all__ = [
     "RenyiPredictive",
     "ReweightedWake",
     "RocArc",
+    "RocArcCritic",
     "Sinkhorn",
     "Svgd",
     "TailAdaptive",

@@ -52,7 +52,7 @@ class Options:
     Attributes:
         quick: Fewer seeds and a smaller grid, for a first look; rules stay the same.
         seed: Root seed.
-        data: Folder of reference data, for papers that need some; None where it was not given.
+        data: Folder with the data sets of papers that need some; without it their claims are not tried.
         say: Called with a line on what is being done.
     """
 
