@@ -147,10 +147,10 @@ def amortised(objective: str, *, length: float, width: int = 256, steps: int = 4
 
 
 # -- one observation at a time -----------------------------------------------------------------------------------------
-def pointwise(*, observations: int = 60, steps: int = 2500, seed: int = 0) -> list[dict[str, Any]]:
+def pointwise(*, observations: int = 60, steps: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
     """Fit one natural parameter to each observation from twelve directions and three lengths, by both divergences.
 
-    The inclusive one by damped Newton steps, the exclusive one by Adam on its exact gradient.
+    The inclusive one by damped Newton steps; the exclusive one by Adam on its exact gradient, then by the same.
 
     Returns:
         One row for each divergence and length: the largest value above the best found for its observation, the share of
@@ -163,8 +163,8 @@ def pointwise(*, observations: int = 60, steps: int = 2500, seed: int = 0) -> li
     start = torch.stack([turn.cos(), turn.sin()], dim=1).unsqueeze(1).expand(-1, observations, -1)
     ends: dict[tuple[str, float], tuple[Tensor, Tensor]] = {}
     for length in (1e-3, 5.0, 30.0):
-        ends["inclusive", length] = _newton(posterior, length * start)
-        ends["exclusive", length] = _adam(posterior.reverse_kl, length * start, steps)
+        ends["inclusive", length] = _newton(posterior.forward_kl, length * start)
+        ends["exclusive", length] = _newton(posterior.reverse_kl, _adam(posterior.reverse_kl, length * start, steps))
     best = {
         kind: torch.stack([value for (name, _), (value, _) in ends.items() if name == kind]).amin((0, 1))
         for kind in ("inclusive", "exclusive")
@@ -184,27 +184,47 @@ def _distinct(value: Tensor) -> Tensor:
     return (value.sort(0).values.diff(dim=0) > 0.5).sum(0) + 1
 
 
-def _newton(posterior: _Posterior, eta: Tensor, steps: int = 60) -> tuple[Tensor, Tensor]:
-    """Damped Newton steps on the inclusive divergence; values and lengths of gradients, ``(start, x)``."""
-    mean = posterior.mean
-    for _ in range(steps):
-        gap = _FAMILY.mean(eta) - mean
-        step = torch.linalg.solve(_FAMILY.fisher(eta), gap.unsqueeze(-1)).squeeze(-1)
-        here, size = _FAMILY.loss(eta, mean), torch.ones_like(eta[..., :1])
-        for _ in range(30):  # halve until the loss falls enough
-            worse = _FAMILY.loss(eta - size * step, mean) > here - 1e-4 * (size * step * gap).sum(-1)
-            size = torch.where(worse.unsqueeze(-1), 0.5 * size, size)
-        eta = eta - torch.where(worse.unsqueeze(-1), torch.zeros_like(step), size * step)
-    return posterior.forward_kl(eta), (_FAMILY.mean(eta) - mean).norm(dim=-1)
-
-
-def _adam(value: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def _adam(value: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
     eta = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([eta], lr=0.3)
-    slope = torch.zeros_like(start)
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 0.3 * (1 - step / steps)
-        (slope,) = torch.autograd.grad(value(eta).sum(), eta)
-        eta.grad = slope
+        (eta.grad,) = torch.autograd.grad(value(eta).sum(), eta)
         optimiser.step()
-    return value(eta).detach(), slope.norm(dim=-1)
+    return eta.detach()
+
+
+def _newton(value: Callable[[Tensor], Tensor], eta: Tensor, steps: int = 100) -> tuple[Tensor, Tensor]:
+    """Descend to an optimum nearby; values and lengths of gradients, ``(start, x)``.
+
+    Newton steps with the absolute eigenvalues of the Hessian, no longer than half of the parameter, halved until the
+    value falls enough.
+    """
+    for _ in range(steps):
+        here, slope, bend = _derivatives(value, eta)
+        if float(slope.norm(dim=-1).max()) < 1e-9:
+            break
+        values, vectors = torch.linalg.eigh(bend)
+        along = (vectors.transpose(-1, -2) @ slope.unsqueeze(-1)) / values.abs().clamp_min(1e-12).unsqueeze(-1)
+        step = (vectors @ along).squeeze(-1)
+        longest = 0.5 * (1 + eta.norm(dim=-1, keepdim=True))
+        step = step * (longest / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
+        size, worse = torch.ones_like(eta[..., :1]), torch.ones_like(here, dtype=torch.bool)
+        for _ in range(40):
+            # rounding of the value is allowed for, or the last steps would be refused
+            allowed = here - 1e-4 * (size * step * slope).sum(-1) + 1e-13 * here.abs()
+            worse = ~(value(eta - size * step) <= allowed)
+            if not bool(worse.any()):
+                break
+            size = torch.where(worse.unsqueeze(-1), 0.5 * size, size)
+        eta = eta - torch.where(worse.unsqueeze(-1), torch.zeros_like(step), size * step)
+    here, slope, _ = _derivatives(value, eta)
+    return here, slope.norm(dim=-1)
+
+
+def _derivatives(value: Callable[[Tensor], Tensor], eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    at = eta.detach().requires_grad_()
+    here = value(at)
+    (slope,) = torch.autograd.grad(here.sum(), at, create_graph=True)
+    rows = [torch.autograd.grad(slope[..., i].sum(), at, retain_graph=True)[0] for i in range(2)]
+    return here.detach(), slope.detach(), torch.stack(rows, dim=-2)
