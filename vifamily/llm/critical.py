@@ -86,7 +86,7 @@ def adapter_stability(
         >>> adapter_stability(one, held_out_rows, generator=source).alpha_star  # doctest: +SKIP
         0.04
     """
-    some = list(rows)
+    some: list[Any] = list(rows)
     pairs = bool(some) and all(isinstance(row, PairRow) for row in some)
     if not some or not (pairs or all(isinstance(row, Row) for row in some)):
         raise DataError("rows must be those of prepare_sft or of prepare_pairs, at least one and of one kind.")
@@ -137,7 +137,7 @@ def _only(model: StackedCausalLM, member: int) -> Iterator[list[Tensor]]:
         model.train(was_training)
 
 
-def _groups(rows: Sequence[Row] | Sequence[PairRow]) -> Tensor:
+def _groups(rows: Sequence[Any]) -> Tensor:
     names = [row.group for row in rows]
     if None in names:
         raise DataError("rows have no group: prepare them with group_column=, the column that names it.")
