@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vifamily.diagnostics import Stability, unit_stability
 from vifamily.diagnostics.routing import Responsibilities, mixture_log_score, responsibilities
+from vifamily.diagnostics.stability import Labelled
 from vifamily.llm._extra import require
 from vifamily.llm._routed import pair_margin
 from vifamily.llm._stacked import StackedCausalLM
@@ -35,6 +38,7 @@ __all__ = [
     "Settings",
     "Specialisation",
     "conflict",
+    "critical_alpha",
     "measure",
     "measure_pairs",
     "preferences",
@@ -362,3 +366,66 @@ def _all_logits(model: StackedCausalLM, input_ids: Tensor, attention_mask: Tenso
         asked = {"input_ids": input_ids.repeat(count, 1), "attention_mask": attention_mask.repeat(count, 1)}
         logits: Tensor = model.base(**asked, use_cache=False).logits
     return logits.reshape(count, -1, *logits.shape[1:])
+
+
+def critical_alpha(
+    base: Base,
+    corpus: Corpus,
+    *,
+    rank: int = 2,
+    units: int = 96,
+    draws: int = 16,
+    steps: int = 500,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
+    damping: float = 1e-3,
+) -> Stability:
+    """Predict where an ensemble starts to specialise, at one member trained alone.
+
+    The Fisher matrix is that of answers drawn from the member; the second moment of scores that of the corpus. Both are
+    of whole answers, the unit that is routed.
+
+    Args:
+        base: What it stands on.
+        corpus: Answers, of one length.
+        rank: Of the adapters.
+        units: Answers that are looked at.
+        draws: Answers drawn for each.
+        steps: Steps of the member's training.
+        learning_rate: Its step size.
+        seed: Root seed.
+        damping: Added to the diagonal, relative to its mean.
+
+    Returns:
+        The analysis; its ``alpha_star`` is the prediction, with a sweep over dampings.
+    """
+    settings = Settings(0.0, members=1, rank=rank, steps=steps, learning_rate=learning_rate, seed=seed)
+    model = train(base, corpus, settings)
+    rows = prepare_sft(list(corpus)[:units], base.tokenizer)
+    batch = collate_sft(rows.rows, int(base.tokenizer.pad_token_id))
+    source = generator(seed, "llm/labels")
+    drawn = [_drawn(model, batch, source) for _ in range(draws)]
+    return unit_stability(
+        lambda: model.row_log_prob(**batch)[0],
+        list(model.adapter_parameters()),
+        curvature="fisher",
+        labelled=[Labelled(functools.partial(_likelihood, model, each)) for each in drawn],
+        damping=damping,
+        search=False,
+        seed=seed,
+    )
+
+
+def _likelihood(model: StackedCausalLM, batch: dict[str, Tensor]) -> Tensor:
+    return model.row_log_prob(**batch)[0]
+
+
+@torch.no_grad()
+def _drawn(model: StackedCausalLM, batch: dict[str, Tensor], source: torch.Generator) -> dict[str, Tensor]:
+    """The batch with its scored tokens drawn from the first member, one after the other."""
+    ids, scored = batch["input_ids"].clone(), batch["completion_mask"]
+    for t in range(int(scored.int().argmax(-1).min()), ids.shape[1]):
+        chance = _all_logits(model, ids, batch["attention_mask"])[0, :, t - 1].double().softmax(-1)
+        token = torch.multinomial(chance, 1, generator=source).squeeze(-1)
+        ids[:, t] = torch.where(scored[:, t], token, ids[:, t])
+    return {**batch, "input_ids": ids}
