@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vifamily.rng import generator
 
-__all__ = ["Budget", "Predicted", "deep_ensemble", "dropout_network", "score", "single_network", "swag"]
+__all__ = [
+    "Budget", "Predicted", "deep_ensemble", "dropout_network", "mean_field_network", "score", "single_network", "swag",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,63 @@ def swag(
     seen = torch.stack(rows)
     mean = seen.mean(0)
     return _swag_prediction(nets, mean, seen.var(0), seen - mean, x_test, budget, seed)
+
+
+def mean_field_network(
+    x: Tensor, y: Tensor, x_test: Tensor, budget: Budget, seed: int, *, noise: str = "local"
+) -> Predicted:  # fmt: skip
+    """Independent normals on weights and biases (Blundell et al. 2015), with noise of each example's own.
+
+    Args:
+        x: Training inputs.
+        y: Training targets.
+        x_test: Test inputs.
+        budget: What every method is given.
+        seed: Root seed.
+        noise: ``"local"`` draws outputs of layers (Kingma, Salimans and Welling 2015); ``"flipout"`` draws one weight
+            for a batch, with signs of each example's own (Wen et al. 2018).
+    """
+    nets = _Members(x.shape[1], budget.hidden, 1, generator(seed, "start"))
+    means = [*nets.weights, *nets.biases]
+    start = [0.1 * math.sqrt(2 / w.shape[-1]) for w in nets.weights] + [0.1] * len(nets.biases)
+    log_sds = [torch.full_like(m, math.log(sd)).requires_grad_() for m, sd in zip(means, start, strict=True)]
+    priors = [math.sqrt(2 / w.shape[-1]) for w in nets.weights] + [1.0] * len(nets.biases)
+    source, layers = generator(seed, "noise"), len(nets.weights)
+
+    def drawn(at: Tensor) -> Tensor:
+        h = at
+        for k in range(layers):
+            w, b = nets.weights[k][0], nets.biases[k][0]
+            sw, sb = log_sds[k][0].exp(), log_sds[layers + k][0].exp()
+            if noise == "local":
+                spread = (h.square() @ sw.square().mT + sb.square()).sqrt()
+                out = h @ w.mT + b + spread * torch.randn(spread.shape, generator=source)
+            else:
+                ins, outs = (_signs((len(h), n), source) for n in (w.shape[1], w.shape[0]))
+                off = sw * torch.randn(w.shape, generator=source)
+                bias = b + sb * torch.randn((len(h), len(w)), generator=source)
+                out = h @ w.mT + bias + ((h * ins) @ off.mT) * outs
+            h = out.relu() if k < layers - 1 else out
+        return h.squeeze(-1)
+
+    optimiser = torch.optim.Adam([*means, *log_sds, nets.log_sd], lr=budget.peak, foreach=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, budget.peak, total_steps=budget.steps)
+    for _, (at, target) in zip(range(budget.steps), _batches(x, y, budget, 1, seed), strict=False):
+        off = (target[0] - drawn(at[0])) / nets.log_sd.exp()
+        fit = (-0.5 * off.square() - nets.log_sd).mean()
+        each = zip(means, log_sds, priors, strict=True)
+        kl = sum((0.5 * (m.square() + (2 * ls).exp()) / sd**2 - ls).sum() for m, ls, sd in each)
+        optimiser.zero_grad()
+        (kl / len(x) - fit).backward()  # type: ignore[union-attr]
+        optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        outputs = torch.stack([drawn(x_test) for _ in range(budget.draws)])
+    return Predicted(outputs, nets.log_sd.exp().detach().expand(budget.draws), 2 * (nets.count() - 1) + 1)
+
+
+def _signs(shape: tuple[int, int], source: torch.Generator) -> Tensor:
+    return 2.0 * torch.randint(2, shape, generator=source) - 1
 
 
 def _swag_prediction(

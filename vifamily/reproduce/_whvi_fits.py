@@ -1,0 +1,166 @@
+"""Networks with Walsh-Hadamard weights and what stands beside them, on regression sets, digits and a toy curve."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from vifamily import rng
+from vifamily.fit import fit
+from vifamily.models import Network
+from vifamily.reproduce import _network_baselines as baselines
+from vifamily.reproduce._uci import split_of
+
+__all__ = ["BESIDE", "classified", "collapsed", "regression_row", "toy_bands"]
+
+WHVI = "Walsh-Hadamard"
+BESIDE = {
+    "mean field": baselines.mean_field_network,
+    "one network": baselines.single_network,
+    "five networks": baselines.deep_ensemble,
+    "dropout": baselines.dropout_network,
+    "SWAG": baselines.swag,
+}
+"""The other methods of the table, by name."""
+
+
+def _net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    with rng.scoped(seed):
+        for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            layers += [activation()] if i else []
+            layers.append(nn.Linear(fan_in, fan_out))
+    return nn.Sequential(*layers)
+
+
+def _fitted(model: Network, budget: baselines.Budget, seed: int, **options: Any) -> Tensor:
+    """Fit a network in mean field with noise per example; return posterior draws."""
+    posterior = fit(
+        model, "mean_field", "elbo(estimator=example)", "adam", batch_size=budget.batch, steps=budget.steps, draws=1,
+        seed=seed, progress=False, **options,
+    )  # fmt: skip
+    draws: Tensor = posterior.draws(budget.draws)
+    return draws
+
+
+def regression_row(folder: Path, name: str, split: int, method: str, budget: baselines.Budget) -> dict[str, Any]:
+    """One method on one split: error and minus the mean log density in the unit of the targets, size and time."""
+    data = split_of(folder, name, split)
+    start = time.perf_counter()
+    if method == WHVI:
+        net = _net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, split)
+        model = Network(net, "gaussian", (data.x, data.y[:, None]), "walsh_hadamard", seed=split)
+        found = _whvi_prediction(model, _fitted(model, budget, split), data.x_test)
+    else:
+        found = BESIDE[method](data.x, data.y, data.x_test, budget, split)
+    row = {"data": name, "split": split, "method": method, "parameters": found.parameters}
+    return row | baselines.score(found, data.y_test, data.scale) | {"seconds": time.perf_counter() - start}
+
+
+def _whvi_prediction(model: Network, draws: Tensor, x: Tensor) -> baselines.Predicted:
+    prediction = model.predict(draws, x)
+    mean = prediction.draws.squeeze(-1)
+    # of a Gaussian likelihood with one noise for all data, the aleatoric part is its variance
+    sd = prediction.aleatoric.sqrt().reshape(-1)[0].expand(len(mean))
+    points = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return baselines.Predicted(mean, sd, 2 * model.dim + points)
+
+
+def collapsed(folder: Path, name: str, budget: baselines.Budget) -> dict[str, float]:
+    """The start with diagonals of 0.01 and a mean of zero, which ends at a constant; on the first split."""
+    data = split_of(folder, name, 0)
+    net = _net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, 0)
+    model = Network(net, "gaussian", (data.x, data.y[:, None]), "walsh_hadamard", seed=0)
+    with torch.no_grad():
+        for layer_name, parameter in model.named_parameters():
+            if layer_name.endswith((".left", ".right")):
+                parameter.copy_(0.01 * torch.randn(parameter.shape, generator=rng.generator(0, layer_name)))
+    draws = _fitted(model, budget, 0, init=torch.zeros(model.dim))
+    found = _whvi_prediction(model, draws, data.x_test)
+    constant = float((data.y_test - data.y.mean()).square().mean().sqrt()) * data.scale
+    return baselines.score(found, data.y_test, data.scale) | {"constant": constant}
+
+
+# -- digits ------------------------------------------------------------------------------------------------------------
+def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(y))
+    images, labels = torch.from_numpy(x[order] / 16.0).float(), torch.from_numpy(y[order]).long()
+    cut = int(0.8 * len(y))
+    return images[:cut], labels[:cut], images[cut:], labels[cut:]
+
+
+def _convolutional(seed: int) -> nn.Sequential:
+    with rng.scoped(seed):
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+
+def classified(kind: str, method: str, budget: baselines.Budget, seed: int) -> dict[str, Any]:
+    """One method on the 8x8 digits, four fifths for training: error rate, mean negative log score, ECE, size.
+
+    Args:
+        kind: ``"dense"`` (64-128-128-10) or ``"convolutional"``.
+        method: ``"Walsh-Hadamard"``, ``"mean field"`` (both fitted here alike) or ``"one network"``.
+        budget: Steps and batch.
+        seed: Root seed, of the split too.
+    """
+    x, y, x_test, y_test = _digits(seed)
+    net = _net([64, 128, 128, 10], nn.ReLU, seed) if kind == "dense" else _convolutional(seed)
+    start = time.perf_counter()
+    if method == "one network":
+        model = Network(net, "categorical", (x, y), "dense", seed=seed)
+        options: dict[str, Any] = {"family": "ensemble(size=1)", "objective": "renyi_predictive(alpha=1)"}
+    else:
+        entry = "walsh_hadamard" if method == WHVI else "dense"
+        model = Network(net, "categorical", (x, y), entry, seed=seed)
+        noise = "example" if method == WHVI else "reparameterised"
+        options = {"family": "mean_field", "objective": f"elbo(estimator={noise})", "draws": 1}
+    posterior = fit(model, batch_size=budget.batch, steps=budget.steps, solver="adam", seed=seed, progress=False,
+                    **options)  # fmt: skip
+    draws = 1 if method == "one network" else budget.draws
+    found = model.predict(posterior.draws(draws), x_test).calibration(y_test)
+    points = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = (1 if method == "one network" else 2) * model.dim + points
+    return {
+        "net": kind, "method": method, "seed": seed, "error": found["error_rate"], "nll": -found["log_score"],
+        "ece": found["ece"], "parameters": size, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+# -- a curve -----------------------------------------------------------------------------------------------------------
+class _Cosine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cos()
+
+
+def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
+    """A curve seen in two stretches, with noise of variance exp(-3): posterior mean and both parts of the spread.
+
+    Returns:
+        ``x``, ``y`` (data), ``grid``, ``mean``, ``epistemic`` and ``total`` (standard deviations on the grid).
+    """
+    source = rng.generator(seed, "toy")
+    half = torch.rand(64, generator=source)
+    x = torch.cat([half[:32] * 0.8 - 1.0, half[32:] * 0.8 + 0.2])[:, None]
+    y = torch.sin(4 * x) + 0.5 * x + math.exp(-1.5) * torch.randn(x.shape, generator=source)
+    model = Network(
+        _net([1, *budget.hidden, 1], _Cosine, seed), f"gaussian(sd={math.exp(-1.5)})", (x, y),
+        "walsh_hadamard(gain=linear)", seed=seed,
+    )  # fmt: skip
+    draws = _fitted(model, budget, seed)
+    grid = torch.linspace(-2, 2, 201)[:, None]
+    found = model.predict(draws, grid)
+    return {
+        "x": x[:, 0], "y": y[:, 0], "grid": grid[:, 0], "mean": found.mean[:, 0],
+        "epistemic": found.epistemic.sqrt()[:, 0], "total": found.sd[:, 0],
+    }  # fmt: skip
