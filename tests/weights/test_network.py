@@ -198,6 +198,31 @@ def test_recurrent_net_is_evaluated_by_some_route():
     assert made.route in ("vmap", "loop")
 
 
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(self.encoder(x).mean(1))
+
+
+@pytest.mark.parametrize("build", [Attention, Transformer])
+def test_attention_has_gradients(build):
+    net, x = initialised(build()), rows(5, 3, 4)
+    made = convert(net).train()
+    z = 0.3 * torch.randn(2, made.dim, generator=seeded(2), dtype=torch.float64)
+    torch.testing.assert_close(made(x, z), by_hand(made, net, x, z), rtol=1e-9, atol=1e-9)
+    assert made.route == "vmap", made.declined
+    at = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(made(x, at).sum(), [at])
+    direction, h = torch.randn(z.shape, generator=seeded(3), dtype=torch.float64), 1e-6
+    slope = (made(x, z + h * direction) - made(x, z - h * direction)).sum() / (2 * h)
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-7)
+
+
 def test_other_layers():
     net = others()
     net(torch.zeros(2, 2, 8))  # the lazy layer takes its size

@@ -14,7 +14,7 @@ from vifamily.supports import Layout
 from vifamily.weights._base import LayerWeights
 from vifamily.weights._fold import FoldedNet
 from vifamily.weights._report import ConversionReport, ConvertedLayer
-from vifamily.weights._routes import Route, loop_over_draws, over_draws, settled_route
+from vifamily.weights._routes import Route, evaluated, loop_over_draws, over_draws, settled_route
 
 if TYPE_CHECKING:
     from vifamily.weights._entry import WeightsEntry
@@ -66,7 +66,7 @@ class NetworkWeights(nn.Module):
         self.route: Route | None = None
         self.declined: dict[str, str] = {}
         self._fold_cache: FoldedNet | None = None
-        self.net = copy.deepcopy(net).eval()
+        self.net = evaluated(copy.deepcopy(net))
         own = sum(p.numel() for p in self.net.parameters())
         modules = {n: m for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))}
         layers, rows = _made_layers(self.net, modules, entry, generator)
@@ -100,7 +100,7 @@ class NetworkWeights(nn.Module):
     def train(self, mode: bool = True) -> NetworkWeights:  # noqa: FBT001, FBT002 - torch's own signature
         """Set the mode of this module; the network inside stays in eval mode."""
         super().train(mode)
-        self.net.eval()
+        evaluated(self.net)
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's own signature

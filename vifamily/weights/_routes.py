@@ -16,7 +16,7 @@ from vifamily.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from vifamily.weights._network import NetworkWeights
 
-__all__ = ["Route", "loop_over_draws", "over_draws", "settled_route"]
+__all__ = ["Route", "evaluated", "loop_over_draws", "over_draws", "settled_route"]
 
 Route = Literal["fold", "repeat", "vmap", "loop"]
 
@@ -24,6 +24,17 @@ _ROWS, _DRAWS = 5, 2
 """Rows and draws of the comparison: with one row, broadcasting hides wrong axes."""
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 """What user code raises where axes are not those that it expects."""
+
+
+def evaluated(net: nn.Module) -> nn.Module:
+    """Set eval mode, but for torch's fused forms of attention, which have no derivative."""
+    net.eval()
+    for module in net.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            module.training = True  # its parts, dropout among them, keep eval mode
+    return net
 
 
 def over_draws(net: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -56,7 +67,7 @@ def settled_route(
         tolerance = 1e3 * torch.finfo(expected.dtype).eps * float(1 + expected.abs().max())
         for route in routes:
             try:
-                out = weights.evaluate(route, rows, z)
+                out = _with_gradient(weights, route, rows, z)
             except _REFUSALS as error:
                 if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
                     raise
@@ -66,6 +77,16 @@ def settled_route(
                 return route, declined
             declined[route] = "gives other outputs than one draw at a time"
     return "loop", declined
+
+
+def _with_gradient(weights: NetworkWeights, route: Route, x: Tensor, z: Tensor) -> Tensor:
+    """Outputs by a route whose derivative exists too, where the network has one."""
+    with torch.enable_grad():
+        at = z.clone().requires_grad_()
+        out = weights.evaluate(route, x, at)
+        if out.requires_grad:
+            torch.autograd.grad(out.sum(), [at], allow_unused=True)
+    return out.detach()
 
 
 def _expected(weights: NetworkWeights, x: Tensor, z: Tensor) -> Tensor:
