@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
+from vifamily.models._prediction import Prediction
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
+from vifamily.models.network import Network
 from vifamily.models.pyro_model import PyroModel
 
-__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model", "PyroModel"]
+__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model", "Network", "Prediction", "PyroModel"]
