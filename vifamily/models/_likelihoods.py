@@ -173,7 +173,8 @@ class Gaussian(_Located):
 
     def cdf(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Normal distribution function."""
-        return torch.special.ndtr((y.to(outputs) - outputs) / self.scale(outputs))
+        value: Tensor = torch.special.ndtr((y.to(outputs) - outputs) / self.scale(outputs))
+        return value
 
 
 class StudentT(_Located):
@@ -256,7 +257,8 @@ class Heteroscedastic(Likelihood):
     def cdf(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Normal distribution function."""
         mean, sd = self._moments(outputs)
-        return torch.special.ndtr((y.to(outputs) - mean) / sd)
+        value: Tensor = torch.special.ndtr((y.to(outputs) - mean) / sd)
+        return value
 
 
 class Categorical(Likelihood):

@@ -104,7 +104,8 @@ class Prediction:
     def _entropy(self, p: Tensor) -> Tensor:
         if self._likelihood.output_axes == 0:
             p = torch.stack([p, 1 - p], -1)
-        return -torch.special.xlogy(p, p).sum(-1)
+        entropy: Tensor = -torch.special.xlogy(p, p).sum(-1)
+        return entropy
 
     def _need(self, kind: str, what: str) -> None:
         own = self._likelihood.kind

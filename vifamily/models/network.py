@@ -107,8 +107,8 @@ class Network(Model):
         self.source = data_source(data, num_data, self.dtype, self.device)
         self._num_data, self.name = self.source.num_data, name
         self.weights, self.likelihood = made, law
-        y, like = self._look()
-        self.likelihood.begin(y, like)
+        y, points = self._look()
+        self.likelihood.begin(y, points)
         self.capabilities = self._declared()
 
     @property
