@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vifamily.diagnostics.arc_length import arc_length
 from vifamily.diagnostics.bounds import (
     Estimate,
     cubo,
@@ -50,6 +51,7 @@ __all__ = [
     "Summary",
     "SymmetryCheck",
     "c2st",
+    "arc_length",
     "cubo",
     "distances",
     "divergence_bound",

@@ -55,6 +55,9 @@ class Flow(FamilyEntry):
         bins: Bins of a spline, or degree of a polynomial.
         activation: ``silu``, ``tanh``, ``elu`` (smooth) or ``relu``.
         affine: ``full`` for a triangular ``L``, ``diagonal``, or ``auto``: full up to 256 coordinates.
+        direction: What takes one pass: ``draws``, as above, or ``density``, where the layers map points to the base
+            (the masked autoregressive flow) and a draw inverts them. ``auto`` takes density where the objective
+            evaluates given points only, as amortised inference does.
 
     Raises:
         ConfigError: If an option is unknown or not a positive integer.
@@ -75,6 +78,7 @@ class Flow(FamilyEntry):
     bins: int = 8
     activation: str = "silu"
     affine: str = "auto"
+    direction: str = "auto"
     capabilities = _CAPABILITIES
 
     def __post_init__(self) -> None:
@@ -83,6 +87,7 @@ class Flow(FamilyEntry):
             ("kind", self.kind, _KINDS),
             ("activation", self.activation, tuple(_ACTIVATIONS)),
             ("affine", self.affine, ("auto", "full", "diagonal")),
+            ("direction", self.direction, ("auto", "draws", "density")),
         ):
             if value not in known:
                 raise ConfigError(f"unknown {name} {value!r} of a flow: choose one of {', '.join(known)}.")
@@ -103,7 +108,12 @@ class Flow(FamilyEntry):
     @property
     def cheap(self) -> bool:
         """Whether an inversion costs about as much as a draw."""
-        return self.kind in _COUPLING or (self.passes == 2 and self.kind != "bpf")
+        forward = self.direction == "density"
+        return forward or self.kind in _COUPLING or (self.passes == 2 and self.kind != "bpf")
+
+    def for_given_points(self) -> Flow:
+        """Return this flow with its density in one pass, unless a direction was asked for."""
+        return dataclasses.replace(self, direction="density") if self.direction == "auto" else self
 
     def build(self, latent: LatentSpec, *, generator: torch.Generator) -> FlowFamily:
         """Build the flow near the standard normal law."""
@@ -178,6 +188,7 @@ class FlowFamily(Family):
         dim = latent.dim
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.layers = layers
+        self.density_first = entry.direction == "density"
         self.full = entry.affine == "full" or (entry.affine == "auto" and dim <= _LARGEST_FULL)
         self.capabilities = entry.capabilities
         # zuko inverts Bernstein polynomials by calls of autograd that vmap does not allow
@@ -200,20 +211,29 @@ class FlowFamily(Family):
         self.check_context(context)
         # zuko writes into a new tensor of the kind of its input: a buffer added makes it carry the axis of vmap
         base = noise + torch.zeros_like(self.shift)
-        v, log_jacobian = self.layers(context).call_and_ladj(base)
+        if self.density_first:
+            layers = self.layers(context)
+            v = layers.inv(base)
+            log_jacobian = -layers.call_and_ladj(v)[1]
+        else:
+            v, log_jacobian = self.layers(context).call_and_ladj(base)
         log_q = _standard_normal(noise) - log_jacobian - self.log_diagonal.sum(-1)
         scaled = v + v @ strict_lower(self.lower, self.position).mT if self.full else v
         return Draw(self.loc + self.log_diagonal.exp() * scaled, log_q, uniform_log_weight(log_q, noise.shape[0]))
 
     def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
-        """Log density in standardised coordinates, by inverting the flow."""
+        """Log density in standardised coordinates, by inverting the flow where draws come first."""
         self.check_context(context)
         v = (u - self.loc) * (-self.log_diagonal).exp()
         if self.full:
             v = whiten(strict_lower(self.lower, self.position), v)
         layers = self.layers(context)
-        base = layers.inv(v)
-        _, log_jacobian = layers.call_and_ladj(base)
+        if self.density_first:
+            base, inverse = layers.call_and_ladj(v)
+            log_jacobian = -inverse
+        else:
+            base = layers.inv(v)
+            _, log_jacobian = layers.call_and_ladj(base)
         out: Tensor = _standard_normal(base) - log_jacobian - self.log_diagonal.sum(-1)
         return out
 

@@ -17,7 +17,7 @@ from vifamily.errors import ConfigError, DataError, VifamilyWarning
 from vifamily.llm._formats import Conversation, Text, as_pairs, as_supervised, groups_of
 from vifamily.llm.rows import AnyRow, PairRow, Row, Rows
 
-__all__ = ["OVERLONG", "check_tokenizer", "prepare_pairs", "prepare_sft"]
+__all__ = ["OVERLONG", "check_tokenizer", "prepare_pairs", "prepare_sft", "prompt_ids"]
 
 OVERLONG = ("drop", "error", "trim_prompt")
 """What may be done with rows longer than ``max_length``."""
@@ -117,6 +117,27 @@ def prepare_pairs(
         start = build.boundary(prompt, both, i)
         rows.append(PairRow(tuple(both[0][:start]), tuple(both[0][start:]), tuple(both[1][start:]), i, group))
     return build.finish(rows)
+
+
+def prompt_ids(prompt: Text, tokenizer: Any, **template: Any) -> tuple[int, ...]:
+    """Tokenise a prompt as training does, up to where an answer begins.
+
+    Args:
+        prompt: A text, or messages for the chat template.
+        tokenizer: A tokenizer of transformers.
+        template: Further arguments of the chat template.
+
+    Returns:
+        Token ids, at least one.
+
+    Raises:
+        DataError: If the prompt is empty.
+        ConfigError: If it is a conversation and there is no chat template.
+    """
+    ids = tuple(_Builder(tokenizer, None, "error").prompt_ids(prompt, template)) if prompt else ()
+    if not ids:
+        raise DataError("a prompt is empty: an answer needs at least one token before it.")
+    return ids
 
 
 class _Builder:

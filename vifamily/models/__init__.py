@@ -8,5 +8,17 @@ from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
 from vifamily.models.network import Network
 from vifamily.models.pyro_model import PyroModel
+from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
-__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model", "Network", "Prediction", "PyroModel"]
+__all__ = [
+    "BatchSource",
+    "Density",
+    "LikelihoodModel",
+    "Model",
+    "Network",
+    "ObservedSimulator",
+    "Prediction",
+    "PyroModel",
+    "Simulations",
+    "Simulator",
+]

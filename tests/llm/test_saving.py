@@ -1,0 +1,151 @@
+"""Saved members are PEFT adapters with no difference, and damaged folders are refused."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from tests.llm.conftest import spread_members, tiny_base, tiny_batch
+from vifamily.errors import CheckpointError, ConfigError
+from vifamily.rng import scoped
+
+peft = pytest.importorskip("peft")
+
+from vifamily.llm._stacked import StackedCausalLM  # noqa: E402
+from vifamily.llm.manifest import base_digest, read_manifest  # noqa: E402
+from vifamily.llm.saving import export_merged, load_members, load_model, save_members  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+K = 3
+SETTINGS = {
+    "llama": {
+        "target_modules": ["q_proj", "up_proj"],
+        "r": 4,
+        "lora_alpha": 8,
+        "layers_to_transform": [1],
+        "use_rslora": True,
+    },
+    "gpt2": {"r": 4, "lora_alpha": 8},
+}
+
+
+def made(kind="llama", members=K, seed=5, **more):
+    config = peft.LoraConfig(**{**SETTINGS[kind], **more})
+    model = StackedCausalLM(tiny_base(kind, dtype=torch.float32), config, members, seed=seed)
+    spread_members(model, seed)
+    return model.eval()
+
+
+def values(model, rows):
+    return model(rows.input_ids, rows.attention_mask, rows.completion_mask).detach()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_members_load_with_peft_without_a_difference(kind, tmp_path):
+    model, rows = made(kind), tiny_batch()
+    save_members(model, tmp_path)
+    for k in range(K):
+        with scoped(0):
+            base = tiny_base(kind, dtype=torch.float32)
+            theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / f"member_{k}")).eval()
+        for name, layer in model.adapters():
+            their = theirs.base_model.model.get_submodule(name)
+            assert torch.equal(their.lora_A["default"].weight, layer.lora_A[k])
+            assert torch.equal(their.lora_B["default"].weight, layer.lora_B[k])
+            assert their.scaling["default"] == layer.scale
+        adapted = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+        assert adapted == set(model.target_names)
+        logits = theirs(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+        chosen = logits[:, :-1].log_softmax(-1).gather(-1, rows.input_ids[:, 1:, None]).squeeze(-1)
+        theirs_value = chosen[rows.completion_mask[:, 1:]].detach()
+        assert float((theirs_value - values(model, rows)[k]).abs().max()) < 1e-5
+
+
+def test_an_ensemble_comes_back_as_it_was(tmp_path):
+    model, rows = made(), tiny_batch()
+    model.log_weight.copy_(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log())
+    save_members(model, tmp_path, training={"renyi_alpha": 0.8, "unit": "sequence"})
+    manifest = read_manifest(tmp_path)
+    assert manifest.training == {"renyi_alpha": 0.8, "unit": "sequence"}
+    assert {"torch", "peft", "transformers"} <= set(manifest.versions)
+    other = load_model(tmp_path, tiny_base(dtype=torch.float32))
+    assert torch.equal(values(other, rows), values(model, rows))
+    assert torch.equal(other.log_weight, model.log_weight)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "member_1").iterdir()}
+    save_members(other, tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again" / "member_1").iterdir()} == first
+
+
+def test_the_digest_of_a_base_knows_its_weights_alone():
+    base = tiny_base(dtype=torch.float32)
+    before = base_digest(base)
+    StackedCausalLM(base, peft.LoraConfig(**SETTINGS["llama"]), 2)
+    assert base_digest(base) == before
+    assert base_digest(tiny_base(dtype=torch.bfloat16)) == before
+    assert base_digest(tiny_base(seed=1, dtype=torch.float32)) != before
+
+
+def test_folders_that_are_refused(tmp_path):
+    model, good = made(), tmp_path / "good"
+    save_members(model, good)
+
+    def broken(change):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        change(folder)
+        return folder
+
+    half = broken(lambda f: (f / "ensemble.json").unlink())
+    with pytest.raises(CheckpointError, match="broken off"):
+        load_members(model, half)
+    weights = "member_1/adapter_model.safetensors"
+    cut = broken(lambda f: (f / weights).write_bytes((f / weights).read_bytes()[:-8]))
+    with pytest.raises(CheckpointError, match="not the file that was saved"):
+        load_members(model, cut)
+    text = broken(lambda f: (f / "ensemble.json").write_text("{"))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_members(model, text)
+
+    def rewritten(**changes):
+        def change(folder):
+            content = json.loads((folder / "ensemble.json").read_text())
+            (folder / "ensemble.json").write_text(json.dumps(content | changes))
+
+        return broken(change)
+
+    with pytest.raises(CheckpointError, match="format 9"):
+        load_members(model, rewritten(format=9))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        load_members(model, rewritten(files={"../x/member_0/a": "0"}))
+    with pytest.raises(CheckpointError, match="has weights"):
+        load_members(model, rewritten(weights=[0.5, 0.5]))
+    with pytest.raises(CheckpointError, match="3 members"):
+        load_members(made(members=2), good)
+    with pytest.raises(CheckpointError, match="another rank"):
+        load_members(made(r=2), good)
+    other = StackedCausalLM(tiny_base(seed=1, dtype=torch.float32), peft.LoraConfig(**SETTINGS["llama"]), K)
+    with pytest.raises(CheckpointError, match="another base"):
+        load_members(other, good)
+    with pytest.raises(ConfigError, match="names no base"):
+        load_model(good)
+
+
+def test_the_merged_adapter_is_the_mean_change(tmp_path):
+    model, rows = made(), tiny_batch()
+    model.log_weight.copy_(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log())
+    export_merged(model, tmp_path)
+    assert "not the ensemble" in (tmp_path / "README.md").read_text()
+    with scoped(0):
+        theirs = peft.PeftModel.from_pretrained(tiny_base(dtype=torch.float32), str(tmp_path)).eval()
+    for name, layer in model.adapters():
+        their = theirs.base_model.model.get_submodule(name)
+        mean = sum(
+            w * layer.scale * layer.lora_B[k] @ layer.lora_A[k] for k, w in enumerate(model.log_weight.exp().tolist())
+        )
+        assert torch.allclose(their.get_delta_weight("default"), mean, atol=1e-6)
+        assert math.isclose(their.scaling["default"], layer.scale)
+    assert rows

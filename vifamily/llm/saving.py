@@ -1,0 +1,208 @@
+"""Members as ordinary adapter folders, with a manifest of the ensemble beside them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vifamily.errors import CheckpointError, ConfigError
+from vifamily.llm._extra import require
+from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm._targets import is_linear, matching
+from vifamily.llm.manifest import MANIFEST, Manifest, base_digest, file_digest, read_manifest, versions
+from vifamily.report import write_bytes, write_text
+
+__all__ = ["export_merged", "load_members", "load_model", "save_members"]
+
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def save_members(model: StackedCausalLM, folder: str | Path, *, training: Mapping[str, Any] | None = None) -> Manifest:
+    """Save each member in PEFT's format, and ``ensemble.json`` last.
+
+    ``PeftModel.from_pretrained(base, folder / "member_0")`` loads a member without this package. A folder whose writing
+    was broken off has no manifest and is refused when it is read.
+
+    Args:
+        model: The ensemble.
+        folder: Where to; made when it is missing, and what it held of an ensemble is replaced.
+        training: How it was trained, for the manifest; plain values.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    settings = _adapter_config(model)
+    save = require("safetensors.torch", "saving members").save
+    files = {}
+    for k in range(model.num_members):
+        own = folder / f"member_{k}"
+        write_bytes(own / _WEIGHTS, save(_member_tensors(model, k), metadata={"format": "pt"}))
+        write_text(own / _CONFIG, settings)
+        files[f"member_{k}/{_WEIGHTS}"] = file_digest(own / _WEIGHTS)
+    manifest = Manifest(
+        num_members=model.num_members,
+        weights=tuple(model.log_weight.exp().tolist()),
+        log_weights=tuple(model.log_weight.tolist()),
+        base=str(getattr(model.config, "_name_or_path", "") or ""),
+        revision=getattr(model.config, "_commit_hash", None),
+        base_digest=base_digest(model.base),
+        files=files,
+        training=dict(training or {}),
+        versions=versions(),
+    )
+    write_text(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
+def load_members(model: StackedCausalLM, folder: str | Path, *, check_base: bool = True) -> Manifest:
+    """Load saved members into an ensemble of the same form.
+
+    Args:
+        model: The ensemble; its adapters and weights are overwritten.
+        folder: Where :func:`save_members` wrote.
+        check_base: Whether the base must be the one that members were trained on.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: If the folder is incomplete or damaged, or of an ensemble of another form or base.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest.num_members != model.num_members:
+        raise CheckpointError(f"{folder} holds {manifest.num_members} members, the ensemble has {model.num_members}.")
+    if check_base and manifest.base_digest != base_digest(model.base):
+        raise CheckpointError(
+            f"the members in {folder} were trained on another base ({manifest.base or 'without a name'}) than the one "
+            f"that is loaded ({getattr(model.config, '_name_or_path', '') or 'without a name'}). Load that base."
+        )
+    read = require("safetensors.torch", "loading members").load_file
+    with torch.no_grad():
+        for k in range(model.num_members):
+            path = folder / f"member_{k}" / _WEIGHTS
+            found = read(path)
+            wanted = _member_tensors(model, k)
+            if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in wanted.items()}:
+                raise CheckpointError(
+                    f"{path} has adapters of other layers or another rank than this ensemble: make it with the "
+                    f"settings in {path.parent / _CONFIG}."
+                )
+            for name, layer in model.adapters():
+                layer.lora_A[k].copy_(found[f"{_PREFIX}{name}.lora_A.weight"])
+                layer.lora_B[k].copy_(found[f"{_PREFIX}{name}.lora_B.weight"])
+        model.log_weight.copy_(torch.tensor(manifest.log_weights, dtype=torch.float64))
+    return manifest
+
+
+def load_model(folder: str | Path, base: Any = None, **options: Any) -> StackedCausalLM:
+    """Load a saved ensemble over its base.
+
+    Args:
+        folder: Where :func:`save_members` wrote.
+        base: A loaded model, or its name or path; None takes what the manifest names.
+        options: For ``AutoModelForCausalLM.from_pretrained``, where the base has to be loaded.
+
+    Returns:
+        The ensemble.
+
+    Raises:
+        CheckpointError: If the folder is incomplete or damaged, or the base is another one.
+        ConfigError: If the manifest names no base and none is given.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    name = manifest.base if base is None else base
+    if not name:
+        raise ConfigError(f"{folder / MANIFEST} names no base: give base=, the model that members were trained on.")
+    if isinstance(name, (str, Path)):
+        auto = require("transformers", "loading a language model").AutoModelForCausalLM
+        base = auto.from_pretrained(str(name), **options)
+    config = require("peft", "loading members").LoraConfig.from_pretrained(str(folder / "member_0"))
+    config.inference_mode = False
+    model = StackedCausalLM(base, config, manifest.num_members)
+    load_members(model, folder)
+    return model.eval()
+
+
+def export_merged(model: StackedCausalLM, folder: str | Path) -> Path:
+    """Save the mean change of the weights as one adapter, which is not the ensemble.
+
+    The change of each layer is averaged over members by their weights. It has rank K r, and its predictions are not
+    those of the mixture; for what can serve one adapter only, and labelled as what it is.
+
+    Args:
+        model: The ensemble.
+        folder: Where to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    tensors, weight = {}, model.log_weight.exp()
+    for name, layer in model.adapters():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().flatten(0, 1).contiguous()
+        wide = layer.lora_B.detach() * weight.to(layer.lora_B)[:, None, None]
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = wide.permute(1, 0, 2).flatten(1).contiguous()
+    settings = json.loads(_adapter_config(model))
+    scale = next(model.adapters())[1].scale
+    settings |= {
+        "r": model.num_members * settings["r"],
+        "lora_alpha": scale * model.num_members * settings["r"],
+        "use_rslora": False,
+    }
+    save = require("safetensors.torch", "saving an adapter").save
+    write_bytes(folder / _WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_text(folder / _CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_text(
+        folder / "README.md",
+        f"# Merged adapter, not the ensemble\n\nThis adapter is the mean change of the weights over the "
+        f"{model.num_members} members of an ensemble. It predicts otherwise than their mixture, has no uncertainty, "
+        "and where members disagree it may be worse than each of them.\n",
+    )
+    return folder
+
+
+def _member_tensors(model: StackedCausalLM, k: int) -> dict[str, Tensor]:
+    out = {}
+    for name, layer in model.adapters():
+        out[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[k].detach().cpu().contiguous().clone()
+        out[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[k].detach().cpu().contiguous().clone()
+    return out
+
+
+def _adapter_config(model: StackedCausalLM) -> str:
+    """PEFT's settings of a member, with sorted names so that the same ensemble gives the same bytes."""
+    config = copy.copy(model.lora_config)
+    layers = dict(model.adapters())
+    endings = sorted({name.rpartition(".")[2] for name in layers})
+    config.target_modules = set(endings)
+    every = [name.removesuffix(".base_layer") for name, module in model.base.named_modules() if is_linear(module)]
+    if set(matching(every, config)) != set(layers):
+        config.target_modules = set(layers)
+    transposed = {not isinstance(layer.base_layer, torch.nn.Linear) for layer in layers.values()}
+    content: dict[str, Any] = config.to_dict()
+    content |= {
+        "base_model_name_or_path": getattr(model.config, "_name_or_path", None) or None,
+        "fan_in_fan_out": transposed == {True},
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+        "peft_version": versions().get("peft"),
+    }
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+    return json.dumps(content, indent=2, sort_keys=True, default=str) + "\n"

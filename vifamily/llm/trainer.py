@@ -1,0 +1,457 @@
+"""Training of LoRA ensembles: thin subclasses of transformers' ``Trainer`` for SFT and DPO in TRL's formats."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import CheckpointError, ConfigError, NonFiniteLossError, VifamilyWarning
+from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
+from vifamily.llm._extra import require
+from vifamily.llm._passes import PaddedRows, stacked_pass, two_pass
+from vifamily.llm._routed import Tally, pair_loss, supervised_loss
+from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
+from vifamily.llm.manifest import read_manifest
+from vifamily.llm.options import EnsembleOptions
+from vifamily.llm.rows import Rows
+from vifamily.llm.saving import load_members, save_members
+from vifamily.rng import scoped
+
+__all__ = ["DPOEnsembleTrainer", "SFTEnsembleTrainer", "last_checkpoint"]
+
+_transformers = require("transformers", "training an ensemble")
+
+_DEAD = 0.1
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_REFUSED = {
+    "packing": "rows must stay apart to be routed",
+    "padding_free": "rows must stay apart to be routed",
+    "use_liger_kernel": "token log probabilities are computed in parts already",
+    "label_smoothing_factor": "the loss is a likelihood",
+    "neftune_noise_alpha": "members must see the same inputs",
+}
+
+
+class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-defined]
+    """What both kinds of training share; see :class:`SFTEnsembleTrainer`."""
+
+    pairs = False
+    data_collator: Collator
+
+    def __init__(
+        self,
+        model: StackedCausalLM,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        options: EnsembleOptions | None = None,
+        **more: Any,
+    ) -> None:
+        if not isinstance(model, StackedCausalLM):
+            raise ConfigError(
+                f"model must be a StackedCausalLM, got {type(model).__name__}: wrap the base with "
+                "StackedCausalLM(base, peft_config, num_members)."
+            )
+        args = args if args is not None else _transformers.TrainingArguments("trainer_output")
+        _check_arguments(args)
+        self.options = options or EnsembleOptions()
+        if self.pairs and self.options.unit not in ("sequence", "group"):
+            raise ConfigError(f"preferences are routed by 'sequence' or 'group', got unit={self.options.unit!r}.")
+        tokenizer = check_tokenizer(processing_class)
+        self._reference: dict[str, Any] = {}
+        train = self._prepared(train_dataset, tokenizer, "train")
+        evaluation = self._prepared(eval_dataset, tokenizer, "eval")
+        self._tally = {"train": Tally(), "eval": Tally()}
+        self._step_tally = Tally()
+        self._warned: set[int] = set()
+        with scoped(args.seed):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=processing_class,
+                data_collator=Collator(int(tokenizer.pad_token_id), self.pairs, self._reference.get("train")),
+                **more,
+            )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError("ensembles are trained data-parallel: leave DeepSpeed and FSDP out.")
+        self.add_callback(_weights_callback(self))
+
+    # --- data ---
+
+    def _prepared(self, data: Any, tokenizer: Any, what: str) -> Any:
+        if data is None:
+            return None
+        if isinstance(data, Mapping):
+            raise ConfigError("several evaluation sets at once are not supported: call evaluate() with each.")
+        if not isinstance(data, Rows):
+            records = list(data)
+            shared: dict[str, Any] = {
+                "max_length": self.options.max_length,
+                "overlong": self.options.overlong,
+                "group_column": self.options.group_column,
+            }
+            if self.pairs:
+                data = prepare_pairs(records, tokenizer, **shared)
+                if records and all(set(_REFERENCE) <= set(record) for record in records):
+                    known = [(float(r[_REFERENCE[0]]), float(r[_REFERENCE[1]])) for r in records]
+                    self._reference[what] = known
+            else:
+                only = self.options.completion_only_loss
+                data = prepare_sft(records, tokenizer, completion_only_loss=only, **shared)
+        return GroupedRows(data) if self.options.unit == "group" else data
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return a loader of rows or records; see transformers."""
+        known = self.data_collator
+        if eval_dataset is not None and not isinstance(eval_dataset, (str, Rows, GroupedRows)):
+            eval_dataset = self._prepared(eval_dataset, self.processing_class, "eval")
+        try:
+            self.data_collator = Collator(known.pad_token_id, known.pairs, self._reference.get("eval"))
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = known
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Count what the loss is averaged over, over all batches of a step and all processes."""
+        if not batch_samples:
+            return None
+        count = sum(Inputs.from_dict(batch, pairs=self.pairs).items() for batch in batch_samples)
+        total = torch.tensor(count, device=device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total.reshape(1)).sum()
+        return total
+
+    # --- loss ---
+
+    def _loss_of(self, inputs: Inputs, scale: float, tally: Tally, score: Any) -> Any:
+        """The loss of some rows, as the passes call it."""
+        alpha = self.options.alpha_at(self.state.global_step)
+        log_weight = self._ensemble.log_weight
+
+        def loss(log_prob: Tensor, index: Tensor) -> Tensor:
+            part = inputs.rows.take(index)
+            item = index[: len(index) // 2] if self.pairs else index
+            group = torch.unique(inputs.group[item], return_inverse=True)[1]
+            if self.pairs:
+                reference = self._reference_of(inputs, part, index, score)
+                total, found = pair_loss(
+                    log_prob,
+                    part.token_row,
+                    group,
+                    reference,
+                    self.options.unit,
+                    alpha,
+                    log_weight,
+                    self.options.beta,
+                )
+            else:
+                total, found = supervised_loss(log_prob, part.token_row, group, self.options.unit, alpha, log_weight)
+            tally.add(found)
+            return total * scale
+
+        return loss
+
+    @torch.no_grad()
+    def _reference_of(self, inputs: Inputs, part: PaddedRows, index: Tensor, score: Any) -> Tensor:
+        if inputs.reference is not None:
+            return inputs.reference[index]
+        value = score(part, None, adapters=False)
+        out: Tensor = value.new_zeros(len(part)).index_add(0, part.token_row, value[0])
+        return out
+
+    @property
+    def _ensemble(self) -> StackedCausalLM:
+        found = self.accelerator.unwrap_model(self.model)
+        if not isinstance(found, StackedCausalLM):
+            raise ConfigError(f"the model that is trained is a {type(found).__name__}, not a StackedCausalLM.")
+        return found
+
+    def _evaluate_loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        items: Any,
+        backward: Any,
+        tally: Tally,
+        *,
+        route: str,
+    ) -> Tensor:
+        """Walk over a batch, with a call of ``backward`` for each part."""
+        inputs = Inputs.from_dict(batch, pairs=self.pairs)
+        count = inputs.items() if items is None else float(items)
+        # gradients are averaged over processes, and the count is over all of them
+        scale = (self.args.world_size if items is not None else 1) / max(count, 1)
+
+        def score(part: PaddedRows, members: tuple[int, int] | None, *, adapters: bool = True) -> Tensor:
+            found: Tensor = model(part.input_ids, part.attention_mask, part.completion_mask, members, adapters=adapters)
+            return found
+
+        loss_of = self._loss_of(inputs, scale, tally, score)
+        size = self.options.micro_batch_rows or max(1, len(inputs.group) // self._ensemble.num_members)
+        blocks, fits = blocks_of(inputs.group, size, whole_groups=self.options.unit == "group")
+        if route == "two_pass" or (route == "auto" and not fits):
+            item = torch.arange(len(inputs.group), device=inputs.group.device)
+            # of preferences, the two answers must stand in one part, and all parts in the order of the whole
+            parts = [inputs.model_rows(item)] if self.pairs else list(item.split(size * self._ensemble.num_members))
+            return two_pass(score, inputs.rows, parts, loss_of, backward, num_members=self._ensemble.num_members)
+        return stacked_pass(score, inputs.rows, [inputs.model_rows(block) for block in blocks], loss_of, backward)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradient of one batch, in micro-batches; see transformers."""
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        tally = Tally()
+        with self.compute_loss_context_manager():
+            loss = self._evaluate_loss(
+                model, batch, num_items_in_batch, self.accelerator.backward, tally, route=self.options.route
+            )
+        if self.options.prior_weight:
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)
+            prior = self._prior() / steps
+            self.accelerator.backward(prior)
+            loss = loss + prior.detach().to(loss)
+        if not math.isfinite(float(loss)):
+            raise NonFiniteLossError(
+                f"the loss is {float(loss)} at step {self.state.global_step}; nothing was stepped. Resume from the "
+                "last checkpoint with a smaller learning rate, and look at the data of this step.",
+                step=self.state.global_step,
+                term="loss",
+            )
+        self._tally["train"].add(tally)
+        self._step_tally.add(tally)
+        return loss.detach()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,  # noqa: FBT001, FBT002
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss of a batch, differentiable; see transformers."""
+        parts: list[Tensor] = []
+        batch = self._prepare_inputs(inputs)
+        self._evaluate_loss(model, batch, num_items_in_batch, parts.append, self._tally["eval"], route="stacked")
+        loss = torch.stack(parts).sum()
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,  # noqa: FBT001
+        ignore_keys: Any = None,
+    ) -> tuple[Tensor, None, None]:
+        """Return the loss of a batch without a gradient; see transformers."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def _prior(self) -> Tensor:
+        """Cross term of the divergence from a normal prior, averaged over members."""
+        square = torch.stack([p.float().square().sum() for p in self._ensemble.adapter_parameters()]).sum()
+        scale = self.options.prior_weight / (2 * self.options.prior_sd**2 * self._ensemble.num_members)
+        return square * scale
+
+    # --- optimiser ---
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each member's gradient by its own norm; members would be coupled by a common one."""
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self._ensemble.adapter_parameters() if p.grad is not None]
+        norm = torch.stack([g.float().flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        factor = (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for g in gradients:
+            g.mul_(factor.to(g)[:, None, None])
+        return norm.max()
+
+    def update_weights(self) -> None:
+        """Move the members' weights towards their mean responsibilities of this step, where they are learned."""
+        tally, self._step_tally = self._step_tally, Tally()
+        if not self.options.learn_weights or tally.usage is None:
+            return
+        log_weight = self._ensemble.log_weight
+        counts = torch.cat([tally.usage, torch.tensor([tally.units], dtype=torch.float64)]).to(log_weight)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        usage = counts[:-1] / counts[-1]
+        rate = self.options.weight_rate
+        weight = (1 - rate) * log_weight.exp() + rate * usage
+        weight = weight.clamp(min=1e-3 / len(weight))
+        log_weight.copy_((weight / weight.sum()).log())
+
+    # --- log ---
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what routing does to the log; see transformers."""
+        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+        means = self._tally[mode].means()
+        self._tally[mode] = Tally()
+        if mode == "train" and means and "loss" in logs:
+            means["renyi_alpha"] = self.options.alpha_at(self.state.global_step)
+            if self.options.learn_weights:
+                weights = self._ensemble.log_weight.exp().tolist()
+                means |= {f"routing/weight_{k}": w for k, w in enumerate(weights)}
+            self._warn_of_dead(means)
+        prefix = "eval_" if mode == "eval" else ""
+        super().log({**logs, **{prefix + key: value for key, value in means.items()}}, start_time)
+
+    def _warn_of_dead(self, means: dict[str, float]) -> None:
+        members = self._ensemble.num_members
+        dead = [k for k in range(members) if means[f"routing/usage_{k}"] < _DEAD / members and k not in self._warned]
+        if dead:
+            self._warned.update(dead)
+            warnings.warn(
+                f"members {dead} explain less than a tenth of an equal share at step {self.state.global_step}: they "
+                "are dying. Lower renyi_alpha, ramp it up from a small value, or use fewer members.",
+                VifamilyWarning,
+                stacklevel=2,
+            )
+
+    # --- running, saving ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:  # noqa: FBT001
+        """Train; ``resume_from_checkpoint=True`` goes on from the newest complete checkpoint. See transformers.
+
+        Raises:
+            CheckpointError: If the checkpoint is half-written, damaged, or of another base or form.
+            ConfigError: If there is no checkpoint to go on from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(self.args.output_dir))
+        elif resume_from_checkpoint:
+            _check_complete(Path(str(resume_from_checkpoint)))
+        with scoped(self.args.seed):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; see transformers. Returned with the routed figures of the log."""
+        with scoped(self.args.seed):
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+        last = self.state.log_history[-1] if self.state.log_history else {}
+        return {**found, **{key: value for key, value in last.items() if key.startswith("eval_")}}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        training = {"objective": "dpo" if self.pairs else "sft", "step": self.state.global_step, **self.options.plain()}
+        save_members(self._ensemble, folder, training=training)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_members(self._ensemble, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_members(self._ensemble, self.state.best_model_checkpoint)
+
+
+class SFTEnsembleTrainer(_EnsembleTrainer):
+    """Supervised fine-tuning of an ensemble, with the arguments of ``Trainer``.
+
+    Data are TRL's: ``messages``, ``prompt`` and ``completion``, or ``text``. The loss is the routed negative log
+    likelihood per scored token of the whole step; with one member it is TRL's SFT loss.
+
+    Args:
+        model: A :class:`~vifamily.llm.StackedCausalLM`.
+        args: ``transformers.TrainingArguments``.
+        train_dataset: Records, or :class:`~vifamily.llm.rows.Rows`.
+        eval_dataset: The same.
+        processing_class: The tokenizer.
+        options: :class:`~vifamily.llm.options.EnsembleOptions`.
+        more: Further arguments of ``Trainer``.
+
+    Raises:
+        ConfigError: If something is asked for that an ensemble cannot have.
+        DataError: If the data cannot be used.
+    """
+
+
+class DPOEnsembleTrainer(_EnsembleTrainer):
+    """Direct preference optimisation of an ensemble, with the arguments of ``Trainer``.
+
+    Data are TRL's: ``prompt``, ``chosen`` and ``rejected``. The reference is the base without adapters, shared by all
+    members, or what columns ``ref_chosen_logps`` and ``ref_rejected_logps`` say. The loss is the mean over pairs; with
+    one member it is TRL's DPO loss.
+
+    Args:
+        model: A :class:`~vifamily.llm.StackedCausalLM`.
+        args: ``transformers.TrainingArguments``.
+        train_dataset: Records, or :class:`~vifamily.llm.rows.Rows`.
+        eval_dataset: The same.
+        processing_class: The tokenizer.
+        options: :class:`~vifamily.llm.options.EnsembleOptions`.
+        more: Further arguments of ``Trainer``.
+
+    Raises:
+        ConfigError: If something is asked for that an ensemble cannot have.
+        DataError: If the data cannot be used.
+    """
+
+    pairs = True
+
+
+def last_checkpoint(folder: str | Path) -> Path:
+    """Newest complete checkpoint in a folder of a run; one whose writing was broken off is passed over.
+
+    Args:
+        folder: The run's ``output_dir``.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ConfigError: If there is none.
+        CheckpointError: If there are only incomplete ones.
+    """
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    if not found:
+        raise ConfigError(f"{folder} holds no checkpoint to go on from: start without resuming.")
+    for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
+        try:
+            _check_complete(path)
+        except CheckpointError:
+            continue
+        return path
+    raise CheckpointError(f"the checkpoints in {folder} are all half-written: start anew.")
+
+
+def _check_complete(folder: Path) -> None:
+    """Refuse a checkpoint that lacks what is written last, or whose members are not those that were saved."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint, or is half-written. Use an earlier one.") from error
+    read_manifest(folder)
+
+
+def _check_arguments(args: Any) -> None:
+    for name, reason in _REFUSED.items():
+        value = getattr(args, name, None)
+        if value:
+            raise ConfigError(f"{name}={value!r} cannot be used for an ensemble: {reason}. Leave it out.")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} devices in one process cannot be used: start one process each, with torchrun or accelerate "
+            "launch."
+        )
+
+
+def _weights_callback(trainer: _EnsembleTrainer) -> Any:
+    class Weights(_transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        """Updates weights after each step of the optimiser."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            trainer.update_weights()
+
+    return Weights()
