@@ -108,7 +108,7 @@ def parameters() -> Claim:
 # -- regression --------------------------------------------------------------------------------------------------------
 def _regressions(options: Options) -> tuple[list[Claim], list[dict[str, Any]]]:
     names = ("yacht",) if options.quick else tuple(_PUBLISHED)
-    splits, steps = ((0,), 400) if options.quick else ((0, 1), 3000)
+    splits, steps = ((0,), 400) if options.quick else ((0, 1), 6000)
     try:
         data = {name: _read(options.data, name) for name in names}
     except ReferenceDataError as error:
@@ -120,7 +120,9 @@ def _regressions(options: Options) -> tuple[list[Claim], list[dict[str, Any]]]:
             options.say(f"{name}, split {split}")
             rows.append({"data": name, "split": split, "start": "usual"} | regression(data[name], split, steps))
     options.say("from a start near zero")
-    near = {"data": names[0], "split": 0, "start": "near zero"} | regression(data[names[0]], 0, steps, collapsed=True)
+    near: dict[str, Any] = {"data": names[0], "split": 0, "start": "near zero"} | regression(
+        data[names[0]], 0, steps, collapsed=True
+    )
     claims = [_compared(name, [row for row in rows if row["data"] == name], options) for name in names]
     failed = near["rmse"] > 0.9 * near["spread"]
     claims.append(
