@@ -8,6 +8,7 @@ from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
 from vifamily.models.network import Network
 from vifamily.models.pyro_model import PyroModel
+from vifamily.models.random_features import RandomFourierFeatures, random_feature_network
 from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "ObservedSimulator",
     "Prediction",
     "PyroModel",
+    "RandomFourierFeatures",
     "Simulations",
     "Simulator",
+    "random_feature_network",
 ]
