@@ -108,8 +108,9 @@ def convergence(dim: int, sizes: tuple[int, ...], repeats: int, seed: int) -> li
             angle.append(math.sqrt(np.mean([np.mean(o**2) for o in off])))
             ratio = ArcLengthRatio(num_centers=centers)
             length.append(arc_length(a, b, ratio=ratio, interval="wald", seed=k).value - SHIFTED[1.0])
+        rmse = float(np.sqrt(np.mean(np.square(length))))
         rows.append({
-            "dim": dim, "size": size, "angle": float(np.mean(angle)), "length": float(np.sqrt(np.mean(np.square(length)))),
+            "dim": dim, "size": size, "angle": float(np.mean(angle)), "length": rmse,
             "angle_error": float(np.std(angle) / math.sqrt(repeats)),
         })  # fmt: skip
     return rows
@@ -167,4 +168,8 @@ def power(name: str, repeats: int, seed: int, permutations: int = 99) -> dict[st
         ]
         rejected.append([p <= 0.05 for p in (*p_values, _mmd_p_value(a, b, permutations, k))])
     shares = np.mean(rejected, axis=0)
-    return {"setting": name, "repeats": repeats, **dict(zip(("arc_length", "auc", "accuracy", "mmd"), shares.tolist(), strict=True))}
+    return {
+        "setting": name,
+        "repeats": repeats,
+        **dict(zip(("arc_length", "auc", "accuracy", "mmd"), shares.tolist(), strict=True)),
+    }

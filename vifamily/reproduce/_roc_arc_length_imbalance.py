@@ -105,9 +105,7 @@ def pairwise_hinge(g_pos: Tensor, g_neg: Tensor, w_pos: Tensor, w_neg: Tensor) -
 
 def auc_margin(g_pos: Tensor, g_neg: Tensor, w_pos: Tensor, w_neg: Tensor) -> Tensor:
     """The AUC-margin loss with its inner problems solved: variances within the classes and a hinge between means."""
-    return (
-        g_pos.var(correction=0) + g_neg.var(correction=0) + (1 + g_neg.mean() - g_pos.mean()).clamp_min(0).square()
-    )
+    return g_pos.var(correction=0) + g_neg.var(correction=0) + (1 + g_neg.mean() - g_pos.mean()).clamp_min(0).square()
 
 
 METHODS = (
