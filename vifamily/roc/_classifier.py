@@ -67,7 +67,7 @@ class AUCBoundClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         hidden: Widths of the network's layers.
         num_centers: Largest number of kernel centres.
         bandwidth: Kernel bandwidth in multiples of the median distance of the centres.
-        learning_rate: Of step 1; a fifth of it in step 2, ten times it for the kernel.
+        learning_rate: Of both steps; ten times it for the kernel.
         batch_size: Points of each class in a minibatch; a class that has fewer comes in whole.
         max_iter: Largest number of steps of each of the two.
         patience: Steps without gain on the held-out part before a step ends.
@@ -183,8 +183,8 @@ class AUCBoundClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _train(self, pos: Sample, neg: Sample, held: tuple[Sample, Sample], seed: int) -> None:
         rate = self.learning_rate * (_KERNEL_RATE if self.model == "kernel" else 1.0)
-        first, second = (Schedule(r, self.batch_size, self.max_iter, self.patience) for r in (rate, rate / 5))
-        self.n_iter_ = train(self._module, pos, neg, held, arc_loss, arc_loss, first, seed, "roc/classifier/first")
+        how = Schedule(rate, self.batch_size, self.max_iter, self.patience)
+        self.n_iter_ = train(self._module, pos, neg, held, arc_loss, arc_loss, how, seed, "roc/classifier/first")
         aucs, self.kept_step_ = [self._held_auc(held)], 1
         trained: nn.Module = self._module
         if self.step2 != "none":
@@ -192,7 +192,7 @@ class AUCBoundClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             loss: Loss = tanh_loss
             if self.step2 == "sine":
                 loss, trained = sine_loss, Stretched(self._module)
-            self.n_iter_ += train(trained, pos, neg, held, loss, loss, second, seed, "roc/classifier/second")
+            self.n_iter_ += train(trained, pos, neg, held, loss, loss, how, seed, "roc/classifier/second")
             aucs.append(self._held_auc(held))
             self.kept_step_ = 2 if aucs[1] >= aucs[0] else 1
             if self.kept_step_ == 1:
