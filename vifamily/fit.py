@@ -121,7 +121,7 @@ def fit(
             model, family, objective, solver, draws=draws, local_family=local_family, checkpoint=checkpoint,
             device=device, dtype=dtype, encoder=encoder, seed=seed, steps=steps, restarts=restarts,
             batch_size=batch_size, init=init, callbacks=calls, tracker=tracker, progress=progress,
-            time_limit=time_limit,
+            time_limit=time_limit, compile=compile, show_plan=show_plan,
         )  # fmt: skip
     if tracker is not None and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
         what = f"the class {tracker.__name__}" if isinstance(tracker, type) else type(tracker).__name__
@@ -145,7 +145,8 @@ def fit(
 
 def _amortised(
     model: Simulator, family: Any, objective: Any, solver: Any, *, draws: int | None, local_family: Any,
-    checkpoint: Any, device: Any, dtype: torch.dtype | None, steps: int | None, **options: Any,
+    checkpoint: Any, device: Any, dtype: torch.dtype | None, steps: int | None, compile: Any, show_plan: bool,
+    **options: Any,
 ) -> AmortisedPosterior:  # fmt: skip
     """Fit a simulator; what has no meaning for one is refused."""
     if solver != "auto" and solver != "adam":
@@ -161,9 +162,13 @@ def _amortised(
     ):
         if value is not None:
             raise ConfigError(f"{name}= is not for simulators: {instead}.")
+    if compile is True:
+        raise ConfigError("compile=True is not for simulators: their steps run in torch.")
     if device is not None or dtype is not None:
         where = model.device if device is None else torch.device(device)
         model = model.moved(device=where, dtype=dtype or model.dtype)
+    if show_plan:
+        print(plan(model, family, objective), flush=True)
     found = fit_amortised(model, family, objective, steps=steps or _MOST_STEPS, **options)
     warn_if_unfinished(found, steps)
     return found

@@ -95,7 +95,7 @@ class Draw:
         log_q: Log density of the draws, ``(..., draw)``, or None for a family without density.
         log_weight: Log weights over the draw axis, normalised: ``logsumexp(log_weight, -1) = 0``. Uniform for
             ordinary draws; member weights for ensembles, component weights for stratified mixtures, probabilities
-            for enumerated families.
+            for enumerated families. ``(..., draw, datum)`` where a conditional mixture's weights depend on the datum.
         local: Draws of the local latents of the data in the batch, ``(..., draw, datum, local_dim)``, or None.
         local_log_q: Their log density given the global draw, ``(..., draw, datum)``, or None.
     """

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import ConfigError, IncompatibleError
+from vifamily.errors import ConfigError, IncompatibleError, ShapeError
 from vifamily.families._base import Family, FamilyEntry
-from vifamily.families._nets import check_positive, normal
+from vifamily.families._nets import check_positive, mlp, normal
 from vifamily.registry import Spec, build, entry_name, register
 from vifamily.rng import draw_noise
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
@@ -31,7 +31,7 @@ class Mixture(FamilyEntry):
     weights without a score-function term (Morningstar, Vikram, Ham, Gallagher and Dillon, AISTATS 2021), as long as the
     weights are not detached.
 
-    In a conditional version the components depend on the context and the weights do not.
+    In a conditional version components and weights depend on the context: a mixture density network (Bishop 1994).
 
     Args:
         components: Number of components.
@@ -103,6 +103,10 @@ class MixtureFamily(Family):
         self.vectorised = all(part.vectorised for part in parts)
         self.noise_spec = NoiseSpec(parts[0].noise_spec.shape, parts[0].noise_spec.law)
         self.logits = nn.Parameter(torch.zeros(len(parts), **options))
+        self.weight_head: nn.Module | None = None
+        if latent.context_dim is not None:
+            # a mixture density network: weights depend on the context as the components do
+            self.weight_head = mlp(latent.context_dim, (), len(parts), generator, last_gain=1e-2, **options)
         self.register_buffer("directions", _balanced(normal((len(parts), latent.dim), generator, **options)))
         self.start_at(torch.zeros(latent.dim, **options), torch.ones(latent.dim, **options))
 
@@ -110,21 +114,28 @@ class MixtureFamily(Family):
         """What a component needs, since each sees every draw."""
         return self._families()[0].fewest_fixed_draws()
 
-    def log_component_weight(self) -> Tensor:
-        """Log weights of the components, ``(components,)``."""
-        return self.logits.log_softmax(-1)
+    def log_component_weight(self, context: Tensor | None = None) -> Tensor:
+        """Log weights of the components, ``(components,)``, or ``(datum, components)`` under a context."""
+        if self.weight_head is None:
+            self.check_context(context)
+            return self.logits.log_softmax(-1)
+        if context is None:
+            raise ShapeError("this mixture is conditional: give a context.")
+        logits: Tensor = self.logits + self.weight_head(context)
+        return logits.log_softmax(-1)
 
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
         """Map each row of noise through every component; rows come noise by noise, component by component."""
         num = noise.shape[0]
         u = torch.stack([part.transform(noise, context).z for part in self._families()], dim=1).flatten(0, 1)
-        log_weight = (self.log_component_weight() - math.log(num)).repeat(num)
+        each = self.log_component_weight(context) - math.log(num)
+        log_weight = each.repeat(num) if context is None else each.mT.repeat(num, 1)
         return Draw(u, self.log_density(u, context), log_weight)
 
     def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
         """Log density of the mixture in standardised coordinates."""
         each = torch.stack([part.log_density(u, context) for part in self._families()], dim=-1)
-        return torch.logsumexp(each + self.log_component_weight(), dim=-1)
+        return torch.logsumexp(each + self.log_component_weight(context), dim=-1)
 
     def standard_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance in standardised coordinates, where the components have theirs."""
@@ -140,10 +151,13 @@ class MixtureFamily(Family):
         """Draw ``num_draws`` independent points: a component by its weight, then a draw of it."""
         leading = (num_draws,) if context is None else (num_draws, context.shape[0])
         noise = draw_noise(self.noise_spec, leading, generator, dtype=self.latent.dtype, device=self.latent.device)
-        weight = self.log_component_weight().exp().to(generator.device)
+        weight = self.log_component_weight(context).exp().to(generator.device)
         chosen = torch.multinomial(weight, num_draws, replacement=True, generator=generator).to(noise.device)
         z: Tensor = self(noise, context).z.unflatten(0, (num_draws, len(self.parts)))
-        return z[torch.arange(num_draws, device=z.device), chosen]
+        if context is None:
+            return z[torch.arange(num_draws, device=z.device), chosen]
+        place = chosen.mT[:, None, :, None].expand(-1, 1, -1, self.dim)
+        return z.gather(1, place).squeeze(1)
 
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:

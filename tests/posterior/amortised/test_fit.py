@@ -171,6 +171,7 @@ def test_files_of_an_encoder_of_the_users_own(tmp_path):
         ({"solver": "lbfgs"}, ConfigError, "adam"),
         ({"draws": 4}, ConfigError, "batch_size"),
         ({"init": "laplace"}, ConfigError, "init"),
+        ({"compile": True}, ConfigError, "compile"),
         ({"encoder": "vecotr"}, ConfigError, "vector"),
         ({"encoder": 3}, ConfigError, "module"),
         ({"objective": "inclusive_kl(holdout=1.5)"}, ConfigError, "holdout"),
@@ -179,6 +180,12 @@ def test_files_of_an_encoder_of_the_users_own(tmp_path):
 def test_what_cannot_be_is_refused(arguments, error, text):
     with pytest.raises(error, match=text):
         vf.fit(gaussian_linear(), **{"family": "mean_field", "objective": "inclusive_kl(simulations=100)", **arguments})
+
+
+def test_the_plan_is_shown(capsys):
+    vf.fit(gaussian_linear(), objective="inclusive_kl(simulations=100)", steps=2, show_plan=True)
+    shown = capsys.readouterr().out
+    assert "simulator" in shown and "flow(direction=density)" in shown and "joint simulation" in shown
 
 
 def test_parameters_stay_in_their_supports():

@@ -128,7 +128,8 @@ class ConditionedFamily(Family):
         self.check_context(context)
         draw = self.inner.transform(noise.unsqueeze(1), self.context)
         log_q = None if draw.log_q is None else draw.log_q.squeeze(1)
-        return Draw(draw.z.squeeze(1), log_q, draw.log_weight)
+        log_weight = draw.log_weight.squeeze(1) if draw.log_weight.dim() > 1 else draw.log_weight
+        return Draw(draw.z.squeeze(1), log_q, log_weight)
 
     def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
         """Log density in standardised coordinates at the context."""

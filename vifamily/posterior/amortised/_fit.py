@@ -93,7 +93,12 @@ def fit_amortised(
     if tracker is not None:
         tracker.start(run.config(restarts))
     try:
-        with FitProgress(show=progress, most_steps=steps) as display, Interrupts() as interrupts, few_threads(1):
+        numbers = run.batch_size * max(simulator.dim, run.all.x[0].numel())
+        with (
+            FitProgress(show=progress, most_steps=steps) as display,
+            Interrupts() as interrupts,
+            few_threads(numbers),
+        ):
             for r in range(restarts):
                 trainer, module = run.trainer(r)
                 reason = _drive(trainer, steps, callbacks, tracker, display, deadline, interrupts)
