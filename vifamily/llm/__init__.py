@@ -16,6 +16,8 @@ from vifamily.llm.corpora import (
     ideal_nll,
     symbol_tasks,
 )
+from vifamily.llm.cost import StepCost, step_cost
+from vifamily.llm.critical import adapter_stability
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
 from vifamily.llm.ensemble import Answer, Ensemble
 from vifamily.llm.manifest import Manifest, read_manifest
@@ -23,6 +25,7 @@ from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members
+from vifamily.llm.sizes import BaseSize, base_size
 from vifamily.llm.styles import annotators, styled_facts
 from vifamily.llm.tiny import (
     Pretrained,
@@ -47,6 +50,7 @@ from vifamily.llm.uncertainty import (
 
 __all__ = [
     "Answer",
+    "BaseSize",
     "Behaviour",
     "CalibrationReport",
     "Corpus",
@@ -61,12 +65,15 @@ __all__ = [
     "SequenceInformation",
     "StackedCausalLM",
     "StackedLoRA",
+    "StepCost",
     "Uncertainty",
+    "adapter_stability",
     "annotators",
     "answer_clusters",
     "answer_log_likelihood",
     "as_conversations",
     "auroc",
+    "base_size",
     "behaviour",
     "check_tokenizer",
     "collate_pairs",
@@ -92,6 +99,7 @@ __all__ = [
     "sequence_information",
     "split_uncertainty",
     "split_uncertainty_along",
+    "step_cost",
     "styled_facts",
     "symbol_tasks",
     "tiny_model",

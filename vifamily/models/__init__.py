@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
+from vifamily.models._prediction import Prediction
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
+from vifamily.models.network import Network
 from vifamily.models.pyro_model import PyroModel
 from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
@@ -13,7 +15,9 @@ __all__ = [
     "Density",
     "LikelihoodModel",
     "Model",
+    "Network",
     "ObservedSimulator",
+    "Prediction",
     "PyroModel",
     "Simulations",
     "Simulator",
