@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ShapeError
-from vifamily.ntk import jacobian_gram, layerwise_gram, ntk_product
+from vifamily.ntk import jacobian_gram, largest_eigenvalue, layerwise_gram, ntk_product
 from vifamily.rng import generator, scoped
 
 DOUBLE = torch.float64
@@ -141,3 +141,21 @@ def test_refusals(seed) -> None:
         jacobian_gram(nn.Sequential(net, nn.Unflatten(1, (2, 2))), x)
     with pytest.raises(ConfigError, match="requires a gradient"):
         jacobian_gram(net.requires_grad_(False), x)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_largest_eigenvalue_is_that_of_the_matrix(seed, chunk) -> None:
+    net, x = dense(seed), normal(seed, "x", 5, 3)
+    gram = jacobian_gram(net, x)
+    found = largest_eigenvalue(net, x, chunk=chunk)
+    assert found.value == pytest.approx(float(torch.linalg.eigvalsh(gram)[-1]), rel=1e-10)
+    torch.testing.assert_close(gram @ found.vector, found.value * found.vector, rtol=0, atol=1e-6 * found.value)
+    assert found.steps <= 20
+
+
+def test_few_steps_give_a_lower_bound(seed) -> None:
+    net, x = dense(seed), normal(seed, "x", 5, 3)
+    best = float(torch.linalg.eigvalsh(jacobian_gram(net, x))[-1])
+    assert 0 < largest_eigenvalue(net, x, max_steps=1).value <= best * (1 + 1e-12)
+    with pytest.raises(ConfigError, match="max_steps"):
+        largest_eigenvalue(net, x, max_steps=0)

@@ -14,7 +14,7 @@ network beside all three.
 
 from vifamily.ntk.drift import DriftRecorder, KernelDrift, WidthSweep, kernel_drift, width_sweep
 from vifamily.ntk.flow import PredictedFlow, predicted_flow
-from vifamily.ntk.gram import jacobian_gram, layerwise_gram, ntk_product
+from vifamily.ntk.gram import jacobian_gram, largest_eigenvalue, layerwise_gram, ntk_product
 from vifamily.ntk.infinite import TwoLayerReLU, circle_spectrum, relu_kernel
 from vifamily.ntk.linearised import LinearisedNetwork
 from vifamily.ntk.rates import Certificate, FlowRates, certificate, flow_rates
@@ -41,6 +41,7 @@ __all__ = [
     "jacobian_gram",
     "kernel_drift",
     "kernel_report",
+    "largest_eigenvalue",
     "layerwise_gram",
     "ntk_product",
     "predicted_flow",

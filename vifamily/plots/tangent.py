@@ -139,7 +139,7 @@ def power_laws(
         'width'
     """
     at = np.asarray(width, dtype=np.float64)
-    figure = style.new_figure(5.4, 3.8)
+    figure = style.new_figure(5.4, 3.6 + 0.2 * len(values))
     axes = figure.subplots()
     top = 0.0
     for i, (name, given) in enumerate(values.items()):
@@ -157,7 +157,8 @@ def power_laws(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _name(axes, "width", axis)
-    axes.legend(frameon=False, fontsize=style.LABEL_SIZE, labelcolor=style.INK)
+    # below the axes: lines that fall leave no corner free for certain
+    style.legend(figure, axes.get_legend_handles_labels()[0], loc="outside lower center", ncols=1)
     style.title(figure, title)
     return figure
 
