@@ -10,13 +10,16 @@ from vifamily import errors, families, models, objectives, registry, rng, solver
 from vifamily.compare import choose_alpha, compare
 from vifamily.fit import fit
 from vifamily.plan import compatibility, plan
-from vifamily.posterior import Posterior, load
+from vifamily.posterior import Posterior, amortised
+from vifamily.posterior.amortised import AmortisedPosterior, load
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AmortisedPosterior",
     "Posterior",
     "__version__",
+    "amortised",
     "choose_alpha",
     "compare",
     "compatibility",

@@ -278,6 +278,7 @@ def reproduce_command(
     *,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and smaller grids, for a first look.")] = False,
     seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Folder with the data sets of papers that need some.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the claims.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for claims, tables and figures.")] = None,
     quiet: Quiet = False,
@@ -291,13 +292,15 @@ def reproduce_command(
         if not quiet:
             typer.echo(line, err=True)
 
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data must be a folder, and there is none at {data}.")
     chosen = names() if name == "all" else (name,)
     papers = {each: paper_named(each) for each in chosen}
     console = _console(quiet=quiet)
     failed, rows = False, []
     for each, paper in papers.items():
         console.print(f"{paper.title} ({paper.source})", markup=False)
-        found = paper.run(Options(quick=quick, seed=seed, say=say))
+        found = paper.run(Options(quick=quick, seed=seed, data=data, say=say))
         console.print(found.table())
         failed = failed or found.failed
         rows += found.plain_rows()

@@ -12,9 +12,11 @@ import torch
 from vifamily import checkpoint as checkpoints
 from vifamily.errors import ConfigError, ConvergenceWarning
 from vifamily.loop import FitLoop
+from vifamily.models import Simulator
 from vifamily.plan import make_plan
 from vifamily.plan import plan as plan
 from vifamily.posterior import Posterior
+from vifamily.posterior.amortised import AmortisedPosterior, fit_amortised
 from vifamily.progress import FitProgress
 from vifamily.rng import check_seed
 from vifamily.solvers import StepReport
@@ -54,7 +56,8 @@ def fit(
     """Fit a posterior.
 
     Args:
-        model: A model, a problem, or a problem's name such as ``"eight_schools"``.
+        model: A model, a problem, or a problem's name such as ``"eight_schools"``. A
+            :class:`~vifamily.models.Simulator` is fitted for all observations at once (see Returns).
         family: A family's name such as ``"low_rank(rank=3)"``, an entry, a Pyro guide, a zuko flow, or a module
             with a family's methods; ``"auto"`` takes full rank up to 100 coordinates and mean field above.
         objective: An objective's name such as ``"renyi(alpha=0.5)"``, or an objective.
@@ -80,7 +83,8 @@ def fit(
         checkpoint_every: Steps between checkpoints.
         time_limit: Most seconds that this call may take steps; the averaged posterior so far is returned.
         encoder: For models with local latents: a module from a batch's data to a context; None gives each datum its
-            own parameters.
+            own parameters. For a simulator: a module from standardised data ``(datum, *shape)`` to a context, or a name
+            such as ``"set(outputs=16)"`` (see :mod:`vifamily.posterior.amortised`).
         local_family: For models with local latents: the family of one datum's latents; None takes mean field.
         compile: Whether to compile the steps of ``adam``: ``"auto"`` where it pays; what cannot be compiled runs in
             torch, and the record's notes say why. Callbacks and trackers then see up to a hundred steps at once.
@@ -88,7 +92,9 @@ def fit(
             the solver and what to beware of. ``vf.plan`` gives it without a fit.
 
     Returns:
-        The posterior: draws, density, summary, diagnosis.
+        The posterior: draws, density, summary, diagnosis. For a simulator an
+        :class:`~vifamily.posterior.amortised.AmortisedPosterior`, which gives the posterior of an observation when it
+        is called with one; its objective is ``inclusive_kl``.
 
     Raises:
         IncompatibleError: If model, family and objective cannot meet.
@@ -110,6 +116,13 @@ def fit(
     """
     _check_numbers(seed, steps, restarts, checkpoint_every, time_limit)
     calls = _checked_callbacks(callbacks)
+    if isinstance(model, Simulator):
+        return _amortised(  # type: ignore[return-value]
+            model, family, objective, solver, draws=draws, local_family=local_family, checkpoint=checkpoint,
+            device=device, dtype=dtype, encoder=encoder, seed=seed, steps=steps, restarts=restarts,
+            batch_size=batch_size, init=init, callbacks=calls, tracker=tracker, progress=progress,
+            time_limit=time_limit,
+        )  # fmt: skip
     if tracker is not None and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
         what = f"the class {tracker.__name__}" if isinstance(tracker, type) else type(tracker).__name__
         raise ConfigError(
@@ -130,7 +143,33 @@ def fit(
     return posterior
 
 
-def warn_if_unfinished(posterior: Posterior, steps: int | None) -> None:
+def _amortised(
+    model: Simulator, family: Any, objective: Any, solver: Any, *, draws: int | None, local_family: Any,
+    checkpoint: Any, device: Any, dtype: torch.dtype | None, steps: int | None, **options: Any,
+) -> AmortisedPosterior:  # fmt: skip
+    """Fit a simulator; what has no meaning for one is refused."""
+    if solver != "auto" and solver != "adam":
+        raise ConfigError("a simulator is fitted by 'adam' on simulated pairs: leave solver out.")
+    for name, value, instead in (
+        ("draws", draws, "the number of pairs in a step is batch_size="),
+        ("local_family", local_family, "a simulator's parameters are all of one kind"),
+        (
+            "checkpoint",
+            checkpoint,
+            "store the simulations, simulator.simulations(..., folder=...), and save the result",
+        ),
+    ):
+        if value is not None:
+            raise ConfigError(f"{name}= is not for simulators: {instead}.")
+    if device is not None or dtype is not None:
+        where = model.device if device is None else torch.device(device)
+        model = model.moved(device=where, dtype=dtype or model.dtype)
+    found = fit_amortised(model, family, objective, steps=steps or _MOST_STEPS, **options)
+    warn_if_unfinished(found, steps)
+    return found
+
+
+def warn_if_unfinished(posterior: Posterior | AmortisedPosterior, steps: int | None) -> None:
     """Warn where a fit that was left to its stopping rule ended before the rule was met."""
     record = posterior.record
     if steps is None and record.stop_reason in ("max_steps", "smallest_step", "most_draws"):

@@ -1,4 +1,4 @@
-"""Flows of zuko."""
+"""Flows: those of zuko, and the planar one."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from vifamily.families.flow import Flow
 from vifamily.families.full_rank import FullRank
 from vifamily.types import Capability, LatentSpec
 
-KINDS = ["nsf", "maf", "nice", "realnvp", "bpf"]
+KINDS = ["nsf", "maf", "nice", "realnvp", "bpf", "planar"]
 
 
 def built(dim=3, **options):
@@ -95,6 +95,7 @@ def test_inverting_is_cheap_only_where_that_is_said():
         ({"hidden": [0]}, "hidden"),
         ({"bins": 1}, "bins"),
         ({"kind": "nice", "passes": 2}, "passes"),
+        ({"kind": "planar", "passes": 2}, "passes"),
     ],
 )
 def test_bad_options_are_refused(options, what):

@@ -45,6 +45,14 @@ def test_leading_axes_are_kept(shape):
         torch.testing.assert_close(y.reshape(flat.shape), rows, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_rows_give_what_one_row_gives(dtype):
+    x = normal(100, 128).to(dtype)
+    one_by_one = torch.stack([hadamard(row) for row in x])
+    slack = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(hadamard(x), one_by_one, rtol=slack, atol=4 * slack)
+
+
 def test_strides_do_not_matter():
     x = normal(256, 6).T
     torch.testing.assert_close(hadamard(x), hadamard(x.contiguous()), rtol=0, atol=1e-13)

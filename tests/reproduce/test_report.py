@@ -71,3 +71,17 @@ def test_every_paper_says_what_it_is(name):
     paper = reproduce.paper_named(name)
     assert paper.title and paper.source and callable(paper.run)
     assert Options().quick is False
+
+
+def test_the_command_hands_on_the_folder_of_data(monkeypatch, tmp_path):
+    seen = []
+
+    def run(options):
+        seen.append(options.data)
+        return Reproduction(claims(True))
+
+    monkeypatch.setattr(reproduce, "paper_named", lambda name: Paper("A title", "somewhere", run))
+    assert CliRunner().invoke(app, ["reproduce", "x", "--data", str(tmp_path), "-q"]).exit_code == 0
+    assert seen == [tmp_path]
+    refused = CliRunner().invoke(app, ["reproduce", "x", "--data", str(tmp_path / "nothing")])
+    assert refused.exit_code == 2 and "must be a folder" in refused.output

@@ -36,6 +36,7 @@ FAMILIES = [
     "flow(kind=maf, hidden=[8])",
     "flow(kind=nice, hidden=[8])",
     "flow(kind=bpf, hidden=[8], transforms=1)",
+    "flow(kind=planar)",
     "ensemble(size=4, jitter=0.3)",
     "categorical(max_states=0)",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vifamily.diagnostics.arc_length import arc_length
 from vifamily.diagnostics.bounds import (
     Estimate,
     cubo,
@@ -12,9 +13,12 @@ from vifamily.diagnostics.bounds import (
     wasserstein_bounds,
 )
 from vifamily.diagnostics.calibration import Calibration, SymmetryCheck, sbc, vsbc
+from vifamily.diagnostics.classifier_tests import NullTest, c2st, local_c2st
+from vifamily.diagnostics.coverage import Coverage, expected_coverage, tarp
 from vifamily.diagnostics.diagnosis import Diagnosis
 from vifamily.diagnostics.fisher_gap import fisher_gap
 from vifamily.diagnostics.loo import Loo, loo
+from vifamily.diagnostics.misspecification import misspecification_mmd
 from vifamily.diagnostics.moments import MomentErrors, distances, moment_errors
 from vifamily.diagnostics.predictive import PredictiveCheck, predictive_check
 from vifamily.diagnostics.psis import Psis, draws_needed, k_hat_threshold, psis
@@ -29,12 +33,14 @@ from vifamily.numerics.kernels import median_bandwidth
 
 __all__ = [
     "Calibration",
+    "Coverage",
     "Diagnosis",
     "Estimate",
     "Labelled",
     "Loo",
     "MixtureScore",
     "MomentErrors",
+    "NullTest",
     "PredictiveCheck",
     "Psis",
     "Responsibilities",
@@ -44,19 +50,24 @@ __all__ = [
     "SteinTest",
     "Summary",
     "SymmetryCheck",
+    "c2st",
+    "arc_length",
     "cubo",
     "distances",
     "divergence_bound",
     "draws_needed",
     "elbo",
+    "expected_coverage",
     "fisher_gap",
     "importance_mixture_weights",
     "iwae",
     "k_hat_threshold",
     "kernel_stein",
+    "local_c2st",
     "log_evidence",
     "loo",
     "median_bandwidth",
+    "misspecification_mmd",
     "mixture_log_score",
     "mmd",
     "moment_errors",
@@ -70,6 +81,7 @@ __all__ = [
     "stacking_weights",
     "summarise",
     "vsbc",
+    "tarp",
     "unit_stability",
     "wasserstein_bounds",
 ]

@@ -61,6 +61,10 @@ class FamilyEntry(abc.ABC):
             ConfigError: If a hyper-parameter does not fit the space (rank above dimension).
         """
 
+    def for_given_points(self) -> FamilyEntry:
+        """Return the form of this entry that suits an objective which evaluates the density at given points only."""
+        return self
+
     def check_space(self, latent: LatentSpec) -> None:
         """Refuse a space the family does not live on, or a context it cannot take."""
         from vifamily.registry import entry_name

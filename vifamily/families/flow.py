@@ -1,4 +1,4 @@
-"""Normalizing flows of zuko, run in the direction in which a draw and its density come from one pass."""
+"""Normalizing flows, run in the direction in which a draw and its density come from one pass."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vifamily.errors import ConfigError
 from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
 from vifamily.families._foreign import load
 from vifamily.families._nets import check_positive, check_widths
+from vifamily.families._planar import Planar
 from vifamily.families.full_rank import strict_lower, whiten
 from vifamily.registry import register
 from vifamily.rng import scoped
@@ -22,7 +23,7 @@ from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 __all__ = ["Flow", "FlowFamily"]
 
 _CAPABILITIES = frozenset({Capability.DRAWS, Capability.REPARAMETERISED, Capability.LOG_Q, Capability.CONDITIONAL})
-_KINDS = ("nsf", "maf", "nice", "realnvp", "bpf")
+_KINDS = ("nsf", "maf", "nice", "realnvp", "bpf", "planar")
 _COUPLING = ("nice", "realnvp")
 _ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU, "relu": nn.ReLU}
 _START = 1e-2
@@ -32,7 +33,7 @@ _LARGEST_FULL = 256
 @register("families", "flow")
 @dataclasses.dataclass(frozen=True)
 class Flow(FamilyEntry):
-    """A normalizing flow ``z = loc + L f(e)``, ``e`` standard normal, ``f`` from zuko and ``L`` lower triangular.
+    """A normalizing flow ``z = loc + L f(e)``, ``e`` standard normal, ``f`` mostly zuko's and ``L`` lower triangular.
 
     ``log q(z) = log N(e) - log |det df/de| - log |det L|``. The triangular map makes the family contain every Gaussian;
     ``f`` starts near the identity. The autoregressive direction is that of the inverse autoregressive flow (Kingma et
@@ -41,7 +42,9 @@ class Flow(FamilyEntry):
 
     Kinds: ``nsf`` neural spline flow (Durkan et al., NeurIPS 2019), ``maf`` affine autoregressive (Papamakarios et al.,
     NeurIPS 2017), ``nice`` and ``realnvp`` affine coupling (Dinh et al., ICLR 2017), ``bpf`` Bernstein polynomials
-    (Sick et al., ICPR 2020; inverted by bisection to about 1e-6).
+    (Sick et al., ICPR 2020; inverted by bisection to about 1e-6), ``planar`` bends along one direction each (Rezende
+    and Mohamed, ICML 2015): few parameters and no networks, for many coordinates; takes no context, inverted by
+    bisection.
 
     Args:
         kind: One of the kinds above.
@@ -52,6 +55,9 @@ class Flow(FamilyEntry):
         bins: Bins of a spline, or degree of a polynomial.
         activation: ``silu``, ``tanh``, ``elu`` (smooth) or ``relu``.
         affine: ``full`` for a triangular ``L``, ``diagonal``, or ``auto``: full up to 256 coordinates.
+        direction: What takes one pass: ``draws``, as above, or ``density``, where the layers map points to the base
+            (the masked autoregressive flow) and a draw inverts them. ``auto`` takes density where the objective
+            evaluates given points only, as amortised inference does.
 
     Raises:
         ConfigError: If an option is unknown or not a positive integer.
@@ -72,6 +78,7 @@ class Flow(FamilyEntry):
     bins: int = 8
     activation: str = "silu"
     affine: str = "auto"
+    direction: str = "auto"
     capabilities = _CAPABILITIES
 
     def __post_init__(self) -> None:
@@ -80,6 +87,7 @@ class Flow(FamilyEntry):
             ("kind", self.kind, _KINDS),
             ("activation", self.activation, tuple(_ACTIVATIONS)),
             ("affine", self.affine, ("auto", "full", "diagonal")),
+            ("direction", self.direction, ("auto", "draws", "density")),
         ):
             if value not in known:
                 raise ConfigError(f"unknown {name} {value!r} of a flow: choose one of {', '.join(known)}.")
@@ -90,13 +98,22 @@ class Flow(FamilyEntry):
             check_positive("passes", self.passes, least=2)
             if self.kind in _COUPLING:
                 raise ConfigError(f"the coupling flow {self.kind!r} has no passes= to choose: leave it out.")
+            if self.kind == "planar":
+                raise ConfigError("a planar flow has no passes= to choose: leave it out.")
         if self.cheap:
             object.__setattr__(self, "capabilities", _CAPABILITIES | {Capability.CHEAP_LOG_Q})
+        if self.kind == "planar":
+            object.__setattr__(self, "capabilities", _CAPABILITIES - {Capability.CONDITIONAL})
 
     @property
     def cheap(self) -> bool:
         """Whether an inversion costs about as much as a draw."""
-        return self.kind in _COUPLING or (self.passes == 2 and self.kind != "bpf")
+        forward = self.direction == "density"
+        return forward or self.kind in _COUPLING or (self.passes == 2 and self.kind != "bpf")
+
+    def for_given_points(self) -> Flow:
+        """Return this flow with its density in one pass, unless a direction was asked for."""
+        return dataclasses.replace(self, direction="density") if self.direction == "auto" else self
 
     def build(self, latent: LatentSpec, *, generator: torch.Generator) -> FlowFamily:
         """Build the flow near the standard normal law."""
@@ -104,6 +121,15 @@ class Flow(FamilyEntry):
         return FlowFamily(latent, self, self._make(latent, generator))
 
     def _make(self, latent: LatentSpec, generator: torch.Generator) -> nn.Module:
+        if self.kind == "planar":
+            return Planar(
+                latent.dim,
+                self.transforms,
+                generator=generator,
+                dtype=latent.dtype,
+                device=latent.device,
+                start=_START,
+            )
         flows = load("zuko.flows")
         make = {"nsf": flows.NSF, "maf": flows.MAF, "nice": flows.NICE, "realnvp": flows.RealNVP, "bpf": flows.BPF}
         options: dict[str, Any] = {"hidden_features": list(self.hidden), "activation": _ACTIVATIONS[self.activation]}
@@ -162,6 +188,7 @@ class FlowFamily(Family):
         dim = latent.dim
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.layers = layers
+        self.density_first = entry.direction == "density"
         self.full = entry.affine == "full" or (entry.affine == "auto" and dim <= _LARGEST_FULL)
         self.capabilities = entry.capabilities
         # zuko inverts Bernstein polynomials by calls of autograd that vmap does not allow
@@ -184,20 +211,29 @@ class FlowFamily(Family):
         self.check_context(context)
         # zuko writes into a new tensor of the kind of its input: a buffer added makes it carry the axis of vmap
         base = noise + torch.zeros_like(self.shift)
-        v, log_jacobian = self.layers(context).call_and_ladj(base)
+        if self.density_first:
+            layers = self.layers(context)
+            v = layers.inv(base)
+            log_jacobian = -layers.call_and_ladj(v)[1]
+        else:
+            v, log_jacobian = self.layers(context).call_and_ladj(base)
         log_q = _standard_normal(noise) - log_jacobian - self.log_diagonal.sum(-1)
         scaled = v + v @ strict_lower(self.lower, self.position).mT if self.full else v
         return Draw(self.loc + self.log_diagonal.exp() * scaled, log_q, uniform_log_weight(log_q, noise.shape[0]))
 
     def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
-        """Log density in standardised coordinates, by inverting the flow."""
+        """Log density in standardised coordinates, by inverting the flow where draws come first."""
         self.check_context(context)
         v = (u - self.loc) * (-self.log_diagonal).exp()
         if self.full:
             v = whiten(strict_lower(self.lower, self.position), v)
         layers = self.layers(context)
-        base = layers.inv(v)
-        _, log_jacobian = layers.call_and_ladj(base)
+        if self.density_first:
+            base, inverse = layers.call_and_ladj(v)
+            log_jacobian = -inverse
+        else:
+            base = layers.inv(v)
+            _, log_jacobian = layers.call_and_ladj(base)
         out: Tensor = _standard_normal(base) - log_jacobian - self.log_diagonal.sum(-1)
         return out
 

@@ -17,6 +17,7 @@ from vifamily.llm.corpora import (
     symbol_tasks,
 )
 from vifamily.llm.cost import StepCost, step_cost
+from vifamily.llm.critical import adapter_stability
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
 from vifamily.llm.ensemble import Answer, Ensemble
 from vifamily.llm.manifest import Manifest, read_manifest
@@ -66,6 +67,7 @@ __all__ = [
     "StackedLoRA",
     "StepCost",
     "Uncertainty",
+    "adapter_stability",
     "annotators",
     "answer_clusters",
     "answer_log_likelihood",

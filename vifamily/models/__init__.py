@@ -6,5 +6,15 @@ from vifamily.models._base import BatchSource, Model
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
 from vifamily.models.pyro_model import PyroModel
+from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
-__all__ = ["BatchSource", "Density", "LikelihoodModel", "Model", "PyroModel"]
+__all__ = [
+    "BatchSource",
+    "Density",
+    "LikelihoodModel",
+    "Model",
+    "ObservedSimulator",
+    "PyroModel",
+    "Simulations",
+    "Simulator",
+]

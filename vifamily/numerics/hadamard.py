@@ -2,26 +2,30 @@
 
 ``H`` is the Walsh-Hadamard matrix in natural (Sylvester) order, ``H_ij = (-1)^popcount(i & j)``, of size ``D = 2^p``;
 divided by ``sqrt(D)`` it is orthogonal and its own inverse. It is a Kronecker product of smaller ones, so that the
-transform of a row is two or three small matrix products: that is all it is here, which is why it has every derivative,
-runs under ``vmap`` and on any device, and compiles.
+transform of a row is a few small matrix products: that is all it is here, which is why it has every derivative, runs
+under ``vmap`` and on any device, and compiles.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vifamily.errors import ShapeError
 
 __all__ = ["dyadic_convolution", "hadamard", "next_power_of_two", "split_powers_of_two"]
 
 _DENSE = 7
-"""Up to size ``2^7`` one product with the whole matrix is fastest."""
-_TWO_FACTORS = 12
-"""Up to size ``2^12`` two factors are, above that three."""
+"""Up to size ``2^7`` one product with the whole matrix is fastest, but for the largest in many rows."""
+_MANY_ROWS = 64
+"""From so many rows on it costs more to multiply by 128 than to make two products of its factors."""
+_LARGEST_FACTOR = 5
+"""Above that, factors of at most ``2^5``: their products take longer in larger ones, and in more calls otherwise."""
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -33,18 +37,24 @@ def _signs(power: int) -> np.ndarray:
     return out
 
 
+def _tables(scale: Callable[[int, torch.dtype], float]) -> dict[torch.dtype, tuple[Tensor, ...]]:
+    """The matrices of all powers, scaled, in every dtype."""
+    signs = [torch.from_numpy(_signs(power)) for power in range(_DENSE + 1)]
+    kinds = (torch.float64, torch.float32, *_HALVES)
+    return {kind: tuple((scale(p, kind) * matrix).to(kind) for p, matrix in enumerate(signs)) for kind in kinds}
+
+
 # made on import, while no tracer is at work: a matrix made under one would belong to its graph
-_SIGNS = {power: torch.from_numpy(_signs(power)) for power in range(_DENSE + 1)}
-_UNIT = {power: signs * 2.0 ** (-power / 2) for power, signs in _SIGNS.items()}
+_SIGNS = _tables(lambda power, kind: 1.0)
 # in half precision only powers of two are exact: what is left of the scale is applied to the result
-_HALF_UNIT = {power: signs * 2.0 ** -(power // 2) for power, signs in _SIGNS.items()}
+_UNIT = _tables(lambda power, kind: 2.0 ** -(power // 2 if kind in _HALVES else power / 2))
 
 
-def _factors(power: int) -> tuple[int, ...]:
+def _factors(power: int, rows: int) -> tuple[int, ...]:
     """Powers of the Kronecker factors, outermost first, as equal as they can be."""
-    if power <= _DENSE:
+    if power < _DENSE or (power == _DENSE and rows < _MANY_ROWS):
         return (power,)
-    count = 2 if power <= _TWO_FACTORS else max(3, -(-power // _DENSE))
+    count = -(-power // _LARGEST_FACTOR)
     least, more = divmod(power, count)
     return (least,) * (count - more) + (least + 1,) * more
 
@@ -54,7 +64,7 @@ def hadamard(x: Tensor, *, orthonormal: bool = True) -> Tensor:
 
     .. math:: y = \bar H x, \qquad \bar H_{ij} = D^{-1/2} (-1)^{|i \wedge j|},
 
-    with ``|i and j|`` the number of bits that the indices share. It is two or three matrix products whose work grows
+    with ``|i and j|`` the number of bits that the indices share. It is a few matrix products whose work grows
     little faster than ``D``, is linear, differentiable any number of times in both modes, batched over leading axes and
     over ``torch.vmap``, and compiles as one graph. Orthonormal, it is its own inverse.
 
@@ -80,22 +90,20 @@ def hadamard(x: Tensor, *, orthonormal: bool = True) -> Tensor:
             f"with zeros to {next_power_of_two(max(size, 1))}, or cut it into blocks of powers of two."
         )
     power = size.bit_length() - 1
-    factors = _factors(power)
-    half = x.dtype in _HALVES
-    table = _SIGNS if not orthonormal else _HALF_UNIT if half else _UNIT
-    out, after = x, size
-    for factor in factors:
-        matrix = table[factor].to(device=x.device, dtype=x.dtype)
-        rows = 2**factor
-        after //= rows
-        # the factor acts on an axis of its own, with the later factors' axes behind it
-        if after == 1:
-            out = out.reshape(*x.shape[:-1], size // rows, rows) @ matrix
-        else:
-            out = matrix @ out.reshape(*x.shape[:-1], size // (rows * after), rows, after)
+    factors = _factors(power, x.numel() // size)
+    tables = _UNIT if orthonormal else _SIGNS
+    matrices = tables.get(x.dtype) or tuple(matrix.to(x.dtype) for matrix in tables[torch.float64])
+    # the last factor acts along the last axis, each other one on an axis of its own with those that are done behind it
+    last, after = factors[-1], 2 ** factors[-1]
+    rows = x if len(factors) == 1 else x.reshape(-1, after)
+    out = functional.linear(rows, matrices[last].to(x.device))
+    for factor in reversed(factors[:-1]):
+        out = out.reshape(-1, 2**factor, after)
+        out = torch.bmm(matrices[factor].to(x.device).expand(out.shape[0], -1, -1), out)
+        after *= 2**factor
     out = out.reshape(x.shape)
-    odd = sum(factor % 2 for factor in factors)
-    return out * 2.0 ** (-odd / 2) if orthonormal and half and odd else out
+    odd = sum(factor % 2 for factor in factors) if x.dtype in _HALVES else 0
+    return out * 2.0 ** (-odd / 2) if orthonormal and odd else out
 
 
 def dyadic_convolution(a: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from vifamily.objectives.energy_distance import EnergyDistance
 from vifamily.objectives.f_divergence import FDivergence
 from vifamily.objectives.fisher import Fisher
 from vifamily.objectives.gsm import Gsm
+from vifamily.objectives.inclusive_kl import InclusiveKl
 from vifamily.objectives.inclusive_kl_draws import InclusiveKlDraws
 from vifamily.objectives.iwae import Iwae
 from vifamily.objectives.ksd import Ksd
@@ -27,6 +28,7 @@ from vifamily.objectives.renyi import Renyi
 from vifamily.objectives.renyi_predictive import RenyiPredictive
 from vifamily.objectives.reweighted_wake import ReweightedWake
 from vifamily.objectives.roc_arc import RocArc
+from vifamily.objectives.roc_arc_critic import RocArcCritic
 from vifamily.objectives.sinkhorn import Sinkhorn
 from vifamily.objectives.svgd import Svgd
 from vifamily.objectives.tail_adaptive import TailAdaptive
@@ -48,6 +50,7 @@ __all__ = [
     "FDivergence",
     "Fisher",
     "Gsm",
+    "InclusiveKl",
     "InclusiveKlDraws",
     "Iwae",
     "Ksd",
@@ -60,6 +63,7 @@ __all__ = [
     "RenyiPredictive",
     "ReweightedWake",
     "RocArc",
+    "RocArcCritic",
     "Sinkhorn",
     "Svgd",
     "TailAdaptive",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vifamily.models import Density, LikelihoodModel, Model
+from vifamily.models import Density, LikelihoodModel, Model, Simulator
 
 __all__ = ["KINDS", "ModelKind"]
 
@@ -89,11 +89,21 @@ def _discrete() -> Model:
     return Density(log_prob, parameters=supports, name="two counts")
 
 
+def _simulator() -> Model:
+    prior = torch.distributions.Normal(torch.zeros(2), torch.ones(2))
+
+    def simulate(theta: Tensor, generator: torch.Generator) -> Tensor:
+        return theta + torch.randn(theta.shape, generator=generator)
+
+    return Simulator(prior, simulate, batched=True, name="noisy observation")
+
+
 KINDS: Mapping[str, ModelKind] = {
     "density": ModelKind("D", "a smooth log density on real space", _density),
     "likelihood": ModelKind("L", "a prior and a likelihood per datum", _likelihood),
     "local": ModelKind("P", "latents of each datum beside global ones", _local),
     "discrete": ModelKind("I", "integer latents", _discrete),
     "reference": ModelKind("R", "a density with reference draws of its posterior", _reference),
+    "simulator": ModelKind("S", "a prior and a simulator, without a likelihood", _simulator),
 }
 """Kinds of model on which :func:`vifamily.compatibility` plans; each has at least two coordinates."""

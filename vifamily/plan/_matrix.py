@@ -243,8 +243,8 @@ def compatibility(
     Args:
         objectives: Names or specs; None takes every registered one that needs no arguments.
         families: Names or specs; None takes every registered one.
-        models: Names of kinds (``density``, ``likelihood``, ``local``, ``discrete``, ``reference``), or models of your
-            own by name (anything that ``fit`` takes); None takes all kinds.
+        models: Names of kinds (``density``, ``likelihood``, ``local``, ``discrete``, ``reference``, ``simulator``), or
+            models of your own by name (anything that ``fit`` takes); None takes all kinds.
 
     Returns:
         The matrix; ``print`` shows it.

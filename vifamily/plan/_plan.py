@@ -187,6 +187,8 @@ def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list
             family = own
         elif model.space is Space.DISCRETE:
             family = "categorical"
+        elif Capability.SIMULATE in model.capabilities:
+            family = "flow"
         else:
             family = "full_rank" if model.dim <= _LARGEST_FULL_RANK else "mean_field"
         notes.append(f"family {family} chosen for {model.dim} {model.space} coordinates")
@@ -222,6 +224,8 @@ def _automatic(objective: Objective, model: Model, family: Family, batch_size: i
     """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
     if objective.own_solver is not None:
         return objective.own_solver, "the objective is not the descent of a loss, and this drives it"
+    if Capability.SIMULATE in objective.needs_model:
+        return "adam", "the loss is a mean over simulated pairs, a few of them in each step"
     if batch_size is not None:
         return "adam", "minibatches change the loss at every step"
     if Capability.LOCAL in model.capabilities:
@@ -398,6 +402,8 @@ def make_plan(
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
     own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
     entry = _family_choice(family, found, own, notes)
+    if Capability.SIMULATE in loss.needs_model:
+        entry = entry.for_given_points()
     latent = latent_of(found)
     _check_space(entry, latent, loss, found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
@@ -407,7 +413,8 @@ def make_plan(
         loss = loss.for_fixed_draws(registry.entry_name(way))
     if not way.writes(built):
         loss = check_pair(loss, found, built, entry)
-    check_batches(loss, found, batch_size)
+    if Capability.SIMULATE not in loss.needs_model:
+        check_batches(loss, found, batch_size)
     notes += loss.notes
     way.check(model=found, family=built, batch_size=batch_size, objective=loss)
     if draws is None:

@@ -12,6 +12,7 @@ from vifamily.plots.contour import contour, grid_over
 from vifamily.plots.pairs import marginals, pairs
 from vifamily.plots.routing import alpha_curve, responsibilities
 from vifamily.plots.stability import stability
+from vifamily.plots.tangent import function_flow, kernel_spectrum, power_laws
 from vifamily.plots.traces import k_hat, loss_trace
 
 __all__ = [
@@ -23,11 +24,14 @@ __all__ = [
     "alpha_curve",
     "cell_grid",
     "contour",
+    "function_flow",
     "grid_over",
     "k_hat",
+    "kernel_spectrum",
     "loss_trace",
     "marginals",
     "pairs",
+    "power_laws",
     "probability_histograms",
     "stability",
     "responsibilities",

@@ -52,11 +52,13 @@ class Options:
     Attributes:
         quick: Fewer seeds and a smaller grid, for a first look; rules stay the same.
         seed: Root seed.
+        data: Folder with the data sets of papers that need some; without it their claims are not tried.
         say: Called with a line on what is being done.
     """
 
     quick: bool = False
     seed: int = 0
+    data: Path | None = None
     say: Callable[[str], None] = print
 
 

@@ -36,7 +36,7 @@ _LARGE = 0.05
 @register("solvers", "two_player")
 @dataclasses.dataclass(frozen=True)
 class TwoPlayer(Solver):
-    r"""Drives objectives that are games (``operator``): the family descends on a value, a critic ascends on it.
+    r"""Drives games (``operator``, ``roc_arc_critic``): the family descends on a value, a critic ascends on it.
 
     Both take one step of Adam on the same draws, from the gradients at the point where both stand (simultaneous, not
     nested, steps); ``inner`` above one gives the critic further steps on draws of their own beforehand. The value of a
@@ -93,9 +93,9 @@ class TwoPlayer(Solver):
         if getattr(objective, "own_solver", None) != entry_name(self):
             raise IncompatibleError(
                 f"the solver 'two_player' drives games of a family against a critic, and {entry_name(objective)!r} has "
-                "no critic: use objective='operator', or another solver.",
+                "no critic: use objective='operator' or 'roc_arc_critic', or another solver.",
                 missing=("a critic",),
-                works_with={"objectives": ["operator"]},
+                works_with={"objectives": ["operator", "roc_arc_critic"]},
             )
 
     def start(self, task: Task) -> TwoPlayerRun:

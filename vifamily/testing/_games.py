@@ -15,7 +15,7 @@ from vifamily.testing import targets, tolerances
 from vifamily.testing._report import Broken, Contracts, NotApplicable
 from vifamily.testing._settings import Setting, build_at, exact_family
 from vifamily.testing._tools import agree, finite_difference, flat_gradient, grid_noise, mean_is, seeded
-from vifamily.types import GameState
+from vifamily.types import Capability, GameState
 
 __all__ = ["check_game", "is_game"]
 
@@ -73,7 +73,7 @@ def _state(objective: Objective) -> None:
 
 
 def _players(objective: Objective) -> None:
-    """On the same noise the surrogate's gradient is that of the value, for the family and for the critic."""
+    """On the same noise the surrogate has the gradient of the value: for the critic, and for the family where said."""
     s = _setting(objective, targets.linear_regression(), "full_rank")
     state, noise, model = _begin(s, s.family), _noise(s.family, 8), s.target.model
 
@@ -83,13 +83,14 @@ def _players(objective: Objective) -> None:
     for module, what in ((s.family, "the family"), (state.critic, "the critic")):
         got = flat_gradient(s.objective.loss(s.family, model, noise, None, state), module)
         wanted = finite_difference(value, module, step=1e-5, stacked=False)
-        agree(got, wanted, 10 * tolerances.FINITE_DIFFERENCE, f"the gradient of the value for {what}")
+        if module is state.critic or s.objective.value_gradient:
+            agree(got, wanted, 10 * tolerances.FINITE_DIFFERENCE, f"the gradient of the value for {what}")
         if not bool((got != 0).any()):
             raise Broken(got=f"no gradient for {what}", expected="a gradient for both players at the start")
 
 
 def _closeness(objective: Objective) -> None:
-    """At q = p the operator's mean is zero, whatever the test function."""
+    """At q = p the operator's mean is zero, and the value of a game on draws is not positive, whatever the critic."""
     s = _setting(objective, targets.linear_regression(), "full_rank")
     family = exact_family(s)
     state, source = _begin(s, family), seeded(2)
@@ -100,10 +101,16 @@ def _closeness(objective: Objective) -> None:
     rows = []
     for k in range(50):
         loss = s.objective.loss(family, s.target.model, _noise(family, 400, seed=k), None, state)
+        if not hasattr(s.objective, "rule"):
+            rows.append(loss.value)
+            continue
         if "operator" not in loss.terms:
             raise Broken(got=f"the terms {', '.join(loss.terms) or 'none'}", expected="a term 'operator', its mean")
         rows.append(loss.terms["operator"])
-    mean_is(torch.stack(rows), 0.0, "a mean of the operator at q = p")
+    if hasattr(s.objective, "rule"):
+        mean_is(torch.stack(rows), 0.0, "a mean of the operator at q = p")
+    elif float(torch.stack(rows).mean()) > tolerances.STANDARD_ERRORS * float(torch.stack(rows).std()) / 50**0.5:
+        raise Broken(got=f"a value of {float(torch.stack(rows).mean()):.3g} at q = p", expected="none above zero")
 
 
 def _trained(s: Setting, family: Family, steps: int = 400) -> GameState:
@@ -139,15 +146,19 @@ def _no_gain(objective: Objective) -> None:
     away = _wide(s)
     exact = away.copy()
     exact.start_at(torch.zeros(2).double(), torch.ones(2).double())
-    for family in (exact, away):
+    gains = {}
+    for family in (away, exact):
         state = _trained(s, family, 200)
         with torch.no_grad():
-            rows = [
+            rows = torch.stack([
                 s.objective.loss(family, s.target.model, _noise(family, 1000, seed=k), None, state).value
                 for k in range(20)
-            ]
-        mean, error = float(torch.stack(rows).mean()), float(torch.stack(rows).std()) / len(rows) ** 0.5
-        gained = mean > tolerances.STANDARD_ERRORS * error
+            ])  # fmt: skip
+        mean, error = float(rows.mean()), float(rows.std()) / len(rows) ** 0.5
+        gains[family is exact] = mean
+        # a critic learns reference draws by heart, which no fresh draws of q take off: a little is gained from them
+        least = 0.1 * gains[False] if family is exact and Capability.REFERENCE_DRAWS in s.objective.needs_model else 0.0
+        gained = mean > least + tolerances.STANDARD_ERRORS * error
         if gained is (family is exact):
             where = "at q = p" if family is exact else "elsewhere"
             raise Broken(

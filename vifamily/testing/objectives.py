@@ -17,6 +17,7 @@ from vifamily.families._stack import StackedFamily
 from vifamily.objectives import Objective
 from vifamily.rng import draw_noise
 from vifamily.testing import targets, tolerances
+from vifamily.testing._amortised import check_amortised
 from vifamily.testing._closed_form import check_closed_form
 from vifamily.testing._games import check_game, is_game
 from vifamily.testing._narrow import NarrowFamily, NarrowModel, QuadratureFamily, SplitFamily
@@ -60,6 +61,12 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
     weights of draws are used as such; a constant added to the log joint changes no gradient; minibatches are unbiased
     where it says so; extreme weights stay finite.
 
+    An objective over a simulator's joint (see :class:`vifamily.objectives.InclusiveKl`) is held to these, on a linear
+    Gaussian simulator: a finite function of its arguments, of one number; its gradient agrees with differences of the
+    value; parts of a batch average to the whole; its gradient vanishes in the mean at the exact conditional law and
+    not elsewhere; its value there is the mean entropy of the posteriors; a fit ends at the exact posteriors of data it
+    has not seen, and in a family of independent coordinates at their means and marginal variances.
+
     An objective with closed-form steps (see :class:`vifamily.objectives.ClosedForm`) is held, in place of what is said
     about gradients, to these: a Gaussian posterior is a fixed point on every batch and the end of its steps from
     elsewhere; covariances stay positive definite; steps do not depend on units; several at once equal one after the
@@ -91,6 +98,10 @@ def check_objective(objective: Objective | str, *, skip: Mapping[str, str] | Non
     contracts.run("declarations", _declarations, built)
     contracts.run("refusals", _refusals, built)
     check = _Checks(built)
+    if Capability.SIMULATE in built.needs_model:
+        # it is evaluated on simulated pairs, and its families take data for a context
+        check_amortised(contracts, built)
+        return contracts.report()
     if hasattr(built, "move"):
         # nothing of it is differentiated: its steps are held to contracts of their own
         for contract in (check.declared_needs, check.loss_shape, check.determinism, check.restarts,

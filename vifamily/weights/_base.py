@@ -66,12 +66,13 @@ class LayerWeights(nn.Module, abc.ABC):
         density: Tensor = torch.distributions.Normal(mean, sd, validate_args=False).log_prob(z)
         return density.sum(-1)
 
-    def cross_entropy(self, mean: Tensor, variance: Tensor) -> Tensor | None:
+    def cross_entropy(self, mean: Tensor, variance: Tensor, *, independent: bool = False) -> Tensor | None:
         """Cross entropy of a normal law with the prior, ``E_q[-log p(z)]``, in closed form.
 
         Args:
             mean: ``(..., dim)``.
             variance: Marginal variances, ``(..., dim)``; enough where the precision of the prior is diagonal.
+            independent: Whether the coordinates of the law are independent, which other priors need.
 
         Returns:
             ``(...)``, or None where marginal variances are not enough.

@@ -1,0 +1,264 @@
+r"""The arctangent likelihood ratio of two samples, fitted with a Gaussian kernel.
+
+.. math:: \max_u \; \sum_i w_i\, S(u(x_i)) + \sum_j v_j\, C(u(x'_j)) - \lambda \|u\|^2
+
+with u a kernel expansion plus a constant, weights that sum to one within each class, and S, C the concave extensions of
+sine and cosine (:mod:`vifamily.numerics.arctangent_ratio`): a concave problem without constraints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+from scipy.spatial.distance import cdist, pdist
+
+from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
+
+__all__ = [
+    "KernelAngle",
+    "KernelFeatures",
+    "RobustScale",
+    "balanced_size",
+    "class_mean_weights",
+    "kernel_angle",
+    "kernel_features",
+    "robust_scale",
+]
+
+Array = NDArray[np.float64]
+_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class RobustScale:
+    """The arctangent of each feature in units of its spread about its median.
+
+    Strictly monotone in each feature, so that the arc length is that of the features themselves, while heavy tails are
+    brought within the reach of one bandwidth.
+
+    Attributes:
+        location: ``(feature,)``.
+        scale: ``(feature,)``, positive.
+    """
+
+    location: Array
+    scale: Array
+
+    def __call__(self, x: Array) -> Array:
+        """Return the scaled points, ``(sample, feature)``."""
+        out: Array = np.arctan((x - self.location) / self.scale)
+        return out
+
+
+def _quantiles(x: Array, levels: tuple[float, ...], weight: Array | None) -> Array:
+    if weight is None:
+        plain: Array = np.quantile(x, levels, axis=0, method="inverted_cdf")
+        return plain
+    order = np.argsort(x, axis=0, kind="stable")
+    mass = np.cumsum(weight[order], axis=0)
+    # a hair below each level, so that rounding of the sums never skips a point
+    rows = [(mass < (level - 1e-12) * mass[-1]).sum(0) for level in levels]
+    return np.stack([np.take_along_axis(x, order, 0)[row, np.arange(x.shape[1])] for row in rows])
+
+
+def robust_scale(x: Array, weight: Array | None = None) -> RobustScale:
+    """Median and twice the interquartile range of each feature; where that is zero the standard deviation, then 1.
+
+    Twice, since a scale that is too small hides what differs in the tails: with once, two normals in five dimensions
+    whose scales are 1 and 1.5 come out twice as far below their arc length.
+
+    Args:
+        x: ``(sample, feature)``.
+        weight: ``(sample,)``, repetitions of each point; None for one each.
+
+    Example:
+        >>> robust_scale(np.arange(5.0)[:, None]).scale
+        array([4.])
+    """
+    low, middle, high = _quantiles(x, (0.25, 0.5, 0.75), weight)
+    spread, deviation = 2 * (high - low), np.sqrt(np.average((x - np.average(x, 0, weight)) ** 2, 0, weight))
+    return RobustScale(middle, np.where(spread > 0, spread, np.where(deviation > 0, deviation, 1.0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelFeatures:
+    """Features whose plain norm is the norm of the kernel's space, on the span of some centres.
+
+    Attributes:
+        scaling: Map of the points, or None.
+        centers: ``(center, feature)``, scaled.
+        bandwidth: Bandwidth of the kernel, in scaled units.
+        whitening: ``(center, kept)``.
+    """
+
+    scaling: RobustScale | None
+    centers: Array
+    bandwidth: float
+    whitening: Array
+
+    def __call__(self, x: Array) -> Array:
+        """Return the features of points, ``(sample, kept)``."""
+        return self.expand(x, self.whitening)
+
+    def expand(self, x: Array, coefficients: Array) -> Array:
+        """Kernels of points and centres times coefficients ``(center, ...)``; in blocks of rows, to bound memory."""
+        blocks = [x[i : i + _ROWS] for i in range(0, max(len(x), 1), _ROWS)]
+        scaled = (block if self.scaling is None else self.scaling(block) for block in blocks)
+        return np.concatenate([_kernel(z, self.centers, self.bandwidth) @ coefficients for z in scaled])
+
+
+def kernel_features(
+    x: Array, source: np.random.Generator, *, weight: Array | None = None, num_centers: int = 100,
+    bandwidth: float = 1.0, robust: bool = True,
+) -> KernelFeatures:  # fmt: skip
+    """Choose centres, a bandwidth and a scaling from points of both classes.
+
+    Args:
+        x: ``(sample, feature)``.
+        source: Randomness of the choice of centres.
+        weight: ``(sample,)``, repetitions of each point, positive; None for one each.
+        num_centers: Largest number of centres, drawn from the distinct points.
+        bandwidth: Bandwidth in multiples of the median distance between centres.
+        robust: Whether features are scaled by :func:`robust_scale`.
+
+    Example:
+        >>> x = np.linspace(0, 1, 5)[:, None]
+        >>> phi = kernel_features(x, np.random.default_rng(0), num_centers=5)(x)
+        >>> bool(np.allclose((phi**2).sum(1), 1))  # the kernel of a point with itself
+        True
+    """
+    scaling = robust_scale(x, weight) if robust else None
+    centers = _centers(x if scaling is None else scaling(x), num_centers, source)
+    apart = pdist(centers)
+    apart = apart[apart > 0]
+    width = bandwidth * float(np.median(apart)) if apart.size else 1.0
+    level, vectors = np.linalg.eigh(_kernel(centers, centers, width))
+    keep = level > 1e-10 * level[-1]
+    return KernelFeatures(scaling, centers, width, vectors[:, keep] / np.sqrt(level[keep]))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelAngle:
+    """A fitted angle; a callable from points to u, not yet clipped to ``[0, pi/2]``.
+
+    Attributes:
+        features: Centres, bandwidth and scaling.
+        coefficients: ``(center,)``.
+        intercept: Constant.
+        alpha: Penalty.
+        steps: Iterations of L-BFGS.
+    """
+
+    features: KernelFeatures
+    coefficients: Array
+    intercept: float
+    alpha: float
+    steps: int
+
+    def __call__(self, x: Array) -> Array:
+        """Return u at points ``(sample, feature)``, ``(sample,)``."""
+        return self.features.expand(x, self.coefficients) + self.intercept
+
+
+def _kernel(z: Array, centers: Array, bandwidth: float) -> Array:
+    out: Array = np.exp(-0.5 / bandwidth**2 * cdist(z, centers, "sqeuclidean"))
+    return out
+
+
+def class_mean_weights(weight: Array | None, size: int) -> Array:
+    """Weights of a class mean, ``(size,)``, that sum to one."""
+    if weight is None:
+        return np.full(size, 1 / size)
+    out: Array = weight / weight.sum()
+    return out
+
+
+def balanced_size(positives: float, negatives: float) -> float:
+    """Harmonic mean of the class sizes: what the accuracy of two class means goes by.
+
+    Example:
+        >>> balanced_size(100, 100)
+        100.0
+    """
+    return 2 / (1 / positives + 1 / negatives)
+
+
+def kernel_angle(
+    x_pos: Array,
+    x_neg: Array,
+    source: np.random.Generator,
+    *,
+    weight_pos: Array | None = None,
+    weight_neg: Array | None = None,
+    num_centers: int = 100,
+    bandwidth: float = 1.0,
+    alpha: float | None = None,
+    robust: bool = True,
+) -> KernelAngle:
+    """Fit the angle.
+
+    Args:
+        x_pos: ``(positive, feature)``.
+        x_neg: ``(negative, feature)``.
+        source: Randomness of the choice of centres.
+        weight_pos: ``(positive,)``, repetitions of each point, positive; None for one each.
+        weight_neg: ``(negative,)``, likewise.
+        num_centers: Largest number of centres, drawn from the distinct points of both classes.
+        bandwidth: Bandwidth in multiples of the median distance between centres.
+        alpha: Penalty; None is ``0.05 / sqrt(n)``, n the harmonic mean of the class sizes.
+        robust: Whether features are scaled by :func:`robust_scale`.
+
+    Example:
+        >>> x = np.linspace(0, 1, 50)[:, None]
+        >>> bool(kernel_angle(x + 2, x, np.random.default_rng(0))(np.array([[3.0]]))[0] > 1)
+        True
+    """
+    x = np.concatenate([x_pos, x_neg])
+    weight = None
+    if weight_pos is not None and weight_neg is not None:
+        weight = np.concatenate([weight_pos, weight_neg])
+    features = kernel_features(x, source, weight=weight, num_centers=num_centers, bandwidth=bandwidth, robust=robust)
+    phi = features(x)
+    sizes = [
+        len(part) if given is None else float(given.sum()) for part, given in ((x_pos, weight_pos), (x_neg, weight_neg))
+    ]
+    penalty = 0.05 / math.sqrt(balanced_size(*sizes)) if alpha is None else alpha
+    weights = class_mean_weights(weight_pos, len(x_pos)), class_mean_weights(weight_neg, len(x_neg))
+    found, steps = _maximise(phi[: len(x_pos)], phi[len(x_pos) :], *weights, penalty)
+    return KernelAngle(features, features.whitening @ found[1:], float(found[0]), penalty, steps)
+
+
+def _centers(z: Array, count: int, source: np.random.Generator) -> Array:
+    if len(z) > 50 * count:  # distinct points of a large sample: a part of it is enough to find them in
+        z = z[source.choice(len(z), 50 * count, replace=False)]
+    distinct = np.unique(z, axis=0)
+    if len(distinct) <= count:
+        return distinct
+    out: Array = distinct[np.sort(source.permutation(len(distinct))[:count])]
+    return out
+
+
+def _extended_sine(u: Array) -> tuple[Array, Array]:
+    """The concave extension of sine (see there for the tensor form) and its slope, both by hand: a fit is short."""
+    inside = np.clip(u, 0.0, RIGHT_ANGLE)
+    return np.sin(inside) + np.minimum(u, 0.0), np.where(u > RIGHT_ANGLE, 0.0, np.cos(inside))
+
+
+def _maximise(phi_p: Array, phi_q: Array, w_p: Array, w_q: Array, alpha: float) -> tuple[Array, int]:
+    """Intercept and coefficients of the largest penalised mean, and the number of iterations."""
+
+    def loss(at: Array) -> tuple[float, Array]:
+        sine, rise = _extended_sine(phi_p @ at[1:] + at[0])
+        cosine, fall = _extended_sine(RIGHT_ANGLE - phi_q @ at[1:] - at[0])
+        up, down = w_p * rise, w_q * fall
+        slope = np.append(down.sum() - up.sum(), 2 * alpha * at[1:] + down @ phi_q - up @ phi_p)
+        return float(alpha * at[1:] @ at[1:] - w_p @ sine - w_q @ cosine), slope
+
+    start = np.concatenate([[RIGHT_ANGLE / 2], np.zeros(phi_p.shape[1])])
+    options = {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-7}
+    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+    return found.x, max(int(found.nit), 1)

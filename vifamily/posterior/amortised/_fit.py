@@ -1,0 +1,290 @@
+"""From a simulator, a conditional family and an encoder to an amortised posterior."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import ConfigError
+from vifamily.families.flow import Flow
+from vifamily.interrupts import Interrupts
+from vifamily.models import Simulations, Simulator
+from vifamily.numerics.threads import few_threads
+from vifamily.plan import describe, make_plan
+from vifamily.posterior._record import FitRecord, versions
+from vifamily.posterior.amortised._family import AmortisedFamily
+from vifamily.posterior.amortised._posterior import AmortisedPosterior
+from vifamily.posterior.amortised._training import EpochReport, Pairs, Trainer
+from vifamily.posterior.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
+from vifamily.progress import FitProgress
+from vifamily.rng import generator, split
+from vifamily.solvers import StepReport
+from vifamily.trackers import Tracker
+from vifamily.types import Batch, LatentSpec
+
+__all__ = ["fit_amortised"]
+
+_BATCH = 256
+_STEP_SIZE = 1e-3
+_FRESH_BATCHES = 64
+"""Batches of fresh simulations that count as an epoch."""
+_FEWEST_PAIRS = 20
+
+
+def fit_amortised(
+    simulator: Simulator,
+    family: Any = "auto",
+    objective: Any = "inclusive_kl",
+    *,
+    encoder: Any = None,
+    seed: int = 0,
+    steps: int = 50_000,
+    restarts: int = 1,
+    batch_size: int | None = None,
+    step_size: float | None = None,
+    init: Any = "auto",
+    callbacks: Sequence[Callable[[StepReport], Any]] = (),
+    tracker: Tracker | None = None,
+    progress: bool | None = None,
+    time_limit: float | None = None,
+    workers: int = 1,
+) -> AmortisedPosterior:
+    """Fit a conditional family to a simulator's joint; ``vf.fit`` calls this for a simulator.
+
+    Args:
+        simulator: The simulator; the simulations it carries are used, where it does.
+        family: A conditional family's name or entry; ``"auto"`` takes a neural spline flow.
+        objective: ``inclusive_kl``, with options.
+        encoder: A module, or a name such as ``"set(outputs=16)"``; None takes the standardised data for a flow, whose
+            networks see them, and a perceptron for other families.
+        seed: Root seed of simulations, networks and the order of the pairs.
+        steps: Most steps.
+        restarts: Networks to train on the same simulations; the best on the held-out ones is returned.
+        batch_size: Pairs per step; None takes 256, or less where simulations are few.
+        step_size: First step size of Adam; None takes 0.001.
+        init: ``"auto"``, or an amortised posterior to go on from.
+        callbacks: Functions called after every epoch with a :class:`~vifamily.solvers.StepReport`; a true result ends
+            the fit.
+        tracker: Where the numbers of every epoch go.
+        progress: Whether to show a progress line; None shows it on a terminal only.
+        time_limit: Most seconds for the descent.
+        workers: Processes that simulate.
+
+    Returns:
+        The amortised posterior.
+
+    Raises:
+        IncompatibleError: If family or objective cannot be used for a simulator.
+        ConfigError: If a number is out of range.
+        ModelError: If prior or simulator raise.
+    """
+    run = _Run(simulator, family, objective, encoder, seed, batch_size, step_size, init, workers)
+    began = time.monotonic()
+    run.prepare()
+    simulated = time.monotonic() - began
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    done: list[tuple[Trainer, AmortisedFamily, str]] = []
+    if tracker is not None:
+        tracker.start(run.config(restarts))
+    try:
+        with FitProgress(show=progress, most_steps=steps) as display, Interrupts() as interrupts, few_threads(1):
+            for r in range(restarts):
+                trainer, module = run.trainer(r)
+                reason = _drive(trainer, steps, callbacks, tracker, display, deadline, interrupts)
+                trainer.restore_best()
+                done.append((trainer, module, reason))
+                if reason in ("interrupted", "time_limit", "callback"):
+                    break
+    finally:
+        if tracker is not None:
+            tracker.finish()
+    return run.posterior(done, restarts, time.monotonic() - began, simulated)
+
+
+def _drive(
+    trainer: Trainer,
+    most_steps: int,
+    callbacks: Sequence[Callable[[StepReport], Any]],
+    tracker: Tracker | None,
+    display: FitProgress,
+    deadline: float,
+    interrupts: Interrupts,
+) -> str:
+    while True:
+        try:
+            report: EpochReport = trainer.run_epoch(most_steps)
+        except KeyboardInterrupt:
+            return "interrupted"
+        display.update(report.step, report.loss, report.step_size, f"held out {report.holdout:.4g}")
+        if tracker is not None:
+            values = {"loss": report.loss, "step_size": report.step_size, "holdout": report.holdout}
+            tracker.log(report.step, values)
+        told = StepReport(report.step, (report.loss,), {"holdout": report.holdout}, report.step_size, report.finished)
+        asked = any([call(told) for call in callbacks])
+        if report.finished is not None:
+            return report.finished
+        if asked:
+            return "callback"
+        if interrupts.asked:
+            return "interrupted"
+        if time.monotonic() > deadline:
+            return "time_limit"
+
+
+class _Run:
+    """What a fit is made of."""
+
+    def __init__(
+        self, simulator: Simulator, family: Any, objective: Any, encoder: Any, seed: int, batch_size: int | None,
+        step_size: float | None, init: Any, workers: int,
+    ) -> None:  # fmt: skip
+        self.simulator, self.seed, self.workers = simulator, seed, workers
+        planned = make_plan(simulator, family, objective, "auto", draws=None, batch_size=batch_size, device=None,
+                            dtype=None)  # fmt: skip
+        self.objective: Any = planned.objective
+        self.init = init if isinstance(init, AmortisedPosterior) else None
+        if self.init is None and not (isinstance(init, str) and init == "auto"):
+            raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
+        if self.init is not None and self.init.layout != simulator.layout:
+            raise ConfigError("init is an amortised posterior of other parameters than this simulator's.")
+        self.entry = planned.entry
+        plain = isinstance(self.entry, Flow)
+        self.encoder: EncoderEntry = (
+            (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
+        )
+        self.asked_batch, self.step_size = batch_size, step_size or _STEP_SIZE
+        self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
+
+    # -- simulations ---------------------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Make or take the simulations, and set the held-out ones apart."""
+        number = self.objective.simulations
+        stored = self.simulator.stored
+        self.fresh = stored is None and number is None
+        self.batch_size = self.asked_batch or _BATCH
+        if stored is None:
+            first = max(2 * _BATCH, 1000) if number is None else number
+            stored = self.simulator.simulations(
+                first, seed=split(self.seed, "amortised simulations"), workers=self.workers
+            )
+        self.non_finite = stored.non_finite
+        pairs = self._pairs(stored)
+        if len(pairs) < _FEWEST_PAIRS:
+            raise ConfigError(f"{len(pairs)} finite simulations are too few: make {_FEWEST_PAIRS} at least.")
+        self.all = pairs
+        if self.fresh:
+            self.holdout, self.kept = pairs, pairs
+            self.notes.append("fresh simulations at every step")
+        else:
+            order = torch.randperm(len(pairs), generator=generator(self.seed, "holdout")).to(pairs.z.device)
+            held = max(2, round(self.objective.holdout * len(pairs)))
+            apart, rest = order[:held], order[held:]
+            self.holdout = Pairs(pairs.z[apart], pairs.x[apart])
+            self.kept = Pairs(pairs.z[rest], pairs.x[rest])
+            if self.asked_batch is None:
+                # some thirty steps in an epoch at least, where there are few pairs
+                self.batch_size = max(32, min(_BATCH, len(self.kept) // 30))
+            self.notes.append(f"{len(self.kept)} simulations to learn from, {held} held out")
+        if self.non_finite:
+            self.notes.append(f"warning: {self.non_finite} simulations were not finite and left out")
+
+    def _pairs(self, given: Simulations) -> Pairs:
+        return Pairs(self.simulator.unconstrained(given.theta), given.x.to(self.simulator.device, self.simulator.dtype))
+
+    def _epoch(self, restart: int) -> Callable[[int], Pairs]:
+        if not self.fresh:
+            return lambda epoch: self.kept
+
+        def simulate(epoch: int) -> Pairs:
+            made = self.simulator.simulations(
+                _FRESH_BATCHES * self.batch_size, seed=split(self.seed, "fresh simulations", restart, epoch),
+                workers=self.workers,
+            )  # fmt: skip
+            self.non_finite += made.non_finite
+            return self._pairs(made)
+
+        return simulate
+
+    # -- networks ------------------------------------------------------------------------------------------------------
+    def _module(self, restart: int) -> AmortisedFamily:
+        if self.init is not None:
+            return self.init.family.copy().requires_grad_()
+        source = generator(self.seed, "family", restart)
+        options: dict[str, Any] = {"dtype": self.simulator.dtype, "device": self.simulator.device}
+        encoder = self.encoder.build(tuple(self.all.x.shape[1:]), generator=source, **options)
+        encoder.fit_scale(self.all.x)
+        with torch.no_grad():
+            size = encoder(self.all.x[:2]).shape[-1]
+        latent = LatentSpec(self.simulator.dim, context_dim=int(size), **options)
+        family = self.entry.build(latent, generator=source)
+        family.spec = describe(self.entry)
+        sd = self.all.z.double().std(0).clamp_min(1e-12)
+        family.precondition(self.all.z.double().mean(0), sd)
+        return AmortisedFamily(encoder, family)
+
+    def trainer(self, restart: int) -> tuple[Trainer, AmortisedFamily]:
+        """Build a network and what trains it."""
+        module = self._module(restart)
+        objective, simulator = self.objective, self.simulator
+        noise = torch.zeros(0, dtype=simulator.dtype, device=simulator.device)
+
+        def loss(family: nn.Module, batch: Batch) -> Tensor:
+            out: Tensor = objective.loss(family, simulator, noise, batch).surrogate
+            return out
+
+        def pointwise(family: nn.Module, pairs: Pairs) -> Tensor:
+            parts = zip(pairs.z.split(4096), pairs.x.split(4096), strict=True)
+            return torch.cat([-family.log_prob(z, x) for z, x in parts])  # type: ignore[operator]
+
+        trainer = Trainer(
+            module, loss, pointwise, self._epoch(restart), self.holdout, batch_size=self.batch_size,
+            step_size=self.step_size, patience=objective.patience, seed=split(self.seed, "order", restart),
+            fresh=self.fresh,
+        )  # fmt: skip
+        return trainer, module
+
+    # -- packing -------------------------------------------------------------------------------------------------------
+    def config(self, restarts: int) -> dict[str, Any]:
+        """What was asked for, plain data."""
+        return {
+            "model": self.simulator.name or type(self.simulator).__name__, "dim": self.simulator.dim,
+            "family": describe(self.entry), "encoder": encoder_spec(self.encoder),
+            "objective": describe(self.objective),
+            "seed": self.seed, "restarts": restarts, "batch_size": self.batch_size, "resumed_at": 0,
+        }  # fmt: skip
+
+    def posterior(
+        self, done: Sequence[tuple[Trainer, AmortisedFamily, str]], restarts: int, seconds: float, simulated: float
+    ) -> AmortisedPosterior:
+        """Pack the best network."""
+        losses = [trainer.best_loss for trainer, _, _ in done]
+        best = min(range(len(done)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        trainer, module, reason = done[best]
+        reports = trainer.reports
+        self.notes.append(f"simulating took {simulated:.1f} s of {seconds:.1f} s")
+        record = FitRecord(
+            objective=describe(self.objective), estimator=None, family=describe(self.entry), solver="adam",
+            seed=self.seed, steps=trainer.step, stop_reason=reason, converged=reason == "converged", seconds=seconds,
+            draws_per_step=self.batch_size, num_restarts=len(done), restart_losses=tuple(losses), best_restart=best,
+            non_finite=self.non_finite + trainer.non_finite, notes=tuple(self.notes), versions=versions(),
+            trace={
+                name: _column(reports, key)
+                for name, key in (("step", "step"), ("loss", "loss"), ("loss_error", "loss_error"),
+                                  ("step_size", "step_size"), ("term:holdout", "holdout"))
+            },
+        )  # fmt: skip
+        module.requires_grad_(requires_grad=False)
+        return AmortisedPosterior(
+            self.simulator, module, record, layout=self.simulator.layout, encoder_spec=encoder_spec(self.encoder),
+            config=self.config(restarts),
+        )  # fmt: skip
+
+
+def _column(reports: Sequence[EpochReport], key: str) -> Any:
+    return np.array([getattr(report, key) for report in reports], dtype=np.float64)

@@ -1,0 +1,317 @@
+"""A network as a function of its input and a flat latent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vifamily.errors import ConfigError
+from vifamily.supports import Layout
+from vifamily.weights._base import LayerWeights
+from vifamily.weights._fold import FoldedNet
+from vifamily.weights._report import ConversionReport, ConvertedLayer
+from vifamily.weights._routes import Route, loop_over_draws, over_draws, settled_route
+
+if TYPE_CHECKING:
+    from vifamily.weights._entry import WeightsEntry
+
+__all__ = ["NetworkWeights"]
+
+
+class NetworkWeights(nn.Module):
+    """A network as a function of its input and a flat latent.
+
+    The given net is copied. It is evaluated in eval mode, whatever :meth:`train` says: dropout is off and batch
+    normalisation uses its running statistics, since batch statistics would mix draws.
+
+    Args:
+        net: Any module that maps ``(datum, ...)`` to ``(datum, ...)``.
+        entry: Which layers are converted, and how.
+        generator: Randomness of starting values.
+        rest: What becomes of parameters that are not converted: ``"point"`` (estimated as points) or ``"frozen"``.
+        prior_scale: Multiplies the prior standard deviation of every layer.
+        chunk_draws: Draws at a time, to bound memory; None for all at once.
+
+    Attributes:
+        layout: The latent's sites: one per parameter, or one per layer where a layer's latent is not its parameters.
+        dim: Number of latent coordinates.
+        report: What was converted and what was not.
+        route: How draws are evaluated: ``"fold"``, ``"repeat"``, ``"vmap"`` or ``"loop"``; None until the first
+            call, which finds out (see :meth:`settle`).
+        declined: Routes that were tried and left, with the reasons.
+
+    Raises:
+        ConfigError: If no layer is converted, or an argument has an impossible value.
+    """
+
+    scales: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        entry: WeightsEntry,
+        *,
+        generator: torch.Generator,
+        rest: str = "point",
+        prior_scale: float = 1.0,
+        chunk_draws: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check(net, rest, prior_scale, chunk_draws)
+        self.rest, self.chunk_draws = rest, chunk_draws
+        self.route: Route | None = None
+        self.declined: dict[str, str] = {}
+        self._fold_cache: FoldedNet | None = None
+        self.net = copy.deepcopy(net).eval()
+        own = sum(p.numel() for p in self.net.parameters())
+        modules = {n: m for n, m in self.net.named_modules() if any(True for _ in m.parameters(recurse=False))}
+        layers, rows = _made_layers(self.net, modules, entry, generator)
+        self.layers = nn.ModuleList(layers.values())
+        self.layer_names = tuple(layers)
+        self._convert(layers, modules)
+        like = next(iter(net.parameters()))
+        self.register_buffer("scales", torch.full((len(layers),), float(prior_scale)).to(like))
+        sites: dict[str, Any] = {}
+        for name, layer in layers.items():
+            shapes: Mapping[str, tuple[int, ...]] = getattr(layer, "site_shapes", {}) or {name or "net": (layer.dim,)}
+            sites |= {site: (shape, "real") for site, shape in shapes.items()}
+        self.layout, self.dim = Layout.of(sites), sum(layer.dim for layer in layers.values())
+        point = sum(p.numel() for p in self.parameters())
+        self.report = ConversionReport(tuple(rows), own, self.dim, point)
+
+    def _convert(self, layers: Mapping[str, LayerWeights], modules: Mapping[str, nn.Module]) -> None:
+        """Turn what the latent makes into buffers of the copied net, and share what stays with the layers' weights."""
+        made = {name for layer in layers.values() for name in layer.names}
+        for name, module in modules.items():
+            for key, value in list(module.named_parameters(recurse=False)):
+                full = f"{name}.{key}" if name else key
+                if full in made or self.rest == "frozen" or not value.requires_grad:
+                    del module._parameters[key]
+                    module.register_buffer(key, value.detach().clone(), persistent=full not in made)
+        for name, layer in layers.items():
+            if isinstance(getattr(layer, "module", None), nn.Module):
+                layer.module = self.net.get_submodule(name)  # the net's own: one set of points for both
+
+    def train(self, mode: bool = True) -> NetworkWeights:  # noqa: FBT001, FBT002 - torch's own signature
+        """Set the mode of this module; the network inside stays in eval mode."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's own signature
+        self._fold_cache = None  # buffers of the folded net are replaced, not changed
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+    @property
+    def example_noise(self) -> bool:
+        """Whether every layer can take a latent of its own for each datum at about the cost of one for all."""
+        folded = self.route in ("fold", "repeat")
+        return folded and all(bool(layer.example_noise) for layer in self._layers())
+
+    def _layers(self) -> list[LayerWeights]:
+        return [layer for layer in self.layers if isinstance(layer, LayerWeights)]
+
+    def slices(self, z: Tensor) -> list[Tensor]:
+        """Part of the latent that each layer takes, ``(..., dim) -> [(..., layer dim)]``."""
+        return list(z.split([layer.dim for layer in self._layers()], -1))
+
+    def materialise(self, z: Tensor) -> dict[str, Tensor]:
+        """Write out every converted parameter, ``(..., dim) -> full name -> (..., *shape)``."""
+        out: dict[str, Tensor] = {}
+        for layer, part in zip(self._layers(), self.slices(z), strict=True):
+            out |= layer.materialise(part)
+        return out
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Compute the network's outputs for every draw.
+
+        Args:
+            x: Inputs, ``(datum, ...)``.
+            z: ``(draw, dim)``, or ``(draw, datum, dim)`` where each datum has a latent of its own.
+
+        Returns:
+            ``(draw, datum, *out)``.
+
+        Raises:
+            ModelError: At the first call, if the network cannot be evaluated on these inputs (see :meth:`settle`).
+        """
+        route = self.route or self.settle(x)
+        size = self.chunk_draws or max(z.shape[0], 1)
+        parts = [self.evaluate(route, x, part) for part in z.split(size)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def evaluate(self, route: Route, x: Tensor, z: Tensor) -> Tensor:
+        """Compute as :meth:`forward` does, by one of the routes."""
+        if route in ("fold", "repeat"):
+            if self._fold_cache is None:
+                self._fold_cache = FoldedNet(self.net, dict(zip(self.layer_names, self._layers(), strict=True)))
+            return self._fold_cache(x, self.slices(z), repeat=route == "repeat")
+        if z.dim() == 3:
+            per_datum = [self.evaluate(route, x[i : i + 1], z[:, i]) for i in range(x.shape[0])]
+            return torch.cat(per_datum, 1)
+        evaluate = over_draws if route == "vmap" else loop_over_draws
+        return evaluate(self.net, x, self.materialise(z))
+
+    def settle(self, x: Tensor, *, generator: torch.Generator | None = None) -> Route:
+        """Find out on a few inputs how draws can be evaluated, by comparison with a loop over draws.
+
+        Draws are folded into the datum axis (``"fold"``; with the input repeated first, ``"repeat"``) where that gives
+        what a loop gives; where a net mixes rows or reads its parameters from outside their layer it does not, and
+        the whole net is vectorised (``"vmap"``) or, where that raises, looped over (``"loop"``). The first call of
+        :meth:`forward` does this by itself.
+
+        Args:
+            x: Inputs, ``(datum, ...)``; a few of them are used.
+            generator: Randomness of the draws that are compared; a fixed one by default.
+
+        Returns:
+            The route, also kept as ``route``.
+
+        Raises:
+            ModelError: If the network raises, gives no finite output, no tensor with the datum axis first, or another
+                output each time.
+        """
+        self.route, self.declined = settled_route(self, x, generator)
+        return self.route
+
+    # -- prior ---------------------------------------------------------------------------------------------------------
+    @property
+    def gaussian_prior(self) -> bool:
+        """Whether the prior of every layer is independent normal."""
+        return not any(map(_own_prior, self._layers()))
+
+    def prior(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the prior, ``(dim,)`` each."""
+        pairs = [self._prior_of(i, layer) for i, layer in enumerate(self._layers())]
+        return torch.cat([mean for mean, _ in pairs]), torch.cat([sd for _, sd in pairs])
+
+    def _prior_of(self, index: int, layer: LayerWeights) -> tuple[Tensor, Tensor]:
+        mean, sd = layer.prior()
+        return mean, sd if _own_prior(layer) else sd * self.scales[index]
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        """Log prior density, ``(..., dim) -> (...)``."""
+        total = z.new_zeros(z.shape[:-1])
+        for i, (layer, part) in enumerate(zip(self._layers(), self.slices(z), strict=True)):
+            if _own_prior(layer):
+                total = total + layer.log_prior(part)
+            else:
+                normal = torch.distributions.Normal(*self._prior_of(i, layer), validate_args=False)
+                total = total + normal.log_prob(part).sum(-1)
+        return total
+
+    def cross_entropy(self, mean: Tensor, variance: Tensor, *, independent: bool = False) -> Tensor | None:
+        """``E_q[-log p(z)]`` of a normal law with these moments, in closed form.
+
+        Args:
+            mean: ``(..., dim)``.
+            variance: Marginal variances, ``(..., dim)``.
+            independent: Whether the coordinates of the law are independent, which some priors need.
+
+        Returns:
+            ``(...)``, or None where the moments are not enough.
+        """
+        total = mean.new_zeros(mean.shape[:-1])
+        moments = zip(self._layers(), self.slices(mean), self.slices(variance), strict=True)
+        for i, (layer, centre, spread) in enumerate(moments):
+            if _own_prior(layer):
+                part = layer.cross_entropy(centre, spread, independent=independent)
+                if part is None:
+                    return None
+            else:
+                prior_mean, sd = self._prior_of(i, layer)
+                quadratic = ((centre - prior_mean).square() + spread) / sd.square()
+                part = 0.5 * (quadratic + (2 * torch.pi * sd.square()).log()).sum(-1)
+            total = total + part
+        return total
+
+    def fit_prior(self, mean: Tensor, variance: Tensor) -> dict[str, float]:
+        r"""Set each layer's prior scale to the maximiser of the bound at given posterior moments (empirical Bayes).
+
+        .. math:: \lambda^2 = \operatorname{mean}_k\, [v_k + (m_k - m^0_k)^2] / s_k^2
+
+        Args:
+            mean: Posterior means, ``(dim,)``.
+            variance: Marginal posterior variances, ``(dim,)``.
+
+        Returns:
+            Layer name to its new scale; layers with a prior of their own kind are left out.
+        """
+        out: dict[str, float] = {}
+        moments = zip(self._layers(), self.slices(mean), self.slices(variance), strict=True)
+        for i, (layer, centre, spread) in enumerate(moments):
+            if not _own_prior(layer):
+                prior_mean, sd = layer.prior()
+                square = (((centre - prior_mean).square() + spread) / sd.square()).mean().detach()
+                self.scales[i] = square.sqrt()
+                out[self.layer_names[i] or "net"] = float(self.scales[i])
+        return out
+
+    def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation from which a fit should begin, ``(dim,)`` each."""
+        pairs = [layer.initial(generator) for layer in self._layers()]
+        return torch.cat([mean for mean, _ in pairs]), torch.cat([sd for _, sd in pairs])
+
+
+def _made_layers(
+    net: nn.Module, modules: Mapping[str, nn.Module], entry: WeightsEntry, generator: torch.Generator
+) -> tuple[dict[str, LayerWeights], list[ConvertedLayer]]:
+    """Ask the entry for the weights of every layer."""
+    layers: dict[str, LayerWeights] = {}
+    rows: list[ConvertedLayer] = []
+    tied = _tied(modules)
+    for name, module in modules.items():
+        count = sum(p.numel() for p in module.parameters(recurse=False))
+        reason = entry.skips(net, name, module)
+        if reason is None and any(id(p) in tied for p in module.parameters(recurse=False)):
+            reason = "shares a parameter with another layer"
+        made = reason if reason is not None else entry.layer(copy.deepcopy(module), name, generator=generator)
+        skipped = made if isinstance(made, str) else ""
+        dim = 0 if isinstance(made, str) else made.dim
+        rows.append(ConvertedLayer(name or "(net)", type(module).__name__, count, dim, skipped))
+        if not isinstance(made, str):
+            layers[name] = made
+    if not layers:
+        raise ConfigError(
+            "no layer of the network was converted: "
+            + ("; ".join(f"{row.name}: {row.skipped}" for row in rows) or "it has no parameters")
+            + ". Choose other weights=, include= or exclude=."
+        )
+    return layers, rows
+
+
+def _own_prior(layer: nn.Module) -> bool:
+    return isinstance(layer, LayerWeights) and type(layer).log_prior is not LayerWeights.log_prior
+
+
+def _tied(modules: Mapping[str, nn.Module]) -> set[int]:
+    seen = [id(p) for module in modules.values() for p in module.parameters(recurse=False)]
+    return {i for i in seen if seen.count(i) > 1}
+
+
+def _check(net: Any, rest: str, prior_scale: float, chunk_draws: int | None) -> None:
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"net must be a torch.nn.Module, got {type(net).__name__}.")
+    kinds = {p.dtype for p in net.parameters() if p.is_floating_point()}
+    if len(kinds) != 1:
+        found = ", ".join(sorted(map(str, kinds))) or "no parameters"
+        raise ConfigError(f"net must have parameters of one floating dtype, got {found}: use net.to(dtype).")
+    for name, module in net.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ConfigError(
+                f"the layer {name!r} normalises by the statistics of its batch even in eval mode, which mixes data: "
+                "give it running statistics (track_running_stats=True) or use LayerNorm or GroupNorm."
+            )
+    if rest not in ("point", "frozen"):
+        raise ConfigError(f"rest must be 'point' or 'frozen', got {rest!r}.")
+    if isinstance(prior_scale, bool) or not (isinstance(prior_scale, (int, float)) and 0 < prior_scale < float("inf")):
+        raise ConfigError(f"prior_scale must be a positive number, got {prior_scale!r}.")
+    if chunk_draws is not None and (
+        isinstance(chunk_draws, bool) or not isinstance(chunk_draws, int) or chunk_draws < 1
+    ):
+        raise ConfigError(f"chunk_draws must be a positive integer or None, got {chunk_draws!r}.")
