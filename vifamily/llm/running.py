@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vifamily.errors import ConfigError
+from vifamily.errors import ConfigError, VifamilyError
 from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.cost import step_cost
@@ -157,11 +157,61 @@ def run_training(
     model = StackedCausalLM(base, config, settings.num_members, seed=settings.member_seed)
     maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
     run = maker(model, training, records, held, tokenizer, options=options)
-    say(f"data: {run.prepared['train']}")
-    say(_cost(model, settings, training, run.prepared["train"]))
+    say(f"data: {run.prepared}")
+    longest = max(row.length for row in run.prepared)
+    say(_cost(model, settings, options, training, longest, kind))
     again = training.resume_from_checkpoint
     run.train(resume_from_checkpoint=str(again).lower() == "true" or again if again else None)
     if held is not None:
         run.evaluate()
     run.save_model(training.output_dir)
     return Path(training.output_dir)
+
+
+# --- parts ---
+
+
+def _cost(
+    model: StackedCausalLM, settings: RunSettings, options: EnsembleOptions, training: Any, longest: int, kind: str
+) -> str:
+    """What a step takes, counted before the first one; a sentence where the sizes of the base cannot be read."""
+    try:
+        size = base_size(model.config)
+        rows = training.per_device_train_batch_size
+        return str(
+            step_cost(
+                size,
+                num_members=settings.num_members,
+                lora_r=settings.lora_r,
+                batch_size=rows * (2 if kind == "dpo" else 1) * max(1, training.world_size),
+                length=max(2, longest),
+                target_modules=tuple(sorted({name.rpartition(".")[2] for name in model.target_names})),
+                route="two_pass" if options.route == "two_pass" else "stacked",
+                base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
+                preferences=kind == "dpo",
+                devices=max(1, training.world_size),
+            )
+        )
+    except VifamilyError as error:
+        return f"cost of a step: not counted. {error}"
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = require("yaml", "reading a configuration").safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no YAML: {error}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys with values, such as num_members: 8.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
