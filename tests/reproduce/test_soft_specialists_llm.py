@@ -28,7 +28,7 @@ def test_the_transition_lies_between_shared_and_apart():
     assert paper.transition(found[:2]) is None
     star = dataclasses.make_dataclass("S", ["alpha_star", "sweep"])
     assert paper._threshold_claim(found, star(0.03, ((1e-3, 0.03),))).holds is True
-    assert paper._threshold_claim(found, star(0.05, ((1e-3, 0.05),))).holds is False
+    assert paper._threshold_claim(found, star(0.06, ((1e-3, 0.06),))).holds is False
     assert paper._threshold_claim(found[:2], star(0.05, ())).holds is None
 
 
