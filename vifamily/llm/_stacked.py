@@ -83,8 +83,14 @@ class StackedLoRA(nn.Module):
         if x.shape[0] % count:
             raise ShapeError(f"{x.shape[0]} rows cannot be split among {count} members: the model reshapes its rows.")
         low = x.reshape(count, -1, x.shape[-1]).to(self.lora_A.dtype)
-        delta = torch.bmm(torch.bmm(low, self.lora_A[first:last].mT), self.lora_B[first:last].mT)
-        return (out + delta.mul(self.scale).reshape(out.shape)).to(out.dtype)
+        low = torch.bmm(low, self.lora_A[first:last].mT)
+        matrix = self.lora_B[first:last].mT
+        if out.dtype == low.dtype == matrix.dtype:
+            # product, scale and sum in one call: elementwise passes over wide outputs cost as much as the product
+            return torch.baddbmm(out.reshape(count, -1, out.shape[-1]), low, matrix, alpha=self.scale).reshape(
+                out.shape
+            )
+        return (out + torch.bmm(low, matrix).mul(self.scale).reshape(out.shape)).to(out.dtype)
 
 
 class StackedCausalLM(nn.Module):
