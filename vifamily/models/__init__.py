@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
+from vifamily.models.causal_lm import CausalLM
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
 from vifamily.models.pyro_model import PyroModel
@@ -10,6 +11,7 @@ from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
 __all__ = [
     "BatchSource",
+    "CausalLM",
     "Density",
     "LikelihoodModel",
     "Model",

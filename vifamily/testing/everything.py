@@ -40,7 +40,7 @@ def check_registry(kinds: Iterable[str] = ("objectives", "families", "solvers", 
 
     Example:
         >>> sorted(check_registry(["models"]))
-        ['models/density', 'models/likelihood', 'models/pyro']
+        ['models/causal_lm', 'models/density', 'models/likelihood', 'models/pyro']
     """
     reports = {}
     for kind in kinds:
