@@ -63,7 +63,8 @@ def test_slopes_and_their_errors() -> None:
     # each mean has relative error 0.1 / sqrt 3; the design has log widths at distance log 16 about its middle
     assert swept.errors["b"] == pytest.approx(0.1 / math.sqrt(3) * math.sqrt(2) / math.log(16), rel=1e-9)
     assert "falls about as one over the width" in swept.notes[0]
-    assert "slower" in swept.notes[1]
+    assert "root of the width" in swept.notes[1]
+    assert "hardly falls" in width_sweep(lambda w, s: {"a": 1.0}, [16, 64], [0]).note()
     assert "slope -1.000" in str(swept)
     assert swept.plot().axes
 

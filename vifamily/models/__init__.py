@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
+from vifamily.models._prediction import Prediction
 from vifamily.models.causal_lm import CausalLM
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
+from vifamily.models.network import Network
 from vifamily.models.pyro_model import PyroModel
 from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
@@ -15,7 +17,9 @@ __all__ = [
     "Density",
     "LikelihoodModel",
     "Model",
+    "Network",
     "ObservedSimulator",
+    "Prediction",
     "PyroModel",
     "Simulations",
     "Simulator",

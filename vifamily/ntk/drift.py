@@ -225,14 +225,16 @@ def width_sweep(
     values = {n: torch.tensor([[one[n] for one in row] for row in found], dtype=torch.float64) for n in names}
     laws = {name: _law(widths, value.numpy()) for name, value in values.items()}
     slopes = {name: round(law[0], 12) for name, law in laws.items()}
-    notes = tuple(
-        f"{name} falls about as one over the width: the kernel regime is approached."
-        if slope < -0.7
-        else f"{name} falls slower than one over the width: these networks are not near the kernel regime, or it is "
-        "not governed by it."
-        for name, slope in slopes.items()
-    )
+    notes = tuple(f"{name} {_words(slope)}" for name, slope in slopes.items())
     return WidthSweep(widths, values, slopes, {name: law[1] for name, law in laws.items()}, notes)
+
+
+def _words(slope: float) -> str:
+    if slope < -0.7:
+        return "falls about as one over the width, as drift does where training nears that of the linearised network."
+    if slope < -0.3:
+        return "falls about as one over the root of the width, as the distance of a kernel at the start from its limit."
+    return "hardly falls with width: at these widths, what is known of wide networks does not describe it."
 
 
 def _law(widths: Sequence[int], values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> tuple[float, float]:

@@ -74,13 +74,14 @@ class NetworkWeights(nn.Module):
         self.layer_names = tuple(layers)
         self._convert(layers, modules)
         like = next(iter(net.parameters()))
-        self.register_buffer("scales", torch.full((len(layers),), float(prior_scale)).to(like))
+        # fixed in a fit, but saved with it: a prior that was fitted belongs to the posterior
+        self.scales = nn.Parameter(torch.full((len(layers),), float(prior_scale)).to(like), requires_grad=False)
         sites: dict[str, Any] = {}
         for name, layer in layers.items():
             shapes: Mapping[str, tuple[int, ...]] = getattr(layer, "site_shapes", {}) or {name or "net": (layer.dim,)}
             sites |= {site: (shape, "real") for site, shape in shapes.items()}
         self.layout, self.dim = Layout.of(sites), sum(layer.dim for layer in layers.values())
-        point = sum(p.numel() for p in self.parameters())
+        point = sum(p.numel() for p in self.parameters() if p.requires_grad)
         self.report = ConversionReport(tuple(rows), own, self.dim, point)
 
     def _convert(self, layers: Mapping[str, LayerWeights], modules: Mapping[str, nn.Module]) -> None:

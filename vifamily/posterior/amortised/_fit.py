@@ -31,7 +31,7 @@ from vifamily.types import Batch, LatentSpec
 __all__ = ["fit_amortised"]
 
 _BATCH = 256
-_STEP_SIZE = 1e-3
+_STEP_SIZE = 4e-3
 _FRESH_BATCHES = 64
 """Batches of fresh simulations that count as an epoch."""
 _FEWEST_PAIRS = 20
@@ -67,7 +67,7 @@ def fit_amortised(
         steps: Most steps.
         restarts: Networks to train on the same simulations; the best on the held-out ones is returned.
         batch_size: Pairs per step; None takes 256, or less where simulations are few.
-        step_size: First step size of Adam; None takes 0.001.
+        step_size: First step size of Adam; None takes 0.004.
         init: ``"auto"``, or an amortised posterior to go on from.
         callbacks: Functions called after every epoch with a :class:`~vifamily.solvers.StepReport`; a true result ends
             the fit.

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from vifamily import checkpoint
-from vifamily.diagnostics import sbc
-from vifamily.diagnostics.calibration import Calibration
+from vifamily.diagnostics import Calibration, Coverage, NullTest, expected_coverage, local_c2st, sbc, tarp
 from vifamily.errors import CheckpointError, ConfigError, NotAvailableError, ShapeError
 from vifamily.models import ObservedSimulator, Simulator
 from vifamily.posterior import FitRecord, Posterior
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised.encoders import Encoder, as_encoder
-from vifamily.rng import draw_noise, generator
+from vifamily.rng import draw_noise, generator, split
 from vifamily.supports import Layout
 from vifamily.types import Capability
 
@@ -144,15 +143,80 @@ class AmortisedPosterior:
         Raises:
             NotAvailableError: If the simulator is not there.
         """
-        if self.simulator is None:
-            raise NotAvailableError(f"calibration needs the simulator, and {_NO_MODEL}.")
-        first = self.simulator.simulations(1, seed=seed).x[0]
+        simulator = self._require_simulator()
+        first = simulator.simulations(1, seed=seed).x[0]
 
         def conditioned(model: Any, seed: int) -> Any:
             return _Seeded(self(model.x), seed)
 
-        return sbc(self.simulator.at(first), conditioned, num_simulations=num_simulations, num_draws=num_draws,
+        return sbc(simulator.at(first), conditioned, num_simulations=num_simulations, num_draws=num_draws,
                    seed=seed, **options)  # fmt: skip
+
+    def coverage(self, num_simulations: int = 500, *, num_draws: int = 199, seed: int = 0) -> Coverage:
+        """Coverage of highest-density regions: see :func:`vifamily.diagnostics.expected_coverage`.
+
+        Args:
+            num_simulations: Number of simulated observations.
+            num_draws: Draws of each posterior.
+            seed: Root seed of the simulations and draws.
+
+        Raises:
+            NotAvailableError: If the simulator is not there, or the family has no density.
+        """
+        z, x = self._simulated(num_simulations, seed)
+        draws = self.draws(x, num_draws, seed=seed)
+        return expected_coverage(self.log_prob(z, x), self.log_prob(draws, x).T, seed=seed)
+
+    def tarp(self, num_simulations: int = 500, *, num_draws: int = 199, seed: int = 0) -> Coverage:
+        """Coverage of balls about random points, from draws alone: see :func:`vifamily.diagnostics.tarp`.
+
+        Args:
+            num_simulations: Number of simulated observations.
+            num_draws: Draws of each posterior.
+            seed: Root seed of the simulations, draws and points.
+
+        Raises:
+            NotAvailableError: If the simulator is not there.
+        """
+        z, x = self._simulated(num_simulations, seed)
+        draws = self.draws(x, num_draws, seed=seed).transpose(0, 1)
+        return tarp(self._columns(z), self._columns(draws), generator=generator(seed, "tarp"))
+
+    def local_c2st(
+        self, x: Any, num_simulations: int = 1000, *, num_draws: int = 500, seed: int = 0, **options: Any
+    ) -> NullTest:
+        """Whether the posterior is right at one observation: see :func:`vifamily.diagnostics.local_c2st`.
+
+        Args:
+            x: The observation.
+            num_simulations: Number of simulations that the classifier learns from.
+            num_draws: Draws at the observation.
+            seed: Root seed.
+            **options: ``num_null``, ``classifier``.
+
+        Raises:
+            NotAvailableError: If the simulator is not there.
+        """
+        z, data = self._simulated(num_simulations, seed)
+        one, observed = self.draws(data, 1, seed=seed)[0], torch.as_tensor(x)
+        here = self.draws(observed.reshape(1, *self.family.encoder.shape), num_draws, seed=seed)[:, 0]
+        return local_c2st(
+            self._columns(z), data.flatten(1), self._columns(one), observed=observed.flatten(),
+            observed_draws=self._columns(here), seed=seed, **options,
+        )  # fmt: skip
+
+    def _require_simulator(self) -> Simulator:
+        if self.simulator is None:
+            raise NotAvailableError(f"calibration needs the simulator, and {_NO_MODEL}.")
+        return self.simulator
+
+    def _simulated(self, num: int, seed: int) -> tuple[Tensor, Tensor]:
+        simulator = self._require_simulator()
+        made = simulator.simulations(num, seed=split(seed, "calibration"))
+        return simulator.unconstrained(made.theta), made.x
+
+    def _columns(self, z: Tensor) -> Tensor:
+        return self.layout.flatten(self.layout.constrain(z))
 
     # -- files ---------------------------------------------------------------------------------------------------------
     def save(self, path: str | os.PathLike[str]) -> Path:
