@@ -1,4 +1,4 @@
-"""The command line: ``vifamily list | fit | compare | reproduce | benchmark``.
+"""The command line: ``vifamily list | fit | compare | reproduce | benchmark | llm``.
 
 Exit codes: 0 when everything asked for was done; 1 when a fit or a cell failed (with ``--strict`` also when one ended
 before its stopping rule was met); 2 when the command cannot be understood (unknown name, wrong option, an impossible
@@ -22,6 +22,7 @@ from rich.console import Console
 from vifamily import registry
 from vifamily.benchmark import names as benchmark_names
 from vifamily.errors import ConfigError, IncompatibleError, SpecError, VifamilyError
+from vifamily.llm.commands import llm_app
 
 __all__ = ["app", "main"]
 
@@ -353,6 +354,9 @@ def benchmark_command(
     if plot is not None and report.figure is not None:
         console.print(f"wrote {write_bytes(plot, png(report.figure))}", markup=False)
     return FAILED if report.failed else OK
+
+
+app.add_typer(llm_app(_clean), name="llm")
 
 
 def main() -> None:

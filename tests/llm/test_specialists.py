@@ -51,20 +51,8 @@ def test_short_training_moves_members_and_leaves_the_base(base):
     assert torch.equal(base.model.model.layers[0].self_attn.q_proj.weight, before)
 
 
-def test_answers_drawn_from_a_member_have_its_law(base, seed):
-    rows = prepare_sft([r for r in lab.conflict(1, 0, length=2)] * 400, base.tokenizer)
-    model = base.ensemble(1, 1, 0)
-    batch = {k: v for k, v in lab.collate_sft(rows.rows, int(base.tokenizer.pad_token_id)).items()}
-    drawn = lab._drawn(model, batch, torch.Generator().manual_seed(seed))
-    start = len(rows[0].prompt_ids)
-    assert torch.equal(drawn["input_ids"][:, :start], batch["input_ids"][:, :start])
-    first = lab._next_log_prob(model, [rows[0].prompt_ids])[0, 0].exp()
-    share = torch.bincount(drawn["input_ids"][:, start], minlength=len(first)).double() / 400
-    assert float(((share - first).abs() - 5 * (first * (1 - first) / 400).sqrt()).max()) < 1e-9
-
-
 def test_the_critical_alpha_is_found_in_a_short_run(base):
-    found = lab.critical_alpha(base, lab.conflict(24, 8, length=2), units=12, draws=4, steps=3)
+    found = lab.critical_alpha(base, lab.conflict(24, 8, length=2), lab.Settings(0.8, steps=3), units=12)
     assert 0 < found.alpha_star < math.inf
     assert len(found.sweep) == 4
 

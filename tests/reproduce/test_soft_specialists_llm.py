@@ -22,12 +22,13 @@ def figures(alpha, route, mixture=0.7, torn=0.6, clean=0.001):
 
 
 def test_the_transition_lies_between_shared_and_apart():
-    found = [figures(0.0, 0.0), figures(0.01, 0.0), figures(0.04, 0.95), figures(0.8, 1.0)]
-    assert paper.transition(found) == pytest.approx(0.02)
+    found = [figures(0.0, 0.0), figures(0.02, 0.0), figures(0.04, 0.95), figures(0.8, 1.0)]
+    assert paper.transition(found) == pytest.approx(0.0008**0.5)
+    assert paper.transition([found[1], found[3]]) is None
     assert paper.transition(found[:2]) is None
     star = dataclasses.make_dataclass("S", ["alpha_star", "sweep"])
     assert paper._threshold_claim(found, star(0.03, ((1e-3, 0.03),))).holds is True
-    assert paper._threshold_claim(found, star(0.05, ((1e-3, 0.05),))).holds is False
+    assert paper._threshold_claim(found, star(0.06, ((1e-3, 0.06),))).holds is False
     assert paper._threshold_claim(found[:2], star(0.05, ())).holds is None
 
 
@@ -59,9 +60,7 @@ def test_a_short_run_has_every_claim_and_figure(monkeypatch):
         lab, "train", lambda base, corpus, s: train(base, corpus, dataclasses.replace(s, steps=2, batch_size=4))
     )
     critical = lab.critical_alpha
-    monkeypatch.setattr(
-        lab, "critical_alpha", lambda base, corpus, **more: critical(base, corpus, units=6, draws=2, steps=2, **more)
-    )
+    monkeypatch.setattr(lab, "critical_alpha", lambda base, corpus, settings: critical(base, corpus, settings, units=6))
     found = paper.run(Options(quick=True, say=lambda line: None))
     assert len(found.claims) == 9
     assert set(found.figures) == {"transition", "routing"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vifamily.diagnostics import Stability, unit_stability
+from vifamily.diagnostics import Stability
 from vifamily.diagnostics.routing import Responsibilities, mixture_log_score, responsibilities
-from vifamily.diagnostics.stability import Labelled
 from vifamily.llm._extra import require
 from vifamily.llm._routed import pair_margin
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.corpora import Corpus, contradictory_pairs, contradictory_sft, ideal_nll, symbol_tasks
+from vifamily.llm.critical import adapter_stability
 from vifamily.llm.data import prepare_pairs, prepare_sft
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import collate_pairs, collate_sft
@@ -233,7 +232,7 @@ def measure(model: StackedCausalLM, base: Base, held: Corpus, alpha: float) -> S
         model: The ensemble.
         base: What it stands on.
         held: Held-out records.
-        alpha: The power of its routing.
+        alpha: What it was trained at, for the record.
 
     Returns:
         The figures.
@@ -246,7 +245,7 @@ def measure(model: StackedCausalLM, base: Base, held: Corpus, alpha: float) -> S
     score, clean = mixture_log_score(ll[:, torn], weight), mixture_log_score(ll[:, ~torn], weight)
     rules = [record["rule"] for record, apart in zip(held, torn.tolist(), strict=True) if apart]
     names = list(dict.fromkeys(rules))
-    routed = responsibilities(ll[:, torn], weight, alpha, unit="answer")
+    routed = responsibilities(ll[:, torn], weight, 1.0, unit="answer")  # one power for all, whatever trained
     first = split_uncertainty(_next_log_prob(model, [row.prompt_ids for row in rows]), weight).epistemic
     exact = _exact(model, rows, pad)
     said = [exact[:, torn][:, torch.tensor([rule == name for rule in rules])].double().mean(1) for name in names]
@@ -263,7 +262,7 @@ def measure(model: StackedCausalLM, base: Base, held: Corpus, alpha: float) -> S
         float(first[~torn].mean()),
         ideal_nll(shares, [h / sum(held_by) for h in held_by]),
         tuple((float(a), float(b)) for a, b in zip(said[0], said[-1], strict=True)),
-        responsibilities(ll[:, torn], weight, 1.0, unit="answer"),
+        routed,
     )
 
 
@@ -314,7 +313,7 @@ def measure_pairs(model: StackedCausalLM, base: Base, held: Corpus, settings: Se
     grouped, weight = a.sum(-1), model.log_weight
     rules = [rows_of[0] for rows_of in _chunks([record["rule"] for record in held], size)]
     shares = [rules.count(rule) / len(rules) for rule in dict.fromkeys(rules)]
-    routed = responsibilities(grouped, weight, max(settings.alpha, 0.0), unit="group")
+    routed = responsibilities(grouped, weight, 1.0, unit="group")
     sign = torch.tensor([1.0 if record["rule"] == "copy" else -1.0 for record in held], dtype=torch.float64)
     # each pair is predicted by members weighted by the other pairs of its group
     others = (grouped.unsqueeze(-1) - a + weight[:, None, None]).log_softmax(0)
@@ -369,63 +368,23 @@ def _all_logits(model: StackedCausalLM, input_ids: Tensor, attention_mask: Tenso
 
 
 def critical_alpha(
-    base: Base,
-    corpus: Corpus,
-    *,
-    rank: int = 2,
-    units: int = 96,
-    draws: int = 16,
-    steps: int = 500,
-    learning_rate: float = 5e-3,
-    seed: int = 0,
-    damping: float = 1e-3,
+    base: Base, corpus: Corpus, settings: Settings, *, units: int = 96, num_label_draws: int | None = 16
 ) -> Stability:
     """Predict where an ensemble starts to specialise, at one member trained alone.
 
-    The Fisher matrix is that of answers drawn from the member; the second moment of scores that of the corpus. Both are
-    of whole answers, the unit that is routed.
-
     Args:
         base: What it stands on.
-        corpus: Answers, of one length.
-        rank: Of the adapters.
+        corpus: Answers.
+        settings: How the member is trained; its alpha and number of members do not matter.
         units: Answers that are looked at.
-        draws: Answers drawn for each.
-        steps: Steps of the member's training.
-        learning_rate: Its step size.
-        seed: Root seed.
-        damping: Added to the diagonal, relative to its mean.
+        num_label_draws: See :func:`~vifamily.llm.critical.adapter_stability`.
 
     Returns:
         The analysis; its ``alpha_star`` is the prediction, with a sweep over dampings.
     """
-    settings = Settings(0.0, members=1, rank=rank, steps=steps, learning_rate=learning_rate, seed=seed)
-    model = train(base, corpus, settings)
+    model = train(base, corpus, dataclasses.replace(settings, alpha=0.0, members=1, ramp=0))
     rows = prepare_sft(list(corpus)[:units], base.tokenizer)
-    batch = collate_sft(rows.rows, int(base.tokenizer.pad_token_id))
-    source = generator(seed, "llm/labels")
-    drawn = [_drawn(model, batch, source) for _ in range(draws)]
-    return unit_stability(
-        lambda: model.row_log_prob(**batch)[0],
-        list(model.adapter_parameters()),
-        curvature="fisher",
-        labelled=[Labelled(functools.partial(_likelihood, model, each)) for each in drawn],
-        damping=damping,
-        search=False,
-        seed=seed,
+    source = generator(settings.seed, "llm/labels")
+    return adapter_stability(
+        model, rows.rows, generator=source, num_label_draws=num_label_draws, search=False, seed=settings.seed
     )
-
-
-def _likelihood(model: StackedCausalLM, batch: dict[str, Tensor]) -> Tensor:
-    return model.row_log_prob(**batch)[0]
-
-
-@torch.no_grad()
-def _drawn(model: StackedCausalLM, batch: dict[str, Tensor], source: torch.Generator) -> dict[str, Tensor]:
-    """The batch with its scored tokens drawn from the first member, one after the other."""
-    ids, scored = batch["input_ids"].clone(), batch["completion_mask"]
-    for t in range(int(scored.int().argmax(-1).min()), ids.shape[1]):
-        chance = _all_logits(model, ids, batch["attention_mask"])[0, :, t - 1].double().softmax(-1)
-        token = torch.multinomial(chance, 1, generator=source).squeeze(-1)
-        ids[:, t] = torch.where(scored[:, t], token, ids[:, t])
-    return {**batch, "input_ids": ids}

@@ -110,6 +110,8 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
             else:
                 only = self.options.completion_only_loss
                 data = prepare_sft(records, tokenizer, completion_only_loss=only, **shared)
+        if what == "train":
+            self.prepared: Rows[Any] = data
         return GroupedRows(data) if self.options.unit == "group" else data
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

@@ -1,0 +1,122 @@
+"""The commands on language models: a run from flags and a file, its ensemble in use, and one-line errors."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vifamily.cli import app
+from vifamily.llm.corpora import contradictory_pairs, contradictory_sft
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from vifamily.llm import save_base, tiny_model, tiny_tokenizer  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    source = torch.Generator().manual_seed(0)
+    answers, pairs = contradictory_sft(8, 4, source, length=2), contradictory_pairs(2, 4, source, length=2)
+    tokenizer = tiny_tokenizer([*answers.texts, *pairs.texts], kind="word", vocab_size=64)
+    save_base(folder / "base", tiny_model(tokenizer, hidden_size=16, num_layers=1, num_heads=2), tokenizer)
+    for name, records in (("answers", answers), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["llm", *[str(a) for a in arguments]])
+
+
+def common(home, data, out):
+    return [
+        "--model_name_or_path", home / "base", "--dataset_name", home / data, "--output_dir", out, "--max_steps", 2,
+        "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true", "--lora_r", 2, "--lora_alpha", 4,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ensemble(home):
+    out = home / "ensemble"
+    config = home / "run.yaml"
+    config.write_text("num_members: 3\nrenyi_alpha: 0.5\nlearning_rate: 1.0e-2\nlora_target_modules: q_proj,v_proj\n")
+    done = call("sft", "--config", config, *common(home, "answers.jsonl", out), "--renyi_alpha", 0.7,
+                "--eval_file", home / "answers.jsonl")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "12 rows of 12 records" in done.output and "members" in done.output and f"wrote {out}" in done.output
+    return out
+
+
+def test_a_run_keeps_what_it_was_told(ensemble):
+    content = json.loads(call("inspect", ensemble, "--json").output)
+    assert content["num_members"] == 3
+    assert content["training"]["renyi_alpha"] == 0.7  # the flag, not the file
+    text = call("inspect", ensemble).output
+    assert "3 members over" in text and "unit: sequence" in text
+
+
+def test_an_ensemble_is_scored_routed_and_speaks(home, ensemble):
+    found = call("eval", ensemble, home / "answers.jsonl", "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["num_units"] == 12
+    assert "mixture" in call("eval", ensemble, home / "answers.jsonl").output
+    routed = call("route", ensemble, home / "answers.jsonl", "--out", home / "routing.png")
+    assert "responsibilities for 12 units" in routed.output and (home / "routing.png").stat().st_size > 5000
+    said = [
+        call("generate", ensemble, "blend : a b =", "--speaker", s, "--num-answers", 2, "--max-new-tokens", 3, *more)
+        for s, more in (("draw", ()), ("mixture", ()), ("member", ("--member", 1)))
+    ]
+    assert [one.exit_code for one in said] == [0, 0, 0], said[0].output
+
+
+def test_preferences(home):
+    done = call("dpo", *common(home, "pairs.jsonl", home / "dpo"), "--unit", "group", "--group_column", "group",
+                "--num_members", 2, "--beta", 0.2)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = call("eval", home / "dpo", home / "pairs.jsonl", "--beta", 0.2)
+    assert "log score per unit, 8 units" in found.output
+
+
+def test_the_demonstration_runs(tmp_path):
+    done = call("demo", "--quick", "--out", tmp_path / "demo")
+    assert done.exit_code == 0, done.output
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {"base", "ensemble", "routing.png", "uncertainty.png", "figures.json"}
+    assert "first token, conflicting" in done.output
+    assert call("generate", tmp_path / "demo" / "ensemble", "blend : a b =", "--max-new-tokens", 2).exit_code == 0
+
+
+def test_help_and_flags():
+    assert all(word in call("--help").output for word in ("sft", "dpo", "eval", "generate", "route", "inspect", "demo"))
+    assert "vifamily llm dpo --model_name_or_path" in " ".join(call("dpo", "--help").output.split())
+    assert "--renyi_alpha 0.8" in call("sft", "--flags").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sft", "--num_member", "3"], "Did you mean '--num_members'"),
+        (["sft", "--dataset_name", "x.jsonl"], "--model_name_or_path is missing"),
+        (["sft", "--model_name_or_path", "x"], "--dataset_name is missing"),
+        (["sft", "--unit", "word"], "unit must be one of"),
+        (["inspect", "nowhere"], "holds no ensemble.json"),
+    ],
+)
+def test_errors_are_one_line(arguments, words):
+    done = call(*arguments)
+    assert done.exit_code in (1, 2)
+    assert words in done.stderr and "Traceback" not in done.output
+
+
+def test_a_file_with_an_unknown_key(tmp_path):
+    (tmp_path / "run.yaml").write_text("renyi_alfa: 0.5\n")
+    done = call("sft", "--config", tmp_path / "run.yaml")
+    assert done.exit_code == 2 and "Did you mean 'renyi_alpha'" in done.stderr

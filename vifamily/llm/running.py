@@ -1,0 +1,217 @@
+"""Training runs from flags named as in TRL and PEFT, or from one YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vifamily.errors import ConfigError, VifamilyError
+from vifamily.llm._extra import require
+from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.cost import step_cost
+from vifamily.llm.options import EnsembleOptions
+from vifamily.llm.reading import read_records
+from vifamily.llm.sizes import base_size
+
+__all__ = ["RunSettings", "flags", "parse", "run_training"]
+
+
+@dataclasses.dataclass
+class RunSettings:
+    """What a run from the command line needs beside :class:`EnsembleOptions` and ``TrainingArguments``.
+
+    Attributes:
+        model_name_or_path: The base: a folder, or a name on the hub.
+        model_revision: Its branch, tag or commit.
+        dtype: Its dtype: auto, float32, bfloat16 or float16.
+        dataset_name: A file (.jsonl, .json, .parquet) or the name of a data set on the hub.
+        dataset_train_split: Split to train on, of a data set on the hub.
+        dataset_test_split: Split to evaluate on, of the same.
+        eval_file: A file to evaluate on.
+        num_members: Number of members.
+        member_seed: Seed of the members' first matrices.
+        lora_r: Rank of the adapters.
+        lora_alpha: Their scale is this over the rank.
+        lora_target_modules: Layers that are adapted, separated by commas; all-linear takes every linear layer.
+        use_rslora: Whether the scale is over the root of the rank.
+    """
+
+    model_name_or_path: str = ""
+    model_revision: str = "main"
+    dtype: str = "auto"
+    dataset_name: str = ""
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_file: str | None = None
+    num_members: int = 4
+    member_seed: int = 0
+    lora_r: int = 16
+    lora_alpha: int = 32
+    lora_target_modules: str = "all-linear"
+    use_rslora: bool = False
+
+
+def flags() -> list[tuple[str, str]]:
+    """Flags of a run that are not those of ``TrainingArguments``, each with its default.
+
+    Example:
+        >>> dict(flags())["num_members"]
+        '4'
+    """
+    out = []
+    for kind in (RunSettings, EnsembleOptions):
+        for field in dataclasses.fields(kind):
+            out.append((field.name, "" if field.default in (None, "") else str(field.default)))
+    return out
+
+
+def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSettings, EnsembleOptions, Any]:
+    """Read flags, and a YAML file whose values they override.
+
+    Args:
+        arguments: Flags with their values, such as ``["--num_members", "8"]``.
+        config: A YAML file of the same names.
+
+    Returns:
+        Settings of the run, options of the ensemble, and ``transformers.TrainingArguments``.
+
+    Raises:
+        ConfigError: If a flag or a name in the file is unknown, or a value cannot be used.
+    """
+    transformers = require("transformers", "training an ensemble")
+    parser = transformers.HfArgumentParser((RunSettings, EnsembleOptions, transformers.TrainingArguments))
+    known = sorted(
+        {action.dest for action in parser._actions} | {option for a in parser._actions for option in a.option_strings}
+    )
+    merged: list[str] = []
+    for name, value in _read_yaml(config).items():
+        if name not in known:
+            raise ConfigError(f"{config} has an unknown key {name!r}.{_nearest(name, known)}")
+        if value is not None:
+            merged += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    given = [*merged, *arguments]
+    unknown = [word for word in given if word.startswith("--") and word.partition("=")[0] not in known]
+    if unknown:
+        raise ConfigError(f"unknown flag {unknown[0]}.{_nearest(unknown[0], known)}")
+    try:
+        settings, options, training = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
+    except SystemExit as error:
+        raise ConfigError("the flags cannot be read; the line above says which.") from error
+    except (ValueError, ImportError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    for name in ("model_name_or_path", "dataset_name"):
+        if not getattr(settings, name):
+            raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
+    return settings, options, training
+
+
+def run_training(
+    kind: str,
+    settings: RunSettings,
+    options: EnsembleOptions,
+    training: Any,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Train an ensemble and save it.
+
+    Args:
+        kind: ``"sft"`` or ``"dpo"``.
+        settings: What to train, and on what.
+        options: The ensemble's objective.
+        training: ``transformers.TrainingArguments``.
+        say: Called with a line on what is being done.
+
+    Returns:
+        The folder that :meth:`~vifamily.llm.ensemble.Ensemble.from_pretrained` reads.
+
+    Raises:
+        ConfigError: If something cannot be used.
+        DataError: If the data cannot.
+    """
+    transformers, peft = require("transformers", "training an ensemble"), require("peft", "training an ensemble")
+    trainer = require("vifamily.llm.trainer", "training an ensemble")
+    records = read_records(settings.dataset_name, split=settings.dataset_train_split)
+    held = None
+    if settings.eval_file is not None:
+        held = read_records(settings.eval_file)
+    elif settings.dataset_test_split is not None:
+        held = read_records(settings.dataset_name, split=settings.dataset_test_split)
+    name, revision = settings.model_name_or_path, settings.model_revision
+    where = {} if Path(name).exists() else {"revision": revision}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+        base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype, **where)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load the base {name!r}: {error}") from error
+    targets = settings.lora_target_modules
+    config = peft.LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        use_rslora=settings.use_rslora,
+        target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
+        task_type="CAUSAL_LM",
+    )
+    model = StackedCausalLM(base, config, settings.num_members, seed=settings.member_seed)
+    maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
+    run = maker(model, training, records, held, tokenizer, options=options)
+    say(f"data: {run.prepared}")
+    longest = max(row.length for row in run.prepared)
+    say(_cost(model, settings, options, training, longest, kind))
+    again = training.resume_from_checkpoint
+    run.train(resume_from_checkpoint=str(again).lower() == "true" or again if again else None)
+    if held is not None:
+        run.evaluate()
+    run.save_model(training.output_dir)
+    return Path(training.output_dir)
+
+
+# --- parts ---
+
+
+def _cost(
+    model: StackedCausalLM, settings: RunSettings, options: EnsembleOptions, training: Any, longest: int, kind: str
+) -> str:
+    """What a step takes, counted before the first one; a sentence where the sizes of the base cannot be read."""
+    try:
+        size = base_size(model.config)
+        rows = training.per_device_train_batch_size
+        return str(
+            step_cost(
+                size,
+                num_members=settings.num_members,
+                lora_r=settings.lora_r,
+                batch_size=rows * (2 if kind == "dpo" else 1) * max(1, training.world_size),
+                length=max(2, longest),
+                target_modules=tuple(sorted({name.rpartition(".")[2] for name in model.target_names})),
+                route="two_pass" if options.route == "two_pass" else "stacked",
+                base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
+                preferences=kind == "dpo",
+                devices=max(1, training.world_size),
+            )
+        )
+    except VifamilyError as error:
+        return f"cost of a step: not counted. {error}"
+
+
+def _read_yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = require("yaml", "reading a configuration").safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no YAML: {error}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys with values, such as num_members: 8.")
+    return {str(key): value for key, value in content.items()}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
