@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vifamily.models._base import BatchSource, Model
 from vifamily.models._prediction import Prediction
+from vifamily.models.causal_lm import CausalLM
 from vifamily.models.density import Density
 from vifamily.models.likelihood import LikelihoodModel
 from vifamily.models.network import Network
@@ -13,6 +14,7 @@ from vifamily.models.simulator import ObservedSimulator, Simulations, Simulator
 
 __all__ = [
     "BatchSource",
+    "CausalLM",
     "Density",
     "LikelihoodModel",
     "Model",
