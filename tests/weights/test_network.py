@@ -459,3 +459,22 @@ def test_outputs_keep_their_size_under_the_prior(seed):
 
 def test_type_is_public():
     assert isinstance(convert(mlp()), NetworkWeights)
+
+
+@pytest.mark.parametrize("spec", ["dense(exclude='2.*')", "walsh_hadamard"])
+def test_points_are_exchanged_with_the_tensors_of_the_net(spec, seed):
+    """Restarts and compiled steps hand over parameters by functional_call; layers that stay as they are must see it."""
+    with rng.scoped(seed):
+        net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    weights = convert(net, spec, seed=seed)
+    x = torch.randn(6, 3, generator=rng.generator(seed, "x"), dtype=torch.float64)
+    z = torch.randn(4, weights.dim, generator=rng.generator(seed, "z"), dtype=torch.float64)
+    assert weights.settle(x) == "fold"
+    own = {name: p for name, p in weights.named_parameters() if p.requires_grad}
+    others = {name: (p.detach() + 0.3).requires_grad_() for name, p in own.items()}
+    got = torch.func.functional_call(weights, others, (x, z))
+    assert all(g is not None for g in torch.autograd.grad(got.sum(), list(others.values()), allow_unused=True))
+    with torch.no_grad():
+        for p in own.values():
+            p.add_(0.3)
+        torch.testing.assert_close(weights(x, z), got.detach())

@@ -243,7 +243,7 @@ def mean_field_network(
         each = zip(means, log_sds, priors, strict=True)
         kl = sum((0.5 * (m.square() + (2 * ls).exp()) / sd**2 - ls).sum() for m, ls, sd in each)
         optimiser.zero_grad()
-        (kl / len(x) - fit).backward()  # type: ignore[union-attr]
+        (kl / len(x) - fit).backward()
         optimiser.step()
         schedule.step()
     with torch.no_grad():

@@ -17,8 +17,9 @@ from vifamily.fit import fit
 from vifamily.models import Network
 from vifamily.reproduce import _network_baselines as baselines
 from vifamily.reproduce._uci import split_of
+from vifamily.types import Capability
 
-__all__ = ["BESIDE", "classified", "collapsed", "regression_row", "toy_bands"]
+__all__ = ["BESIDE", "WHVI", "classified", "collapsed", "dense_net", "regression_row", "toy_bands"]
 
 WHVI = "Walsh-Hadamard"
 BESIDE = {
@@ -31,7 +32,8 @@ BESIDE = {
 """The other methods of the table, by name."""
 
 
-def _net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Sequential:
+def dense_net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Sequential:
+    """Linear layers with an activation between them."""
     layers: list[nn.Module] = []
     with rng.scoped(seed):
         for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
@@ -55,7 +57,7 @@ def regression_row(folder: Path, name: str, split: int, method: str, budget: bas
     data = split_of(folder, name, split)
     start = time.perf_counter()
     if method == WHVI:
-        net = _net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, split)
+        net = dense_net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, split)
         model = Network(net, "gaussian", (data.x, data.y[:, None]), "walsh_hadamard", seed=split)
         found = _whvi_prediction(model, _fitted(model, budget, split), data.x_test)
     else:
@@ -76,7 +78,7 @@ def _whvi_prediction(model: Network, draws: Tensor, x: Tensor) -> baselines.Pred
 def collapsed(folder: Path, name: str, budget: baselines.Budget) -> dict[str, float]:
     """The start with diagonals of 0.01 and a mean of zero, which ends at a constant; on the first split."""
     data = split_of(folder, name, 0)
-    net = _net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, 0)
+    net = dense_net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, 0)
     model = Network(net, "gaussian", (data.x, data.y[:, None]), "walsh_hadamard", seed=0)
     with torch.no_grad():
         for layer_name, parameter in model.named_parameters():
@@ -115,7 +117,7 @@ def classified(kind: str, method: str, budget: baselines.Budget, seed: int) -> d
         seed: Root seed, of the split too.
     """
     x, y, x_test, y_test = _digits(seed)
-    net = _net([64, 128, 128, 10], nn.ReLU, seed) if kind == "dense" else _convolutional(seed)
+    net = dense_net([64, 128, 128, 10], nn.ReLU, seed) if kind == "dense" else _convolutional(seed)
     start = time.perf_counter()
     if method == "one network":
         model = Network(net, "categorical", (x, y), "dense", seed=seed)
@@ -123,7 +125,8 @@ def classified(kind: str, method: str, budget: baselines.Budget, seed: int) -> d
     else:
         entry = "walsh_hadamard" if method == WHVI else "dense"
         model = Network(net, "categorical", (x, y), entry, seed=seed)
-        noise = "example" if method == WHVI else "reparameterised"
+        each = method == WHVI and Capability.EXAMPLE_NOISE in model.capabilities  # convolutions share theirs
+        noise = "example" if each else "reparameterised"
         options = {"family": "mean_field", "objective": f"elbo(estimator={noise})", "draws": 1}
     posterior = fit(model, batch_size=budget.batch, steps=budget.steps, solver="adam", seed=seed, progress=False,
                     **options)  # fmt: skip
@@ -154,7 +157,7 @@ def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
     x = torch.cat([half[:32] * 0.8 - 1.0, half[32:] * 0.8 + 0.2])[:, None]
     y = torch.sin(4 * x) + 0.5 * x + math.exp(-1.5) * torch.randn(x.shape, generator=source)
     model = Network(
-        _net([1, *budget.hidden, 1], _Cosine, seed), f"gaussian(sd={math.exp(-1.5)})", (x, y),
+        dense_net([1, *budget.hidden, 1], _Cosine, seed), f"gaussian(sd={math.exp(-1.5)})", (x, y),
         "walsh_hadamard(gain=linear)", seed=seed,
     )  # fmt: skip
     draws = _fitted(model, budget, seed)

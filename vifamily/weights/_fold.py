@@ -62,6 +62,13 @@ class FoldedNet:
         memo: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
         memo |= {id(net.get_submodule(n)): _Folded(n, w, self._call) for n, w in layers.items()}
         self._net: nn.Module = copy.deepcopy(net, memo)
+        inside = tuple(f"{n}." for n in layers if n)
+        for name, module in net.named_modules():
+            if name not in layers and not name.startswith(inside):
+                # the dictionaries too, so that whoever exchanges tensors of the net (torch.func.functional_call under
+                # restarts and compiled steps) exchanges them here
+                twin = self._net.get_submodule(name)
+                twin._parameters, twin._buffers = module._parameters, module._buffers
         self._names = tuple(layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
