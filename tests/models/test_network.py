@@ -199,6 +199,14 @@ def test_an_ensemble_and_minibatches_fit_too():
     assert float(torch.pdist(members).min()) > 1
 
 
+def test_natural_gradients_take_a_draw_for_all_data():
+    model = smooth_model("gaussian(sd=0.3)")
+    posterior = vf.fit(model, "mean_field", "elbo", "natural_gradient", seed=0, steps=3)
+    assert "example" not in posterior.record.objective
+    with pytest.raises(errors.IncompatibleError, match="one draw for all data"):
+        vf.plan(model, "mean_field", "elbo(estimator=example)", "natural_gradient")
+
+
 def test_fitted_prior_raises_the_bound():
     model = linear_model()
     posterior = vf.fit(model, "mean_field", "elbo", seed=0)

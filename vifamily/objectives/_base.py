@@ -198,6 +198,28 @@ class Objective(abc.ABC):
         """
         return self
 
+    def for_shared_noise(self, solver: str) -> Self:
+        """Return this objective without estimators that take a draw for every datum; the same in most cases.
+
+        Args:
+            solver: Name of the solver that asks, for the message.
+
+        Raises:
+            IncompatibleError: If such an estimator was asked for.
+        """
+        if self.noise_per_datum:
+            raise IncompatibleError(
+                f"the solver {solver!r} takes one draw for all data, and this {entry_name(self)!r} one for each: use "
+                "estimator='auto', or solver='adam'.",
+                missing=("an estimator with a draw for all data",),
+            )
+        shared = {name: e for name, e in self.estimators.items() if Capability.EXAMPLE_NOISE not in e.model}
+        if len(shared) == len(self.estimators):
+            return self
+        out = copy.copy(self)
+        object.__setattr__(out, "estimators", shared)
+        return out
+
     def for_fixed_draws(self, solver: str) -> Self:
         """Return this objective with only the estimators that follow the value on fixed draws.
 

@@ -411,6 +411,8 @@ def make_plan(
     way.check_objective(loss)
     if way.fixed_draws:
         loss = loss.for_fixed_draws(registry.entry_name(way))
+    if not way.noise_per_datum:
+        loss = loss.for_shared_noise(registry.entry_name(way))
     if not way.writes(built):
         loss = check_pair(loss, found, built, entry)
     if Capability.SIMULATE not in loss.needs_model:

@@ -145,6 +145,8 @@ class Solver(abc.ABC):
     """Draws to take where the loss is a mean over draws; None leaves it to the objective."""
     compiles: ClassVar[bool] = False
     """Whether its steps can be compiled."""
+    noise_per_datum: ClassVar[bool] = True
+    """Whether an objective may take a draw of its own for every datum."""
 
     own_start: ClassVar[bool] = False
     """Whether it finds its own way from a start point, so that ``init="auto"`` looks for no Gaussian beforehand."""

@@ -84,6 +84,7 @@ class NaturalGradient(Solver):
     mcse: float = 0.02
 
     default_draws: ClassVar[int | None] = 4
+    noise_per_datum: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("step", "tolerance", "mcse"):
