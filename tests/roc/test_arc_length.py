@@ -150,3 +150,14 @@ def test_bad_input_is_refused():
         arc_length_from_angles([0.1], [0.2, 0.3])
     with pytest.raises(DataError, match="pi/2"):
         arc_length_from_angles([0.1, np.nan], [0.2, 0.3])
+
+
+def test_no_area_is_certified_at_equality(seed):
+    rng = np.random.default_rng(seed)
+    false = []
+    for k in range(60):
+        found = arc_length(rng.normal(size=(60, 1)), rng.normal(size=(60, 1)), interval="wald", seed=k)
+        false.append(found.auc_lower_bound > 0.5)
+    # at most 1 in 20, and five standard errors
+    assert np.mean(false) < 0.05 + 5 * math.sqrt(0.05 * 0.95 / 60)
+    assert np.mean(false) < 0.1

@@ -38,7 +38,8 @@ class ArcLength:
         lower_bound: One-sided lower bound at the same level, clipped likewise.
         auc: Held-out area under the ROC curve of the fitted score.
         auc_standard_error: Its standard error.
-        auc_lower_bound: One-sided lower bound on the maximal AUC; see :attr:`certificate`.
+        auc_lower_bound: One-sided lower bound on the maximal AUC; see :attr:`certificate`. 1/2 unless the bound of the
+            length is above ``sqrt(2)``, where folds share points.
         surface_area: Area between the optimal ROC curve and the diagonal, ``auc - 1/2``.
         level: Level of the interval and of both bounds.
         train_value: The length at the points of the fits, biased either way; for comparison alone.
@@ -257,11 +258,15 @@ def angle_fit(ratio: ArcLengthRatio | None, seed: int) -> AngleFit:
 def summarise(angles: OutOfFold, level: float, folds: int) -> ArcLength:
     """The result with a Wald interval."""
     (value, error), (area, area_error) = angles.length(), angles.auc()
+    # fits that share points make the area vary more than its error says where there is nothing to find: it is trusted
+    # only once the length, whose bound holds there, is above that of equal distributions
+    certified = folds == 1 or angles.length_bound(level) > SHORTEST
+    area_bound = angles.auc_bound(level) if certified else 0.5
     two = stats.norm.ppf((1 + level) / 2)
     # the lower end of a two-sided interval is a one-sided bound at the higher level
     ends = angles.length_bound((1 + level) / 2), float(np.clip(value + two * error, SHORTEST, LONGEST))
     return ArcLength(
-        value, error, ends, "wald", angles.length_bound(level), area, area_error, angles.auc_bound(level), area - 0.5,
+        value, error, ends, "wald", angles.length_bound(level), area, area_error, area_bound, area - 0.5,
         level, angles.train_value, folds, angles,
     )  # fmt: skip
 
