@@ -9,7 +9,7 @@ from vifamily.errors import MissingExtraError
 
 __all__ = ["require"]
 
-_IN_EXTRA = frozenset({"accelerate", "peft", "safetensors", "tokenizers", "transformers"})
+_IN_EXTRA = frozenset({"accelerate", "datasets", "peft", "pyarrow", "safetensors", "tokenizers", "transformers"})
 
 
 def require(module: str, purpose: str) -> Any:
