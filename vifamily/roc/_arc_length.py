@@ -91,7 +91,7 @@ class ArcLength:
     def certificate(self) -> str:
         """Why :attr:`auc_lower_bound` is a bound, in a sentence."""
         return (
-            f"no score has an AUC above the maximal one; this score, fitted on other folds, has {self.auc:.4f} +- "
+            f"no score has an AUC above the maximal one; this score, fitted on other points, has {self.auc:.4f} +- "
             f"{self.auc_standard_error:.4f} on {len(self.out_of_fold.angle_pos)} positives and "
             f"{len(self.out_of_fold.angle_neg)} negatives, so at level {self.level:.0%} the maximal AUC is at least "
             f"{self.auc_lower_bound:.4f}."
