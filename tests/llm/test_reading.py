@@ -80,7 +80,7 @@ def test_missing_package_names_what_to_install(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "transformers", None)
     (tmp_path / "rows.parquet").write_bytes(b"x")
     with pytest.raises(
-        MissingExtraError, match="needs pyarrow, which is not installed. Run: pip install ..vifamily.llm"
+        MissingExtraError, match="needs pyarrow, which is not installed. Run: pip install .vifamily.llm"
     ):
         read_records(tmp_path / "rows.parquet")
     with pytest.raises(MissingExtraError, match="'owner/name', which is no file here .* vifamily.llm"):
