@@ -83,7 +83,7 @@ def test_missing_package_names_what_to_install(tmp_path: Path, monkeypatch: pyte
         MissingExtraError, match="needs pyarrow, which is not installed. Run: pip install .vifamily.llm"
     ):
         read_records(tmp_path / "rows.parquet")
-    with pytest.raises(MissingExtraError, match="'owner/name', which is no file here .* vifamily.llm"):
+    with pytest.raises(MissingExtraError, match="'owner/name', which is no file here .* .vifamily.llm"):
         read_records("owner/name")
     with pytest.raises(MissingExtraError, match=r"pip install \"vifamily\[llm\]\""):
         require("transformers", "this")
