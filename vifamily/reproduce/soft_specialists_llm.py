@@ -100,7 +100,7 @@ def _answer_claims(found: Sequence[tuple[int, Specialisation]]) -> list[Claim]:
         ),
         Claim(
             "and agree on that of clean prompts (less than 0.01 nats)", 0.0032, clean, None, clean < 0.01,
-            "largest over seeds",
+            "largest over seeds; alpha rises to 0.8 over 200 steps, and without that clean answers are shared out too",
         ),
         Claim(
             "At alpha up to 0.03 members share all answers", "0.011 of 1", route, None, route < _SHARED,
