@@ -222,7 +222,8 @@ def test_conditional_draws_have_a_datum_axis_and_depend_on_the_context(spec):
     draw = family(noise, context)
     rows = draw.log_weight.shape[0]
     assert draw.z.shape == (rows, 5, 2)
-    assert draw.log_weight.logsumexp(0).item() == pytest.approx(0, abs=1e-12)
+    # weights may depend on the context: then each datum has its own, which sum to one
+    assert float(draw.log_weight.detach().logsumexp(0).abs().max()) < 1e-12
     if Capability.LOG_Q in family.capabilities:
         assert draw.log_q.shape == (rows, 5)
     other = family(noise, context + torch.eye(5, 3, dtype=torch.float64))
