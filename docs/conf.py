@@ -42,3 +42,13 @@ html_css_files = ["math.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False
+
+
+def _leave_out_requests(app, what, name, obj, skip, options):
+    """Leave out what scikit-learn adds to every estimator (``set_fit_request`` ...): it refers to its own site."""
+    return True if name.startswith("set_") and name.endswith("_request") else skip
+
+
+def setup(app):
+    """Connect the hooks of this site."""
+    app.connect("autodoc-skip-member", _leave_out_requests)
