@@ -1,11 +1,15 @@
 """Steps translated to C give the numbers of torch, operation by operation."""
 
+import os
 import re
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from vifamily.numerics.native import compile_loop
+from vifamily.numerics.native import _library, compile_loop
 from vifamily.rng import scoped
 
 DOUBLE = torch.float64
@@ -136,3 +140,25 @@ def test_what_cannot_be_compiled_is_said(step, said):
         out = compile_loop(step, carried=[torch.ones(2, dtype=DOUBLE)], sliced=[])
     assert isinstance(out, str)
     assert re.search(said, out), out
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups are a thing of POSIX")
+def test_a_compiler_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
+    # as gcc does: a driver that waits for a process of its own
+    driver = tmp_path / "driver"
+    driver.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path / 'child'}\nwait\n")
+    driver.chmod(0o755)
+    with pytest.raises(_library.NoCompilerError, match="took more than 1 seconds"):
+        _library._finished([str(driver)], seconds=1.0)
+    child = int((tmp_path / "child").read_text())
+    for _ in range(50):  # it is the init process that takes away what is left of an orphan
+        status = Path(f"/proc/{child}/stat")
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child still runs")
+
+
+def test_what_a_compiler_says_of_errors_is_kept():
+    code, message = _library._finished([sys.executable, "-c", "import sys; sys.exit('no such header')"])
+    assert code == 1 and "no such header" in message

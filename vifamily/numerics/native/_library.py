@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -91,14 +93,32 @@ def _build(compiler: str, source: str, path: Path) -> None:
         text, made = Path(own) / "step.c", Path(own) / "step.so"
         text.write_text(source, "utf-8")
         effort = "-O3" if source.count("\n") < _LONG else "-O1"
-        try:
-            done = subprocess.run(  # noqa: S603 - a compiler that the user has installed
-                [compiler, effort, *FLAGS, "-o", str(made), str(text), "-lm"], capture_output=True, text=True,
-                timeout=_SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise NoCompilerError(f"the C compiler took more than {_SECONDS} seconds") from error
-        if done.returncode:
-            first = (done.stderr.strip().splitlines() or ["no message"])[0]
+        command = [compiler, effort, *FLAGS, "-o", str(made), str(text), "-lm"]
+        code, message = _finished(command)
+        if code:
+            first = (message.strip().splitlines() or ["no message"])[0]
             raise NoCompilerError(f"the C compiler failed: {first[:200]}")
         os.replace(made, path)  # whole or not at all, whoever else compiles the same
+
+
+def _finished(command: list[str], seconds: float = _SECONDS) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and what it said of errors.
+
+    Raises:
+        NoCompilerError: If it takes too long; it is ended then, with the processes that it started.
+    """
+    own_group = hasattr(os, "killpg")
+    process = subprocess.Popen(  # noqa: S603 - a compiler that the user has installed
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=own_group
+    )
+    try:
+        _, message = process.communicate(timeout=seconds)
+    except BaseException as error:
+        # a driver such as gcc leaves the compiler proper running when it is killed alone
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL) if own_group else process.kill()
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise NoCompilerError(f"the C compiler took more than {seconds:g} seconds") from error
+        raise
+    return process.returncode, message
