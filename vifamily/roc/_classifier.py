@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import optimize
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.numerics.kernel_angle import kernel_features, robust_scale
 from vifamily.rng import generator
 from vifamily.roc._arc_length import ArcLength, arc_length_from_angles
-from vifamily.roc._ratio import probabilities, two_classes
+from vifamily.roc._decisions import RatioDecisions
+from vifamily.roc._ratio import two_classes
 from vifamily.roc._training import (
     Loss,
     Perceptron,
@@ -43,7 +43,7 @@ _KERNEL_RATE = 10.0
 """The kernel's coefficients are many times those of a network, and its problem is smooth: so are its steps."""
 
 
-class AUCBoundClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class AUCBoundClassifier(RatioDecisions):
     r"""A scoring classifier for imbalanced classes, in two steps.
 
     Step 1 fits :math:`g = \log p/q` by the arc length of the optimal ROC curve, :math:`\max_g \mathbb{E}_p[\sin u] +
@@ -221,22 +221,6 @@ class AUCBoundClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         g = self.log_density_ratio(X)
         out: Array = np.arctan2(np.exp(np.minimum(g, 0.0)), np.exp(np.minimum(-g, 0.0)))
         return out
-
-    def decision_function(self, X: Any) -> Array:  # noqa: N803
-        """Return the logarithm of the posterior odds, ``(sample,)``: positive where ``predict`` says positive."""
-        return self.log_density_ratio(X) + math.log(self.prior_ / (1 - self.prior_))
-
-    def predict_proba(self, X: Any, prior: float | None = None) -> Array:  # noqa: N803
-        """Return class probabilities, ``(sample, 2)``.
-
-        Args:
-            X: ``(sample, feature)``.
-            prior: Fraction of positives to judge by; None for that of the training data.
-
-        Raises:
-            ConfigError: If the prior is not between 0 and 1.
-        """
-        return probabilities(self.log_density_ratio(X), self.prior_ if prior is None else prior)
 
     def predict(self, X: Any) -> Any:  # noqa: N803
         """Return the likelier class of each row, ``(sample,)``; ``score`` is the accuracy of these.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -17,6 +15,7 @@ from vifamily.errors import ConfigError, DataError
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.numerics.kernel_angle import KernelAngle, kernel_angle, robust_scale
 from vifamily.rng import generator
+from vifamily.roc._decisions import RatioDecisions
 from vifamily.roc._nuisance import ClassifierRatio
 from vifamily.roc._training import Perceptron, Schedule, arc_loss, hold_out, root_seed, sample_of, scores_of, train
 
@@ -26,7 +25,7 @@ Array = NDArray[np.float64]
 _EDGE = 1e-6
 
 
-class ArcLengthRatio(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class ArcLengthRatio(RatioDecisions):
     r"""The angle :math:`u(x) = \arctan(p(x)/q(x))` of positives p and negatives q, free of the class frequencies.
 
     .. math:: \max_u \; \mathbb{E}_p[\sin u(X)] + \mathbb{E}_q[\cos u(X)],
@@ -227,22 +226,6 @@ class ArcLengthRatio(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         out: Array = np.exp(np.clip(self.log_density_ratio(X), -700.0, 700.0))
         return out
 
-    def decision_function(self, X: Any) -> Array:  # noqa: N803
-        """Return the logarithm of the posterior odds, ``(sample,)``: positive where ``predict`` says positive."""
-        return self.log_density_ratio(X) + math.log(self.prior_ / (1 - self.prior_))
-
-    def predict_proba(self, X: Any, prior: float | None = None) -> Array:  # noqa: N803
-        """Return class probabilities, ``(sample, 2)``.
-
-        Args:
-            X: ``(sample, feature)``.
-            prior: Fraction of positives to judge by; None for that of the training data.
-
-        Raises:
-            ConfigError: If the prior is not between 0 and 1.
-        """
-        return probabilities(self.log_density_ratio(X), self.prior_ if prior is None else prior)
-
     def predict(self, X: Any) -> Any:  # noqa: N803
         """Return the likelier class of each row, ``(sample,)``; ``score`` is the accuracy of these."""
         positive = self.decision_function(X) > 0
@@ -263,18 +246,3 @@ def two_classes(y: Any) -> Any:
     if len(found) < 2:
         raise DataError(f"two classes are needed, got only one class {found.tolist()}: pass both samples.")
     return found
-
-
-def probabilities(log_ratio: Array, prior: float) -> Array:
-    """Class probabilities from log density ratios at a fraction of positives, ``(sample, 2)``.
-
-    Raises:
-        ConfigError: If the prior is not between 0 and 1.
-    """
-    if not 0 < prior < 1:
-        raise ConfigError(f"the prior is a fraction of positives between 0 and 1, got {prior!r}.")
-    odds = log_ratio + math.log(prior / (1 - prior))
-    # the smaller of the two from the exponential, so that neither is lost to rounding
-    small = np.exp(-np.abs(odds)) / (1 + np.exp(-np.abs(odds)))
-    positive = np.where(odds > 0, 1 - small, small)
-    return np.stack([np.where(odds > 0, small, 1 - small), positive], axis=1)
