@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vifamily import rng
 from vifamily.errors import ConfigError, DataError, ModelError, NotAvailableError, ShapeError
+from vifamily.models._at_data import SimulatorAtData
 from vifamily.models._base import Model, check_result
 from vifamily.models._calls import call_seeded, check_callable, check_count, check_device, check_dtype
 from vifamily.models._prior import Prior
@@ -93,6 +94,7 @@ class Simulator(Model):
         self.prior, self.function, self.log_likelihood_function = found, simulate, log_likelihood
         self.name, self._batched = name, batched
         self.stored: Simulations | None = None
+        self.observations: Tensor | None = None
         capabilities = {Capability.SIMULATE, Capability.PRIOR_DRAWS}
         if found.has_log_prob:
             capabilities.add(Capability.PRIOR)
@@ -267,11 +269,36 @@ class Simulator(Model):
         other.stored = Simulations.join([pairs])
         return other
 
+    def with_observations(self, x: Any) -> Self:
+        """Return this simulator with observed data, over which objectives by the likelihood then average.
+
+        Args:
+            x: ``(datum, *shape)``.
+
+        Raises:
+            ShapeError: If there is no axis of data.
+            DataError: If a number is not finite.
+        """
+        data = torch.as_tensor(x).detach().to(self.device, self.dtype)
+        if data.dim() == 0 or not len(data):
+            raise ShapeError(f"observations must have a first axis of data, got the shape {tuple(data.shape)}.")
+        if not bool(data.isfinite().all()):
+            raise DataError("the observations have numbers that are not finite.")
+        other = copy.copy(self)
+        other.observations = data
+        return other
+
     def moved(self, *, device: torch.device, dtype: torch.dtype) -> Self:
         """Return a copy whose networks live on another device, or whose numbers have another floating dtype."""
         other = copy.copy(self)
         other.device, other.dtype = device, check_dtype(dtype)
         return other
+
+    def by_likelihood(self) -> Model:
+        """This simulator as a model with a log joint at data, where it has a likelihood and the prior a density."""
+        if self.log_likelihood_function is None or Capability.PRIOR not in self.capabilities:
+            return self
+        return SimulatorAtData(self)
 
     # -- at an observation ---------------------------------------------------------------------------------------------
     def at(self, x: Any) -> ObservedSimulator:

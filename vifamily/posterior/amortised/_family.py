@@ -12,7 +12,7 @@ from vifamily.families import Family
 from vifamily.posterior.amortised.encoders import Encoder
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
-__all__ = ["AmortisedFamily", "ConditionedFamily"]
+__all__ = ["LOST", "AmortisedFamily", "ConditionedFamily"]
 
 
 class AmortisedFamily(nn.Module):
@@ -52,18 +52,24 @@ class AmortisedFamily(nn.Module):
 
     def forward(self, noise: Tensor, context: Tensor | None = None) -> Draw:
         """Map noise ``(draw, datum, *noise_spec.shape)`` to draws at data ``(datum, *shape)``."""
-        draw: Draw = self.family(noise, self._encoded(context))
+        draw: Draw = self.family(noise, self.encode(context))
         return draw
 
     def log_prob(self, z: Tensor, context: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """Log density at points ``(..., datum, dim)`` given data ``(datum, *shape)``, ``(..., datum)``."""
-        return self.family.log_prob(z, self._encoded(context), frozen=frozen)
+        encoded = self.encode(context)
+        return self.family.log_prob(z, encoded.detach() if frozen else encoded, frozen=frozen)
 
     def entropy(self, context: Tensor | None = None) -> Tensor:
         """Closed-form entropy at each datum, ``(datum,)``, where there is one."""
-        return self.family.entropy(self._encoded(context))
+        return self.family.entropy(self.encode(context))
 
-    def _encoded(self, x: Tensor | None) -> Tensor:
+    def encode(self, x: Tensor | None) -> Tensor:
+        """Encode data ``(datum, *shape)`` to contexts ``(datum, context_dim)``.
+
+        Raises:
+            ShapeError: If there are none.
+        """
         if x is None:
             raise ShapeError("an amortised family is conditional: give data (datum, ...) as its context.")
         out: Tensor = self.encoder(x)
@@ -90,7 +96,7 @@ class AmortisedFamily(nn.Module):
         return ConditionedFamily(self.family, self.encoder(x.to(like).reshape(1, *shape)))
 
 
-_LOST = frozenset(
+LOST = frozenset(
     {
         Capability.CONDITIONAL,
         Capability.GAUSSIAN,
@@ -117,7 +123,7 @@ class ConditionedFamily(Family):
         super().__init__(plain)
         self.inner = family
         self.noise_spec = family.noise_spec
-        self.capabilities = family.capabilities - _LOST
+        self.capabilities = family.capabilities - LOST
         self.vectorised = family.vectorised
         self.log_q_is_bound = family.log_q_is_bound
         self.shift, self.scale = family.shift, family.scale
