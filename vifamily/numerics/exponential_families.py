@@ -96,14 +96,16 @@ class VonMises(ExponentialFamily):
         square, near, kappa = self._near_zero(eta)
         series = square / 4 - square**2 / 64 + square**3 / 576 - 11 * square**4 / 49152
         far = kappa + torch.special.i0e(kappa).log()
-        return (torch.where(near, series, far) + math.log(2 * math.pi)).sum(-1)
+        each: Tensor = torch.where(near, series, far) + math.log(2 * math.pi)
+        return each.sum(-1)
 
     def mean(self, eta: Tensor) -> Tensor:
         """``I_1 / I_0`` times the direction."""
         square, near, kappa = self._near_zero(eta)
         series = 0.5 - square / 16 + square**2 / 96 - 11 * square**3 / 6144 + 19 * square**4 / 61440
         slope = torch.where(near, series, bessel_ratio(kappa) / kappa)
-        return (slope.unsqueeze(-1) * eta.unflatten(-1, (self.dim, 2))).flatten(-2)
+        out: Tensor = (slope.unsqueeze(-1) * eta.unflatten(-1, (self.dim, 2))).flatten(-2)
+        return out
 
     def from_mean(self, mean: Tensor) -> Tensor:
         """Invert ``I_1 / I_0`` by Newton's method, each step kept inside a bracket of the root."""

@@ -100,6 +100,43 @@ class ExponentialFamily(abc.ABC):
         hessian: Tensor = torch.func.vmap(torch.func.jacrev(self.mean))(flat)
         return hessian.reshape(*eta.shape, eta.shape[-1])
 
+    def output_fisher(self, output: Tensor) -> Tensor:
+        """Fisher information in the raw numbers, ``(..., num_outputs) -> (..., num_outputs, num_outputs)``."""
+        flat = output.detach().reshape(-1, output.shape[-1])
+        link = torch.func.vmap(torch.func.jacrev(self.natural))(flat)
+        bend = torch.func.vmap(torch.func.jacrev(lambda raw: self.mean(self.natural(raw))))(flat)
+        out: Tensor = link.mT @ bend
+        return out.reshape(*output.shape, output.shape[-1])
+
+    def output_natural_gradient(self, output: Tensor, mean: Tensor, damping: float = 0.0) -> Tensor:
+        """The natural gradient of :meth:`loss` in the raw numbers, ``(F + damping I)^-1 g``, ``(..., num_outputs)``.
+
+        Args:
+            output: Raw numbers, ``(..., num_outputs)``.
+            mean: Mean statistics of the target, ``(..., num_natural)``.
+            damping: Added to the diagonal of the Fisher information; keeps steps short where it is nearly singular.
+        """
+        raw = output.detach().requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.loss(self.natural(raw), mean).sum(), raw)
+        fisher = self.output_fisher(output)
+        ridge = damping * torch.eye(output.shape[-1], dtype=output.dtype, device=output.device)
+        solved: Tensor = torch.linalg.solve(fisher + ridge, slope.unsqueeze(-1))
+        return solved.squeeze(-1)
+
+    def standardised_mean(self, mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Mean statistics of ``(theta - shift) / scale``, from those of ``theta``.
+
+        Args:
+            mean: ``(..., num_natural)``.
+            shift: ``(dim,)``.
+            scale: ``(dim,)``.
+
+        Raises:
+            ConfigError: If the statistics of a law do not follow an affine map.
+        """
+        raise ConfigError(f"the statistics of {type(self).__name__} do not follow a change of units.")
+
     def natural_gradient(self, eta: Tensor, mean: Tensor) -> Tensor:
         """The gradient of :meth:`loss` preconditioned by the inverse Fisher information, ``(..., num_natural)``."""
         gap = (self.mean(eta) - mean).unsqueeze(-1)

@@ -56,6 +56,10 @@ class FixedScaleGaussian(ExponentialFamily):
         """``mean / sd^2``."""
         return mean / self.sd**2
 
+    def standardised_mean(self, mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Means in other units."""
+        return (mean - shift) / scale
+
     def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw normal coordinates."""
         return self.mean(eta) + self.sd * _normal_like(eta, generator)
@@ -130,6 +134,11 @@ class DiagonalGaussian(ExponentialFamily):
         mu, second = mean.split(self.dim, dim=-1)
         precision = 1 / (second - mu.square())
         return torch.cat([mu * precision, -0.5 * precision], dim=-1)
+
+    def standardised_mean(self, mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """First and second moments in other units."""
+        first, second = mean.split(self.dim, dim=-1)
+        return torch.cat([(first - shift) / scale, (second - 2 * shift * first + shift**2) / scale**2], dim=-1)
 
     def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw normal coordinates."""
@@ -219,6 +228,14 @@ class FullGaussian(ExponentialFamily):
         precision = torch.linalg.inv(second - mu.unsqueeze(-1) * mu.unsqueeze(-2))
         first = (precision @ mu.unsqueeze(-1)).squeeze(-1)
         return torch.cat([first, -0.5 * precision.flatten(-2)], dim=-1)
+
+    def standardised_mean(self, mean: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """First and second moments in other units."""
+        first, matrix = mean.split([self.dim, self.dim**2], dim=-1)
+        second = matrix.unflatten(-1, (self.dim, self.dim))
+        cross = first.unsqueeze(-1) * shift
+        moved = (second - cross - cross.mT + shift.unsqueeze(-1) * shift) / (scale.unsqueeze(-1) * scale)
+        return torch.cat([(first - shift) / scale, moved.flatten(-2)], dim=-1)
 
     def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw, ``mu + L^-T e``."""
