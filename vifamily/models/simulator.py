@@ -50,6 +50,10 @@ class Simulator(Model):
             them off distributions and takes real numbers otherwise; a single prior is called ``theta``.
         log_likelihood: Where there is one: ``(theta, x) -> (draw,)`` for parameters of many draws and one observation.
             Posteriors can then be weighed and refined, and the bounds of variational inference are to be had.
+        mean_statistics: For the Rao-Blackwellised ``inclusive_kl``, where known: ``(theta, x) -> (pair, statistic)``,
+            the mean of the sufficient statistics given the data of each pair, or given the data and such parts of
+            ``theta`` as it uses. Statistics are those of ``z`` in the order of the family: first and second moments
+            for normal laws, cosines and sines for angles.
         batched: Whether the simulator takes batches; None tries.
         dtype: Floating dtype of parameters, data and networks.
         device: Where networks live; simulations are made on the CPU.
@@ -76,6 +80,7 @@ class Simulator(Model):
         *,
         parameters: Mapping[str, Any] | None = None,
         log_likelihood: Callable[[Any, Tensor], Tensor] | None = None,
+        mean_statistics: Callable[[Any, Tensor], Tensor] | None = None,
         batched: bool | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -84,6 +89,8 @@ class Simulator(Model):
         check_callable(simulate, "simulate", "of parameters (batch, dim) that gives data (batch, ...)")
         if log_likelihood is not None:
             check_callable(log_likelihood, "log_likelihood", "of parameters and one observation")
+        if mean_statistics is not None:
+            check_callable(mean_statistics, "mean_statistics", "of parameters and data of the same pairs")
         found = Prior(prior, parameters)
         if found.layout.num_categories is not None:
             raise ConfigError(
@@ -98,6 +105,9 @@ class Simulator(Model):
         capabilities = {Capability.SIMULATE, Capability.PRIOR_DRAWS}
         if found.has_log_prob:
             capabilities.add(Capability.PRIOR)
+        self.mean_statistics_function = mean_statistics
+        if mean_statistics is not None:
+            capabilities.add(Capability.MEAN_STATISTICS)
         self.capabilities = frozenset(capabilities)
 
     # -- the prior -----------------------------------------------------------------------------------------------------
@@ -131,6 +141,20 @@ class Simulator(Model):
             bad = int((~z.isfinite().all(-1)).sum())
             raise DataError(f"{bad} of {len(z)} parameters lie on the edge of or outside their support.")
         return z.to(self.device, self.dtype)
+
+    def mean_statistics(self, z: Tensor, x: Tensor) -> Tensor:
+        """Mean sufficient statistics given data, ``(pair, dim), (pair, *shape) -> (pair, statistic)``.
+
+        Raises:
+            NotAvailableError: If none were given.
+            ShapeError: If there is not one row for each pair.
+        """
+        if self.mean_statistics_function is None:
+            raise NotAvailableError("mean statistics are not known: Simulator(..., mean_statistics=...).")
+        theta = self.layout.constrain(z)
+        out = self.mean_statistics_function(theta if self.prior.named else next(iter(theta.values())), x)
+        check_result("mean_statistics", out, (len(z), None), z)
+        return out
 
     # -- simulations ---------------------------------------------------------------------------------------------------
     def simulate(self, theta: Mapping[str, Tensor], *, generator: torch.Generator) -> Tensor:

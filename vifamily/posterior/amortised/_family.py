@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,16 @@ class AmortisedFamily(nn.Module):
         encoded = self.encode(context)
         return self.family.log_prob(z, encoded.detach() if frozen else encoded, frozen=frozen)
 
+    @property
+    def exponential(self) -> Any:
+        """The conditional family, where it is an exponential one with natural parameters."""
+        return self.family
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Raw numbers of an exponential family at data ``(datum, *shape)``, ``(datum, num_outputs)``."""
+        out: Tensor = self.exponential.raw(self.encode(x))
+        return out
+
     def entropy(self, context: Tensor | None = None) -> Tensor:
         """Closed-form entropy at each datum, ``(datum,)``, where there is one."""
         return self.family.entropy(self.encode(context))
@@ -102,6 +113,7 @@ LOST = frozenset(
         Capability.GAUSSIAN,
         Capability.FULL_GAUSSIAN,
         Capability.FACTORISED_GAUSSIAN,
+        Capability.NATURAL,
     }
 )
 """What a conditional family cannot do at one context: give its moments without draws."""
