@@ -34,6 +34,9 @@ class EnsembleOptions:
             ``group_column``, such as an annotator.
         group_column: The column that groups rows; needed by ``unit="group"``. A batch is then of groups.
         beta: DPO's inverse temperature.
+        reference_adapter: For preferences, folder of a PEFT adapter that is the reference policy; None takes the base
+            without adapters, or the columns ``ref_chosen_logps`` and ``ref_rejected_logps`` where all records have
+            them.
         learn_weights: Whether the members' weights in the mixture are learned too, by steps of expectation
             maximisation: they follow the mean responsibilities.
         weight_rate: Share of the new responsibilities in such a step.
@@ -66,6 +69,7 @@ class EnsembleOptions:
     unit: str = "sequence"
     group_column: str | None = None
     beta: float = 0.1
+    reference_adapter: str | None = None
     learn_weights: bool = False
     weight_rate: float = 0.05
     reseed_below: float | None = None

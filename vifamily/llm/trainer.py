@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.llm._after_step import AfterStep, step_callback
+from vifamily.llm._arguments import check_arguments
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
 from vifamily.llm._checkpoints import check_complete, last_checkpoint
 from vifamily.llm._extra import require
 from vifamily.llm._passes import PaddedRows, stacked_pass, two_pass
 from vifamily.llm._routed import Tally, pair_loss, supervised_loss
 from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.adapter_files import SavedAdapter
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import Rows
@@ -29,13 +31,6 @@ __all__ = ["DPOEnsembleTrainer", "SFTEnsembleTrainer", "last_checkpoint"]
 _transformers = require("transformers", "training an ensemble")
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-_REFUSED = {
-    "packing": "rows must stay apart to be routed",
-    "padding_free": "rows must stay apart to be routed",
-    "use_liger_kernel": "token log probabilities are computed in parts already",
-    "label_smoothing_factor": "the loss is a likelihood",
-    "neftune_noise_alpha": "members must see the same inputs",
-}
 
 
 class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-defined]
@@ -61,15 +56,24 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
                 "StackedCausalLM(base, peft_config, num_members)."
             )
         args = args if args is not None else _transformers.TrainingArguments("trainer_output")
-        _check_arguments(args)
+        check_arguments(args)
         self.options = options or EnsembleOptions()
         if self.pairs and self.options.unit not in ("sequence", "group"):
             raise ConfigError(f"preferences are routed by 'sequence' or 'group', got unit={self.options.unit!r}.")
+        if self.options.reference_adapter is not None and not self.pairs:
+            raise ConfigError("reference_adapter= is the reference policy of preferences: leave it out for answers.")
         tokenizer = check_tokenizer(processing_class)
         self._reference: dict[str, Any] = {}
         train = self._prepared(train_dataset, tokenizer, "train")
         evaluation = self._prepared(eval_dataset, tokenizer, "eval")
         self._tally = {"train": Tally(), "eval": Tally()}
+        folder = self.options.reference_adapter
+        if folder is not None and self._reference:
+            raise ConfigError(
+                f"the records have {_REFERENCE[0]} and {_REFERENCE[1]}, and reference_adapter={folder!r} is another "
+                "reference: leave one of them out."
+            )
+        self._reference_adapter = None if folder is None else SavedAdapter(folder, model)
         self._after_step = AfterStep(self.options, model.num_members, args.seed)
         with scoped(args.seed):
             super().__init__(
@@ -166,7 +170,11 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     def _reference_of(self, inputs: Inputs, part: PaddedRows, index: Tensor, score: Any) -> Tensor:
         if inputs.reference is not None:
             return inputs.reference[index]
-        value = score(part, None, adapters=False)
+        if self._reference_adapter is None:
+            value = score(part, None, adapters=False)
+        else:
+            with self._reference_adapter.on(self._ensemble):
+                value = score(part, (0, 1))
         out: Tensor = value.new_zeros(len(part)).index_add(0, part.token_row, value[0])
         return out
 
@@ -363,8 +371,9 @@ class SFTEnsembleTrainer(_EnsembleTrainer):
 class DPOEnsembleTrainer(_EnsembleTrainer):
     """Direct preference optimisation of an ensemble, with the arguments of ``Trainer``.
 
-    Data are TRL's: ``prompt``, ``chosen`` and ``rejected``. The reference is the base without adapters, shared by all
-    members, or what columns ``ref_chosen_logps`` and ``ref_rejected_logps`` say. The loss is the mean over pairs; with
+    Data are TRL's: ``prompt``, ``chosen`` and ``rejected``. The reference is shared by all members: the base without
+    adapters, or a trained adapter (``EnsembleOptions(reference_adapter=folder)``), or what columns
+    ``ref_chosen_logps`` and ``ref_rejected_logps`` say. The loss is the mean over pairs; with
     one member it is TRL's DPO loss.
 
     Args:
@@ -382,15 +391,3 @@ class DPOEnsembleTrainer(_EnsembleTrainer):
     """
 
     pairs = True
-
-
-def _check_arguments(args: Any) -> None:
-    for name, reason in _REFUSED.items():
-        value = getattr(args, name, None)
-        if value:
-            raise ConfigError(f"{name}={value!r} cannot be used for an ensemble: {reason}. Leave it out.")
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"{args.n_gpu} devices in one process cannot be used: start one process each, with torchrun or accelerate "
-            "launch."
-        )
