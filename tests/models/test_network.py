@@ -218,6 +218,27 @@ def test_fitted_prior_raises_the_bound():
         smooth_model().fit_prior(posterior)
 
 
+@pytest.mark.parametrize("family", ["mean_field", "full_rank"])
+@pytest.mark.parametrize(
+    "weights", ["prior=isotropic, bias=gaussian", "prior=isotropic, scales=latent", "prior=latent"]
+)
+def test_fitted_prior_is_best_for_walsh_hadamard_weights_too(weights, family):
+    model, wider = (smooth_model(weights=f"walsh_hadamard({weights})", prior_scale=scale) for scale in (1.0, 2.0))
+    at = normal(1, model.dim)
+    assert not torch.allclose(model.log_prior(at), wider.log_prior(at))
+    posterior = vf.fit(model, family, "elbo(estimator=reparameterised)", seed=0, steps=30)
+    found = model.fit_prior(posterior)
+    assert found.keys() == {"0", "2"}
+    with torch.no_grad():
+        # the draws that the fitted scale comes from where there is no closed form
+        z, best = posterior.draws(4000), model.weights.scales.clone()
+        bounds = []
+        for factor in (0.9, 1.0, 1.1):
+            model.weights.scales.copy_(factor * best)
+            bounds.append(float(model.log_prior(z).mean()))
+    assert bounds[1] == max(bounds)
+
+
 def test_batch_normalisation_is_left_as_it_was():
     x, y = toy()
     net = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1))
@@ -263,6 +284,17 @@ def test_loaders_and_datasets():
     torch.testing.assert_close(
         other.log_likelihood(torch.ones(3, 2)), Network(nn.Linear(1, 1), data=(x, y)).log_likelihood(torch.ones(3, 2))
     )
+
+
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_targets_of_later_batches_are_checked(wrong):
+    x, y = normal(40, 2).float(), torch.arange(40) % 3
+    y[35] = wrong
+    model = Network(nn.Linear(2, 3), "categorical", data=DataLoader(TensorDataset(x, y), batch_size=10))
+    with pytest.raises(errors.DataError, match="labels must be 0 to 2"):
+        vf.fit(model, "mean_field", "elbo", steps=8, seed=0, progress=False)
+    with pytest.raises(errors.DataError, match="labels must be 0 to 2"):
+        model.log_likelihood(torch.zeros(1, model.dim))
 
 
 def test_new_targets():
