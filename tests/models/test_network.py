@@ -207,6 +207,18 @@ def test_natural_gradients_take_a_draw_for_all_data():
         vf.plan(model, "mean_field", "elbo(estimator=example)", "natural_gradient")
 
 
+def test_a_given_start_that_collapses_warns():
+    model = smooth_model(weights="walsh_hadamard")
+    options = {"steps": 2, "seed": 0, "progress": False, "init": torch.zeros(model.dim, dtype=DOUBLE)}
+    vf.fit(model, "mean_field", "elbo", **options)  # the spread around the point is enough
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".left", ".right")):
+                parameter.mul_(0.01)
+    with pytest.warns(errors.VifamilyWarning, match="nearly nothing"):
+        vf.fit(model, "mean_field", "elbo", **options)
+
+
 def test_fitted_prior_raises_the_bound():
     model = linear_model()
     posterior = vf.fit(model, "mean_field", "elbo", seed=0)

@@ -111,7 +111,7 @@ class DataSource(abc.ABC):
     own_batch_size: int | None = None
     """Size of the batches in which the data come, where they cannot be had at once."""
     check: Callable[[Any], None] | None = None
-    """What a model asks of data that it has not seen before; called with each part of a dataset or loader as it comes."""
+    """What a model asks of data that it has not seen; called with what a dataset or loader gives, as it comes."""
 
     def _seen(self, arrived: tuple[Any, int]) -> tuple[Any, int]:
         if self.check is not None:

@@ -258,6 +258,10 @@ class Network(Model):
         mean, sd = self.weights.initial(generator)
         return mean, sd
 
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn of starts from which the layers would put out nearly nothing."""
+        self.weights.check_start(mean, sd)
+
     # -- randomness and data -------------------------------------------------------------------------------------------
     def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
         """Draw from the prior, ``(num_draws, dim)``."""

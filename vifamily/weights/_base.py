@@ -105,6 +105,9 @@ class LayerWeights(nn.Module, abc.ABC):
         prior_mean, sd = self.prior()
         return (((mean - prior_mean).square() + variance) / sd.square()).mean(-1)
 
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where a fit that begins at these moments, ``(dim,)`` each, is known to get nowhere."""
+
     @abc.abstractmethod
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation from which a fit should begin, ``(dim,)`` each."""

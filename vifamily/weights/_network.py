@@ -239,6 +239,11 @@ class NetworkWeights(nn.Module):
             self.scales.copy_(torch.stack(found))
         return {name or "net": float(scale) for name, scale in zip(self.layer_names, self.scales, strict=True)}
 
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where a fit that begins at these moments, ``(dim,)`` each, is known to get nowhere."""
+        for layer, centre, spread in zip(self._layers(), self.slices(mean), self.slices(sd), strict=True):
+            layer.check_start(centre, spread)
+
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation from which a fit should begin, ``(dim,)`` each."""
         pairs = [layer.initial(generator) for layer in self._layers()]

@@ -189,22 +189,28 @@ class WalshLayer(LayerWeights):
             mean[self.cores : self.structured] = _signs((2 * self.cores,), generator, mean)
             for moment in (mean, sd):
                 moment[2 * self.cores : self.structured] *= self.right_sd
-        elif not self.residual:
-            self._warn_if_collapsed(mean)
+        self.check_start(mean, sd)
         if self.latent_bias and isinstance(self.start_bias, Tensor):
             mean[self.structured :] = self.start_bias
         return mean, sd
 
-    def _warn_if_collapsed(self, mean: Tensor) -> None:
-        weight = self._weight(mean.detach())
-        share = float(weight.detach().square().mean().sqrt()) / self.weight_sd
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where the layer would put out nearly nothing; see :meth:`LayerWeights.check_start`."""
+        if self.residual or self.latent_scales:
+            return
+        left, core, right = (t.detach() for t in self._diagonals(mean))
+        spread = self._diagonals(sd.detach())[1].square().mean(-1, keepdim=True) / self.blocks.size
+        size = walsh_matrix(left, core, right).square()
+        size = size + (left.square() * spread).unsqueeze(-1) * right.square().unsqueeze(-2)
+        share = float(self.blocks.assemble(size).mean().sqrt()) / self.weight_sd
         if share < _SMALLEST:
             warnings.warn(
                 f"the weights of {self.names[0]!r} start at {share:.1e} of their usual spread: the layer puts out "
                 "nearly nothing, its gradients vanish, and a fit tends to stay at the mean prediction. Let the "
-                "diagonals left and right start at their own values (1 and sqrt(P gain / fan-in), with random signs).",
+                "diagonals left and right start at their own values (1 and sqrt(P gain / fan-in), with random signs), "
+                "and the latent too (init='auto').",
                 VifamilyWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
 
 
@@ -220,7 +226,7 @@ class IsotropicWalshLayer(WalshLayer):
         return self.scale * self.right_sd
 
     def log_prior(self, z: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """Log prior density, ``(..., dim) -> (...)``; ``scale`` multiplies ``tau`` and the other standard deviations."""
+        """Log prior density, ``(..., dim) -> (...)``; ``scale`` multiplies ``tau`` and other standard deviations."""
         left, core, right = self._diagonals(z)
         blocks = isotropic_log_prior(core, left, right, self._tau * scale).sum(-1)
         return blocks - self._rest_entropy(z.square(), scale)
