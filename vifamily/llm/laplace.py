@@ -159,8 +159,8 @@ def evidence_precision(fisher: Tensor, mean: Tensor, *, steps: int = 200) -> flo
 
     Example:
         >>> h, mean = torch.tensor([4.0, 4.0]), torch.tensor([1.0, 1.0])
-        >>> round(evidence_precision(h, mean), 6)  # 1 / lambda = 1 - 1 / 4
-        1.333333
+        >>> round(evidence_precision(h, mean), 6)  # the root of x**2 + 4 x - 4
+        0.828427
     """
     h, square = fisher.double().flatten(), float(mean.double().square().sum())
     precision = 1.0
