@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy import special
 
 from vifamily.errors import ConfigError
 from vifamily.numerics.exponential_families import (
@@ -145,3 +146,19 @@ def test_outside_the_domain_the_log_partition_is_infinite():
 def test_options_are_checked(make):
     with pytest.raises(ConfigError):
         make()
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-9, 1e-2, 0.0316, 0.0317, 1.0])
+def test_a_law_of_angles_is_smooth_where_its_natural_parameters_vanish(length):
+    law = VonMises(2)
+    eta = length * torch.tensor([0.6, 0.8, -1.0, 0.0], dtype=torch.float64)
+    wanted = sum(math.log(2 * math.pi * special.i0(length)) for _ in range(2))
+    assert float(law.log_partition(eta)) == pytest.approx(wanted, abs=1e-14)
+    gradient = torch.func.grad(law.log_partition)(eta)
+    torch.testing.assert_close(gradient, law.mean(eta), atol=1e-13, rtol=1e-12)
+    ratio = 0.5 if length == 0 else special.i1(length) / special.i0(length) / length
+    torch.testing.assert_close(gradient, ratio * eta, atol=1e-13, rtol=1e-12)
+    hessian = torch.func.jacrev(torch.func.jacrev(law.log_partition))(eta)
+    torch.testing.assert_close(hessian, law.fisher(eta), atol=1e-12, rtol=1e-10)
+    if length == 0:
+        torch.testing.assert_close(hessian, 0.5 * torch.eye(4, dtype=torch.float64))

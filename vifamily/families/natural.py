@@ -21,7 +21,9 @@ __all__ = ["Natural", "NaturalFamily"]
 
 _KINDS = ("diagonal", "full", "von_mises")
 _LINKS = ("softplus", "identity")
-_BASIC = frozenset({Capability.DRAWS, Capability.LOG_Q, Capability.CHEAP_LOG_Q, Capability.CONDITIONAL})
+_BASIC = frozenset(
+    {Capability.DRAWS, Capability.LOG_Q, Capability.CHEAP_LOG_Q, Capability.CONDITIONAL, Capability.NATURAL}
+)
 _GRID = 4001
 
 
@@ -131,6 +133,20 @@ class NaturalFamily(Family):
             return self.output
         out: Tensor = self.output + self.head(context)
         return out
+
+    def standard_statistics(self, z: Tensor) -> Tensor:
+        """Sufficient statistics of points in standardised coordinates, ``(..., dim) -> (..., num_natural)``."""
+        return self.law.statistics(z if self.latent.space is not Space.REAL else self.to_standard(z))
+
+    def log_units(self) -> Tensor:
+        """Log of the size of a standardised unit, by which log densities in ``z`` are lower."""
+        return self._log_scale() if self.latent.space is Space.REAL else self.scale.new_zeros(())
+
+    def standard_mean(self, mean: Tensor) -> Tensor:
+        """Mean statistics in standardised coordinates, from those of ``z``, ``(..., num_natural)``."""
+        if self.latent.space is not Space.REAL:
+            return mean
+        return self.law.standardised_mean(mean, self.shift, self.scale)
 
     def natural_parameters(self, context: Tensor | None = None) -> Tensor:
         """Natural parameters in standardised coordinates, ``([datum,] num_natural)``."""

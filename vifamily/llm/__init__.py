@@ -7,6 +7,7 @@ Everything here that needs transformers, peft or tokenizers imports them when it
 from __future__ import annotations
 
 from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
+from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.calibration import CalibrationReport, RiskCoverage, auroc, risk_coverage, score_probabilities
 from vifamily.llm.corpora import (
     Corpus,
@@ -99,6 +100,7 @@ __all__ = [
     "sequence_information",
     "split_uncertainty",
     "split_uncertainty_along",
+    "start_from_adapter",
     "step_cost",
     "styled_facts",
     "symbol_tasks",

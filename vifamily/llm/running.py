@@ -11,6 +11,7 @@ from typing import Any
 from vifamily.errors import ConfigError, VifamilyError
 from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.cost import step_cost
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
@@ -37,6 +38,9 @@ class RunSettings:
         lora_alpha: Their scale is this over the rank.
         lora_target_modules: Layers that are adapted, separated by commas; all-linear takes every linear layer.
         use_rslora: Whether the scale is over the root of the rank.
+        initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
+            unless reference_adapter names another.
+        initial_noise: Size of the noise by which they differ there, relative to the adapter's matrices.
     """
 
     model_name_or_path: str = ""
@@ -52,6 +56,8 @@ class RunSettings:
     lora_alpha: int = 32
     lora_target_modules: str = "all-linear"
     use_rslora: bool = False
+    initial_adapter: str | None = None
+    initial_noise: float = 0.1
 
 
 def flags() -> list[tuple[str, str]]:
@@ -155,6 +161,10 @@ def run_training(
         task_type="CAUSAL_LM",
     )
     model = StackedCausalLM(base, config, settings.num_members, seed=settings.member_seed)
+    if settings.initial_adapter is not None:
+        start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
+        if kind == "dpo" and options.reference_adapter is None:
+            options = dataclasses.replace(options, reference_adapter=settings.initial_adapter)
     maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
     run = maker(model, training, records, held, tokenizer, options=options)
     say(f"data: {run.prepared}")

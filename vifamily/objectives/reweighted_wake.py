@@ -42,8 +42,9 @@ class ReweightedWake(Objective):
     weighed as draws of the mixture of the two: no weight exceeds that of p over the wider law, so q may begin, or
     stay, with lighter tails than p. The value is then measured from the mixture.
 
-    The sleep phase of the method trains a conditional q on data simulated from the model; it belongs to amortised
-    inference, where q takes data as its context, and a q for one data set has none.
+    The sleep phase of the method trains a conditional q on data simulated from the model: on a
+    :class:`~vifamily.models.Simulator` that is ``inclusive_kl``, and this objective, on one with a likelihood, is the
+    wake phase at the data of ``with_observations``. A q for one data set has no sleep phase.
 
     **Bias.** Of order 1/K from the division by the sum of weights, towards what the draws already cover; none at
     q = p, and none in the limit of many draws. ``wake`` and ``dreg`` have the same bias.
