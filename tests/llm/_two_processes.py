@@ -13,7 +13,7 @@ from vifamily.llm import EnsembleOptions, StackedCausalLM, contradictory_sft, pr
 from vifamily.llm.trainer import SFTEnsembleTrainer
 
 if __name__ == "__main__":
-    folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+    folder, rows, route = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     corpus = contradictory_sft(6, 2, torch.Generator().manual_seed(0), length=3)
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     trainer = SFTEnsembleTrainer(
         model, arguments, prepare_sft(records, tokenizer), processing_class=tokenizer,
-        options=EnsembleOptions(learn_weights=True, weight_rate=0.5),
+        options=EnsembleOptions(learn_weights=True, weight_rate=0.5, route=route),
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(folder))
