@@ -13,7 +13,7 @@ __all__ = ["normal_prior"]
 
 
 def normal_prior(model: StackedCausalLM, options: EnsembleOptions) -> Tensor:
-    """Divergence from a normal prior, averaged over members and weighted as the options say; of points, its cross term."""
+    """Divergence from a normal prior (of points, its cross term), a mean over members, weighted as the options say."""
     if isinstance(model, StochasticCausalLM):
         return model.divergence(options.prior_sd) * options.prior_weight
     square = torch.stack([p.float().square().sum() for p in model.adapter_parameters()]).sum()
