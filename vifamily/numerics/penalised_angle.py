@@ -3,7 +3,7 @@ r"""The angle that is linear in features: its penalised fit by Newton's method, 
 .. math:: \max_b \; \sum_i w_i\, S(\phi_i^\top b) + \sum_j v_j\, C(\phi_j'^\top b) - \lambda \|b\|^2
 
 with weights that sum to one within each class, S and C the concave extensions of sine and cosine
-(:mod:`vifamily.numerics.arctangent_ratio`), and a constant among the features that is not penalised. What is here beyond
+(:mod:`vifamily.numerics.arctangent_ratio`), and a constant among the features that is not penalised. What goes beyond
 the objective is derived here:
 
 - **Leaving a point out** moves the maximiser by one Newton step, so that all leave-one-out angles cost one linear
