@@ -99,12 +99,12 @@ def _on_line(positive: Any, negative: Any) -> Outside:
 
     def at(level: float) -> float:
         # the mean over negatives and that over positives of sqrt(p^2 + q^2) / (p + q) sum to the length
-        values = []
+        total = 0.0
         for law in (positive, negative):
             x = law.ppf(level)
             p, q = positive.pdf(x), negative.pdf(x)
-            values.append(math.hypot(p, q) / (p + q))
-        return sum(values)
+            total += math.hypot(p, q) / float(p + q)
+        return total
 
     length = integrate.quad(at, 0, 1, limit=400, epsabs=1e-9)[0]
     return Outside(
