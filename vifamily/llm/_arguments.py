@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vifamily.errors import ConfigError
+from vifamily.llm.options import EnsembleOptions
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_engines"]
 
 _REFUSED = {
     "packing": "rows must stay apart to be routed",
@@ -31,4 +32,27 @@ def check_arguments(args: Any) -> None:
         raise ConfigError(
             f"{args.n_gpu} devices in one process cannot be used: start one process each, with torchrun or accelerate "
             "launch."
+        )
+
+
+def check_engines(trainer: Any, *, sharded: bool, options: EnsembleOptions) -> None:
+    """Refuse engines that an ensemble cannot be trained by, and groups over a base that is shared out.
+
+    Args:
+        trainer: A trainer of transformers.
+        sharded: Whether the base is shared out over processes.
+        options: The ensemble's options.
+
+    Raises:
+        ConfigError: If it cannot be trained so.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "ensembles are trained data-parallel: leave DeepSpeed and transformers' FSDP out. "
+            "vifamily.llm.shard_base shares a base out over processes."
+        )
+    if sharded and options.unit == "group" and options.route != "ranks":
+        raise ConfigError(
+            "processes that share a base must take the same number of micro-batches, which groups of unequal size "
+            "do not give: use route='ranks'."
         )
