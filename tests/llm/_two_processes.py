@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from tests.llm.conftest import LORA, spread_members, tiny_base
 from vifamily.llm import EnsembleOptions, StackedCausalLM, contradictory_sft, prepare_sft, tiny_tokenizer
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.trainer import SFTEnsembleTrainer
 
 if __name__ == "__main__":
@@ -28,6 +29,9 @@ if __name__ == "__main__":
         dataloader_pin_memory=False, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
+    if "sharded" in sys.argv[4:]:
+        _ = arguments.device  # processes meet here
+        shard_base(model)
     trainer = SFTEnsembleTrainer(
         model, arguments, prepare_sft(records, tokenizer), processing_class=tokenizer,
         options=EnsembleOptions(learn_weights=True, weight_rate=0.5, route=route),

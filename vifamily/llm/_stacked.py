@@ -116,6 +116,7 @@ class StackedCausalLM(nn.Module):
         lora_config: What was given.
         num_members: Number of members.
         log_weight: Log weights of the members, ``(member,)``; equal at first.
+        known_digest: Digest of the base, where its numbers are no longer all here; None otherwise.
 
     Raises:
         ConfigError: If the settings cannot be those of an ensemble, or match no layer.
@@ -147,6 +148,7 @@ class StackedCausalLM(nn.Module):
         check_lora_config(config)
         names = target_names(base, config)
         self.lora_config, self.num_members = config, num_members
+        self.known_digest: str | None = None
         self.selection = Selection(num_members)
         self._head = Head(base)
         _freeze(base)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.llm._after_step import AfterStep, step_callback
-from vifamily.llm._arguments import check_arguments, check_draws
+from vifamily.llm._arguments import check_arguments, check_draws, check_engines
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
 from vifamily.llm._checkpoints import check_complete, last_checkpoint
 from vifamily.llm._extra import require
@@ -89,8 +89,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
                 data_collator=Collator(int(tokenizer.pad_token_id), self.pairs, self._reference.get("train")),
                 **more,
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError("ensembles are trained data-parallel: leave DeepSpeed and FSDP out.")
+        check_engines(self, sharded=model.known_digest is not None, options=self.options)
         self.add_callback(step_callback(self._act_after_step))
 
     # --- data ---
