@@ -28,6 +28,7 @@ from vifamily.llm.data import prepare_pairs, prepare_sft
 from vifamily.llm.ensemble import Ensemble
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import collate_pairs, collate_sft
+from vifamily.llm.stochastic import StochasticCausalLM
 from vifamily.llm.tiny import pretrain, tiny_model, tiny_tokenizer
 from vifamily.llm.uncertainty import split_uncertainty
 from vifamily.numerics.soft_routing import power_value
@@ -62,12 +63,14 @@ class Base:
     tokenizer: Any
     exact: float
 
-    def ensemble(self, members: int, rank: int, seed: int) -> StackedCausalLM:
-        """Members with adapters on queries and values over a copy of the base."""
+    def ensemble(self, members: int, rank: int, seed: int, family: str = "points") -> StackedCausalLM:
+        """Members with adapters on queries and values over a copy of the base, or draws of one such adapter."""
         config = require("peft", "an ensemble of adapters").LoraConfig(
             r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]
         )
-        return StackedCausalLM(copy.deepcopy(self.model), config, members, seed=seed)
+        if family == "points":
+            return StackedCausalLM(copy.deepcopy(self.model), config, members, seed=seed)
+        return StochasticCausalLM(copy.deepcopy(self.model), config, members, family=family, seed=seed)
 
 
 def symbol_base(
@@ -113,6 +116,8 @@ class Settings:
         learn_weights: Whether weights of members are learned.
         ramp: Steps over which alpha rises from 0.01; 0 starts at alpha.
         warmup: Steps over which the step size rises.
+        family: Members of their own ("points"), or draws of one adapter ("dropout", "mean_field").
+        prior_weight: Weight of the prior per token; mean field needs it.
         seed: Root seed.
     """
 
@@ -127,6 +132,8 @@ class Settings:
     learn_weights: bool = False
     ramp: int = 0
     warmup: int = 0
+    family: str = "points"
+    prior_weight: float = 0.0
     seed: int = 0
 
 
@@ -153,7 +160,7 @@ def train(base: Base, corpus: Corpus, settings: Settings) -> StackedCausalLM:
     """
     home = require("vifamily.llm.trainer", "training an ensemble")
     transformers = require("transformers", "training an ensemble")
-    model = base.ensemble(settings.members, settings.rank, settings.seed)
+    model = base.ensemble(settings.members, settings.rank, settings.seed, settings.family)
     pairs = "chosen" in corpus[0]
     options = EnsembleOptions(
         renyi_alpha=settings.alpha,
@@ -163,6 +170,7 @@ def train(base: Base, corpus: Corpus, settings: Settings) -> StackedCausalLM:
         group_column="group" if settings.unit == "group" else None,
         beta=settings.beta,
         learn_weights=settings.learn_weights,
+        prior_weight=settings.prior_weight,
         micro_batch_rows=10_000,  # all at once: the model is small, and so is the memory
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -186,6 +194,8 @@ def train(base: Base, corpus: Corpus, settings: Settings) -> StackedCausalLM:
         trainer = maker(model, arguments, list(corpus), processing_class=base.tokenizer, options=options)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    if isinstance(model, StochasticCausalLM):
+        model.redraw()
     return model.eval()
 
 
