@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ class StackedLoRA(nn.Module):
     ) -> None:
         super().__init__()
         size_in, size_out = features(base_layer)
-        device = next(base_layer.parameters()).device
+        # a quantised layer may have buffers alone
+        device = next(itertools.chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.scale = scale
         self.lora_A = nn.Parameter(torch.zeros(num_members, r, size_in, dtype=dtype, device=device))
