@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vifamily.errors import BenchmarkError, ConfigError
 
-__all__ = ["PEERS", "Peer", "default_folder", "install", "interpreter"]
+__all__ = ["PEERS", "Peer", "default_folder", "install", "interpreter", "peers_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,22 +21,37 @@ class Peer:
         script: The worker that drives it.
         environment: Folder of its environment, or None where this interpreter has it.
         packages: What is installed there, with exact versions.
+        benchmark: The benchmark that it takes part in.
     """
 
     script: str
     environment: str | None
     packages: tuple[str, ...] = ()
+    benchmark: str = "solvers"
 
 
 _JAX = ("jax==0.10.2", "numpyro==0.22.0", "blackjax==1.7.1", "optax==0.2.8")
+_SBI = ("torch==2.13.0", "sbi==0.27.0")
 PEERS: dict[str, Peer] = {
     "numpyro": Peer("numpyro_svi", "jax", _JAX),
     "blackjax": Peer("blackjax_vi", "jax", _JAX),
     "pathfinder": Peer("blackjax_vi", "jax", _JAX),
     "pymc": Peer("pymc_advi", "pymc", ("pymc==5.28.5", "pytensor==2.38.3")),
     "pyro": Peer("pyro_svi", None),
+    "sbi": Peer("sbi_npe", "sbi", _SBI, "npe"),
+    "sbi_maf": Peer("sbi_npe", "sbi", _SBI, "npe"),
 }
 """Peers by name; Pyro is a dependency of this package, so it runs in this interpreter."""
+
+
+def peers_of(benchmark: str) -> tuple[str, ...]:
+    """Names of the peers of a benchmark.
+
+    Example:
+        >>> peers_of("npe")
+        ('sbi', 'sbi_maf')
+    """
+    return tuple(name for name, peer in PEERS.items() if peer.benchmark == benchmark)
 
 
 def default_folder() -> Path:
@@ -53,8 +68,12 @@ def _complete(folder: Path, peer: Peer) -> bool:
     """Whether the environment holds the exact versions, read from what pip left there, without an import."""
     home = folder / str(peer.environment)
     sites = [*home.glob("lib/python*/site-packages"), home / "Lib" / "site-packages"]
-    wanted = [package.replace("==", "-") + ".dist-info" for package in peer.packages]
-    return any(all((site / name).is_dir() for name in wanted) for site in sites)
+    # a build for one kind of processor carries that after a plus sign: torch-2.13.0+cpu
+    stems = [package.replace("==", "-") for package in peer.packages]
+    return any(
+        all((site / f"{stem}.dist-info").is_dir() or any(site.glob(f"{stem}+*.dist-info")) for stem in stems)
+        for site in sites
+    )
 
 
 def interpreter(name: str, folder: Path) -> Path | None:
