@@ -41,7 +41,7 @@ def rational_spline(x: Tensor, parameters: Tensor, *, bound: float = 5.0, slope:
     if torch.compiler.is_compiling() or _transformed():
         parts = _evaluate(x, parameters, bound, slope)
         return parts.y, parts.log_slope
-    y, log_slope = _Spline.apply(x, parameters, bound, slope)
+    y, log_slope = _Spline.apply(x, parameters, bound, slope)  # type: ignore[no-untyped-call]
     return y, log_slope
 
 
@@ -106,7 +106,7 @@ class _Spline(torch.autograd.Function):
         return parts.y, parts.log_slope
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_log_slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         x, parameters, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             # to be differentiated again: through the recorded operations
@@ -166,7 +166,8 @@ def _through_shares(
     grad = shares * (grad - (grad * shares).sum(-1, keepdim=True))
     sizes = parameters[..., : 2 * bins].unflatten(-1, (2, bins))
     squash = 1 + (2 / abs(math.log(slope))) * sizes.abs()
-    return grad * (2 * bound) / squash.square()
+    out: Tensor = grad * (2 * bound) / squash.square()
+    return out
 
 
 def _through_knots(parameters: Tensor, parts: _Parts, grad: Tensor, slope: float) -> Tensor:
@@ -175,4 +176,5 @@ def _through_knots(parameters: Tensor, parts: _Parts, grad: Tensor, slope: float
     grad = grad * torch.stack([parts.left, parts.right], -1)
     spread = grad.new_zeros(*grad.shape[:-1], bins + 1).scatter_(-1, torch.cat([parts.k, parts.k + 1], -1), grad)
     squash = 1 + parameters[..., 2 * bins :].abs() / abs(math.log(slope))
-    return spread[..., 1:-1] / squash.square()
+    out: Tensor = spread[..., 1:-1] / squash.square()
+    return out

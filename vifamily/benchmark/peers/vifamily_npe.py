@@ -31,8 +31,9 @@ def main(path: str) -> None:
     draws = [posterior(x).columns(job["draws"]) for x in torch.from_numpy(job.data["observations"])]  # type: ignore[operator]
     drawing.stop()
     record = posterior.record
+    setting = f"{record.family}, {record.steps} steps of {record.draws_per_step}"
     job.write(
         {"draws": torch.stack(draws).double().numpy()}, training=[training.wall, training.cpu],
-        drawing=[drawing.wall, drawing.cpu], epochs=len(record.trace["step"]), setting=f"{record.family}, {record.steps} "
-        f"steps of {record.draws_per_step}", versions=dict(versions()),
+        drawing=[drawing.wall, drawing.cpu], epochs=len(record.trace["step"]), setting=setting,
+        versions=dict(versions()),
     )  # fmt: skip
