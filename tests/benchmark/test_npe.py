@@ -10,7 +10,7 @@ from torch.distributions import Gamma, MultivariateNormal
 from typer.testing import CliRunner
 
 from vifamily.benchmark import Options, benchmark_named
-from vifamily.benchmark._environments import PEERS, interpreter, peers_of
+from vifamily.benchmark._environments import LAYER_PEERS, NPE_PEERS, PEERS, interpreter
 from vifamily.benchmark.npe import Measured, _Case, _rows, prior_values, read_measured
 from vifamily.cli import app
 from vifamily.errors import BenchmarkError, ConfigError, ReferenceDataError
@@ -120,8 +120,9 @@ def test_priors_as_plain_values() -> None:
 
 
 def test_peers_belong_to_one_benchmark() -> None:
-    assert set(peers_of("solvers")) & set(peers_of("npe")) == set()
-    assert set(peers_of("solvers")) | set(peers_of("npe")) == set(PEERS)
+    assert not set(NPE_PEERS) & {*PEERS, *LAYER_PEERS}
+    with pytest.raises(ConfigError, match="no peer 'sbi'"):
+        benchmark_named("solvers").run(Options(peers=("sbi",), problems=("logistic_60_3",), quick=True))
 
 
 def test_a_build_for_one_kind_of_processor_counts(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from torch.distributions import Distribution, Independent, MultivariateNormal, Uniform
 
-from vifamily.benchmark._environments import PEERS, default_folder, install, interpreter, peers_of
+from vifamily.benchmark._environments import NPE_PEERS, default_folder, install, interpreter
 from vifamily.benchmark._report import Benchmark, Options, Report, median_and_range
-from vifamily.benchmark._workers import read_files, work
+from vifamily.benchmark._workers import ask_and_read, read_files
 from vifamily.diagnostics import c2st
 from vifamily.errors import BenchmarkError, ConfigError, ReferenceDataError
 from vifamily.reproduce._sbibm_tasks import TASKS, Observation, observations
@@ -147,7 +147,7 @@ def _measure(
             continue
         job = {**case.job, "method": side, "seed": number}
         try:
-            answer = work(
+            answer = ask_and_read(
                 python, script, job, case.data, limit=options.budget or _BUDGET, folder=scratch,
                 read=lambda place: read_measured(place, shape),
             )  # fmt: skip
@@ -203,14 +203,14 @@ def _folder(options: Options) -> Path:
 
 def _sides(options: Options) -> dict[str, tuple[Path | None, str]]:
     folder = options.peers_dir or default_folder()
-    wanted = peers_of("npe") if options.peers is None else options.peers
+    wanted = tuple(NPE_PEERS) if options.peers is None else options.peers
     for name in wanted:
-        if name not in peers_of("npe"):
-            raise ConfigError(f"there is no peer {name!r} here: choose among {', '.join(peers_of('npe'))}, or none.")
+        if name not in NPE_PEERS:
+            raise ConfigError(f"there is no peer {name!r} here: choose among {', '.join(NPE_PEERS)}, or none.")
     if options.install_peers:
         install(wanted, folder)
     sides: dict[str, tuple[Path | None, str]] = {_OWN: (Path(sys.executable), "vifamily_npe")}
-    return {**sides, **{name: (interpreter(name, folder), PEERS[name].script) for name in wanted}}
+    return {**sides, **{name: (interpreter(name, folder), NPE_PEERS[name].script) for name in wanted}}
 
 
 def _run(options: Options) -> Report:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vifamily.benchmark._environments import PEERS, default_folder, install, interpreter, peers_of
+from vifamily.benchmark._environments import PEERS, default_folder, install, interpreter
 from vifamily.benchmark._judge import Judge, Moments, density_offset, first_time, plain
 from vifamily.benchmark._picture import gap_figure
 from vifamily.benchmark._report import Benchmark, Options, Report, median_and_range
@@ -90,7 +90,10 @@ def _sides(options: Options, folder: Path) -> dict[str, tuple[Path | None, str]]
     """Interpreter and script of each side, in the order of the rounds."""
     own = options.solvers or ("auto", "lbfgs", "adam")
     sides: dict[str, tuple[Path | None, str]] = {f"vifamily {s}": (Path(sys.executable), "vifamily_fit") for s in own}
-    wanted = peers_of("solvers") if options.peers is None else options.peers
+    wanted = tuple(PEERS) if options.peers is None else options.peers
+    for name in wanted:
+        if name not in PEERS:
+            raise ConfigError(f"there is no peer {name!r} here: choose among {', '.join(PEERS)}, or none.")
     if options.install_peers:
         install(wanted, folder)
     for name in wanted:
@@ -137,7 +140,7 @@ def _measure(case: Case, options: Options, sides: dict[str, Any], repeat: int, b
             case.answers.setdefault(side, []).append(why)
             continue
         small = case.problem in _QUICK and case.family == "mean_field" and side != "pathfinder"
-        if small and side in ("vifamily auto", "vifamily adam", *peers_of("solvers")):
+        if small and side in ("vifamily auto", "vifamily adam", *PEERS):
             case.speeds.setdefault(side, []).append(_speed(python, script, side, case, data, scratch, repeat))
 
 
@@ -263,7 +266,7 @@ def _run(options: Options) -> Report:
         raise ConfigError(f"the clock is 'wall' or 'cpu', got {options.clock!r}.")
     folder, clock = options.peers_dir or default_folder(), 0 if options.clock == "wall" else 1
     if options.quick and options.peers is None:
-        installed = tuple(name for name in peers_of("solvers") if interpreter(name, folder) is not None)
+        installed = tuple(name for name in PEERS if interpreter(name, folder) is not None)
         options = dataclasses.replace(options, peers=installed)
     sides = _sides(options, folder)
     repeats = options.repeats or (1 if options.quick else 3)

@@ -431,10 +431,20 @@ class Model(nn.Module, abc.ABC):
         """
         return None
 
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where a fit that begins at these moments, ``(dim,)`` each, is known to get nowhere.
+
+        It is asked about starts from outside: a given point, or the prior.
+        """
+
     @property
     def own_batch_size(self) -> int | None:
         """Size of the batches in which the data arrive; None where all data can be had at once."""
         return None
+
+    def by_likelihood(self) -> Model:
+        """Return this model for objectives that evaluate its log joint; itself, except for simulators."""
+        return self
 
     def for_batches(self, batch_size: int | None) -> Model:
         """Return the model to use with minibatches of this size: itself, or a form with its local latents apart."""
