@@ -27,6 +27,7 @@ from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import BaseSize, base_size
 from vifamily.llm.stochastic import StochasticCausalLM
 from vifamily.llm.styles import annotators, styled_facts
@@ -103,6 +104,7 @@ __all__ = [
     "save_members",
     "score_probabilities",
     "sequence_information",
+    "shard_base",
     "split_uncertainty",
     "split_uncertainty_along",
     "start_from_adapter",

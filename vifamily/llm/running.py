@@ -16,6 +16,7 @@ from vifamily.llm.cost import step_cost
 from vifamily.llm.laplace import adapter_laplace
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import base_size
 from vifamily.llm.stochastic import FAMILIES, StochasticCausalLM
 from vifamily.rng import generator
@@ -41,6 +42,7 @@ class RunSettings:
         lora_alpha: Their scale is this over the rank.
         lora_target_modules: Layers that are adapted, separated by commas; all-linear takes every linear layer.
         use_rslora: Whether the scale is over the root of the rank.
+        shard_base: Whether processes share out the weights of the base.
         initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
             unless reference_adapter names another.
         initial_noise: Size of the noise by which they differ there, relative to the adapter's matrices.
@@ -63,6 +65,7 @@ class RunSettings:
     lora_alpha: int = 32
     lora_target_modules: str = "all-linear"
     use_rslora: bool = False
+    shard_base: bool = False
     initial_adapter: str | None = None
     initial_noise: float = 0.1
     family: str = "points"
@@ -181,6 +184,9 @@ def run_training(
         start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
         if kind == "dpo" and options.reference_adapter is None:
             options = dataclasses.replace(options, reference_adapter=settings.initial_adapter)
+    if settings.shard_base:
+        _ = training.device  # processes meet when it is asked for
+        shard_base(model)
     maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
     run = maker(model, training, records, held, tokenizer, options=options)
     say(f"data: {run.prepared}")
@@ -236,6 +242,7 @@ def _cost(
                 base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
                 preferences=kind == "dpo",
                 devices=max(1, training.world_size),
+                sharded=settings.shard_base,
             )
         )
     except VifamilyError as error:

@@ -186,7 +186,8 @@ def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list
         if own is not None:
             family = own
         elif model.space is Space.DISCRETE:
-            family = "categorical"
+            simulated = Capability.SIMULATE in model.capabilities
+            family = "natural(kind='categorical')" if simulated else "categorical"
         elif Capability.SIMULATE in model.capabilities:
             family = "flow"
         else:

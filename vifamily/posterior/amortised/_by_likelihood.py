@@ -22,7 +22,7 @@ _POINTS = 4096
 _FEW_DRAWS = 2
 _PAIRS = 256
 """Simulated pairs of a step at least, for objectives that learn from these beside their data."""
-_CRITERION_DRAWS = 256
+_CRITERION_DRAWS, _MOST_TIMES = 256, 32
 
 
 def by_likelihood(objective: Objective) -> bool:
@@ -145,15 +145,23 @@ class ByLikelihood:
         if not bound and pairs.z.dtype.is_floating_point:
             parts = zip(pairs.z.split(_POINTS), pairs.x.split(_POINTS), strict=True)
             return torch.cat([-module.log_prob(z, x) for z, x in parts])  # type: ignore[operator]
-        draws = max(self.draws, _FEW_DRAWS if bound else _CRITERION_DRAWS)
+        draws = self.draws if bound else max(self.draws, _CRITERION_DRAWS)
+        # few data are judged by more noise
+        times = max(1, min(_MOST_TIMES, _POINTS // (draws * len(pairs.x))))
         source, out = generator(self.seed, "held out"), []
         for x in pairs.x.split(max(1, _POINTS // draws)):
             family, model = FamilyAtData(module, x), self.model.given(x)  # type: ignore[arg-type]
-            noise = draw_noise(family.noise_spec, (len(x), draws), source, dtype=x.dtype, device=x.device)
-            if not bound:
-                drawn = family(noise)
-                ratio = model.log_joint(drawn.z) - family.log_prob(drawn.z)
-                out.append(-weighted_sum(drawn.log_weight.expand_as(ratio), ratio))
-            else:
-                out.append(self.objective.loss(family, model, noise, None, None).value)
+            values = [self._judged(family, model, source, draws, bound=bound) for _ in range(times)]
+            out.append(torch.stack(values).mean(0))
         return torch.cat(out)
+
+    def _judged(
+        self, family: FamilyAtData, model: SimulatorAtData, source: torch.Generator, draws: int, *, bound: bool
+    ) -> Tensor:
+        latent = family.latent
+        noise = draw_noise(family.noise_spec, (family.size, draws), source, dtype=latent.dtype, device=latent.device)
+        if bound:
+            return self.objective.loss(family, model, noise, None, None).value
+        drawn = family(noise)
+        ratio = model.log_joint(drawn.z) - family.log_prob(drawn.z)
+        return -weighted_sum(drawn.log_weight.expand_as(ratio), ratio)

@@ -279,7 +279,8 @@ class _Run:
         encoder.fit_scale(self.all.x)
         with torch.no_grad():
             size = encoder(self.all.x[:2]).shape[-1]
-        latent = LatentSpec(self.simulator.dim, context_dim=int(size), **options)
+        model = self.simulator
+        latent = LatentSpec(model.dim, model.space, model.num_categories, int(size), **options)
         family = self.entry.build(latent, generator=source)
         family.spec = describe(self.entry)
         sd = self.all.z.double().std(0).clamp_min(1e-12)
