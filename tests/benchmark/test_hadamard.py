@@ -11,10 +11,11 @@ from vifamily.numerics.hadamard import hadamard
 @pytest.mark.parametrize(("name", "floor", "sides"), [
     ("hadamard", "copy_us", ("torch", "known", "torch_to_known", "dense_h", "dense_w", "rfft")),
     ("whvi", "linear_us", ("sampled", "local", "shared", "per_example")),
+    ("networks", "deterministic_us", ("mean_field", "walsh_hadamard", "walsh_hadamard_each")),
 ])  # fmt: skip
 def test_quick(name, floor, sides):
     said = []
-    report = benchmark_named(name).run(Options(quick=True, say=said.append))
+    report = benchmark_named(name).run(Options(quick=True, peers=(), say=said.append))
     assert len(said) == len(report.rows) >= 1
     for row in report.rows:
         assert row["benchmark"] == name

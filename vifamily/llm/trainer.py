@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.llm._after_step import AfterStep, step_callback
-from vifamily.llm._arguments import check_arguments, check_engines
+from vifamily.llm._arguments import check_arguments, check_draws, check_engines
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
 from vifamily.llm._checkpoints import check_complete, last_checkpoint
 from vifamily.llm._extra import require
@@ -26,7 +26,7 @@ from vifamily.llm.adapter_files import SavedAdapter
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import Rows
-from vifamily.llm.saving import load_members, save_members
+from vifamily.llm.saving import save_members
 from vifamily.rng import scoped
 
 __all__ = ["DPOEnsembleTrainer", "SFTEnsembleTrainer", "last_checkpoint"]
@@ -61,6 +61,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         args = args if args is not None else _transformers.TrainingArguments("trainer_output")
         check_arguments(args)
         self.options = options or EnsembleOptions()
+        check_draws(model, self.options)
         if self.pairs and self.options.unit not in ("sequence", "group"):
             raise ConfigError(f"preferences are routed by 'sequence' or 'group', got unit={self.options.unit!r}.")
         if self.options.reference_adapter is not None and not self.pairs:
@@ -230,6 +231,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the gradient of one batch, in micro-batches; see transformers."""
         model.train()
+        self._after_step.draw(self._ensemble, self.state.global_step)
         batch = self._prepare_inputs(inputs)
         tally = Tally()
         with self.compute_loss_context_manager():
@@ -332,6 +334,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; see transformers. Returned with the routed figures of the log."""
+        self._after_step.draw(self._ensemble, None)
         with scoped(self.args.seed):
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         last = self.state.log_history[-1] if self.state.log_history else {}
@@ -340,17 +343,17 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         training = {"objective": "dpo" if self.pairs else "sft", "step": self.state.global_step, **self.options.plain()}
-        training["routing_state"] = self._after_step.plain()
+        training |= {"family": getattr(self._ensemble, "family", "points"), "routing_state": self._after_step.plain()}
+        self._after_step.save(self._ensemble, folder)
         save_members(self._ensemble, folder, training=training)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        found = load_members(self._ensemble, resume_from_checkpoint)
-        self._after_step.restore(found.training.get("routing_state"))
+        self._after_step.load(self._ensemble, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_members(self._ensemble, self.state.best_model_checkpoint)
+        self._after_step.load(self._ensemble, Path(str(self.state.best_model_checkpoint)), state=False)
 
 
 class SFTEnsembleTrainer(_EnsembleTrainer):
