@@ -88,7 +88,7 @@ def _clean(command: Callable[..., int]) -> Callable[..., None]:
 
 
 def _console(*, quiet: bool) -> Console:
-    width = None if sys.stdout.isatty() else 180
+    width = None if sys.stdout.isatty() else 200
     return Console(quiet=quiet, width=width, highlight=False, soft_wrap=False)
 
 
@@ -216,6 +216,9 @@ def compare_command(
     steps: Steps = None,
     time_limit: TimeLimit = None,
     draws: Annotated[int | None, typer.Option(help="Draws per step, the same for every objective.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Against reference draws: arc_length, c2st (slow), both or none; arc_length.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Fits at once; one per core by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results; a killed run goes on from there.")] = Path("results"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Compute every cell anew.")] = False,
@@ -246,6 +249,7 @@ def compare_command(
         time_limit=time_limit,
         draws=draws,
         solver=solver,
+        metrics=DEFAULTS["metrics"] if metrics is None else metrics,
         progress=_progress(quiet=quiet),
         resume=not fresh,
     )

@@ -94,7 +94,8 @@ def fit(
     Returns:
         The posterior: draws, density, summary, diagnosis. For a simulator an
         :class:`~vifamily.posterior.amortised.AmortisedPosterior`, which gives the posterior of an observation when it
-        is called with one; its objective is ``inclusive_kl``.
+        is called with one; its objective is ``inclusive_kl``, or any that evaluates the log joint where the simulator
+        has a likelihood.
 
     Raises:
         IncompatibleError: If model, family and objective cannot meet.
@@ -144,7 +145,7 @@ def fit(
 
 
 def _amortised(
-    model: Simulator, family: Any, objective: Any, solver: Any, *, draws: int | None, local_family: Any,
+    model: Simulator, family: Any, objective: Any, solver: Any, *, local_family: Any,
     checkpoint: Any, device: Any, dtype: torch.dtype | None, steps: int | None, compile: Any, show_plan: bool,
     **options: Any,
 ) -> AmortisedPosterior:  # fmt: skip
@@ -152,7 +153,6 @@ def _amortised(
     if solver != "auto" and solver != "adam":
         raise ConfigError("a simulator is fitted by 'adam' on simulated pairs: leave solver out.")
     for name, value, instead in (
-        ("draws", draws, "the number of pairs in a step is batch_size="),
         ("local_family", local_family, "a simulator's parameters are all of one kind"),
         (
             "checkpoint",

@@ -56,6 +56,7 @@ class Capability(enum.StrEnum):
     POINT_PARAMETERS = "point-estimated parameters"
     GROUPS = "data in groups (groups=)"
     EXAMPLE_NOISE = "noise per example"
+    MEAN_STATISTICS = "mean statistics given the data (mean_statistics=)"
     # families
     DRAWS = "draws"
     REPARAMETERISED = "reparameterised draws"
@@ -71,6 +72,7 @@ class Capability(enum.StrEnum):
     CHEAP_LOG_Q = "cheap log density at given points"
     WEIGHTED = "draws that carry unequal weights"
     LOG_Q_BOUND = "draws with a bound in place of their log density"
+    NATURAL = "natural parameters of an exponential family"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -46,13 +46,55 @@ def test_derivatives(kernel):
     x = normal(2, 64).requires_grad_()
     with scoped(0):  # the checks draw directions
         assert gradcheck(lambda v: hadamard(v, kernel=kernel), (x,), check_forward_ad=True)
-        assert gradgradcheck(lambda v: hadamard(v, kernel=kernel).pow(3), (normal(1, 16).requires_grad_(),))
+        y = normal(1, 16).requires_grad_()
+        assert gradgradcheck(lambda v: hadamard(v, kernel=kernel).pow(3), (y,), check_fwd_over_rev=True)
 
 
 def test_vmap(kernel):
     x = normal(32, 5, 3)
     found = torch.func.vmap(lambda v: hadamard(v, kernel=kernel), in_dims=1)(x.movedim(0, -1).movedim(0, 1))
     torch.testing.assert_close(found, torch_hadamard(x.movedim(0, -1)), rtol=0, atol=1e-10)
+
+
+def test_many_gradients_at_once_and_a_tangent_of_one(kernel):
+    x, many = normal(3, 16).requires_grad_(), normal(5, 3, 16)
+    y = hadamard(x, kernel=kernel)
+    (found,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(found, torch_hadamard(many), rtol=0, atol=1e-10)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(many[0], many[1])
+        (gradient,) = torch.autograd.grad(y, x, dual)
+        tangent = torch.autograd.forward_ad.unpack_dual(gradient).tangent
+    torch.testing.assert_close(tangent, torch_hadamard(many[1]), rtol=0, atol=1e-10)
+
+
+def test_a_tracer_sees_one_operation(kernel):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = normal(2, 64)
+    traced = make_fx(lambda v: hadamard(v, kernel=kernel))(x)
+    torch.testing.assert_close(traced(2 * x), torch_hadamard(2 * x), rtol=0, atol=1e-10)
+    nested = make_fx(torch.func.vmap(lambda v: hadamard(v, kernel=kernel)))(x)
+    torch.testing.assert_close(nested(2 * x), torch_hadamard(2 * x), rtol=0, atol=1e-10)
+    gradient = make_fx(torch.func.grad(lambda v: hadamard(v, kernel=kernel).pow(2).sum()))(x)
+    torch.testing.assert_close(gradient(2 * x), 4 * x, rtol=0, atol=1e-10)
+
+
+def test_a_parameter_and_a_subclass(kernel):
+    class Own(torch.Tensor):
+        pass
+
+    x = normal(2, 64)
+    for form in (torch.nn.Parameter(x.clone()), x.clone().as_subclass(Own)):
+        found = hadamard(form, kernel=kernel)
+        torch.testing.assert_close(found.detach().as_subclass(torch.Tensor), torch_hadamard(x), rtol=0, atol=1e-10)
+
+
+def test_where_torch_does_not_say_what_is_active(kernel, monkeypatch):
+    monkeypatch.setattr(hadamard_kernel, "_nested", lambda: True)
+    x = normal(2, 64).requires_grad_()
+    (gradient,) = torch.autograd.grad(hadamard(x, kernel=kernel).square().sum(), x)
+    torch.testing.assert_close(gradient, 2 * x.detach(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.usefixtures("validation")

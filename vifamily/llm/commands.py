@@ -32,6 +32,7 @@ _FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 Folder = Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")]
 Data = Annotated[str, typer.Argument(help="A file (.jsonl, .json, .parquet) or a data set on the hub.")]
 Base = Annotated[str | None, typer.Option(help="The base, where it is not the one that the folder names.")]
+Reference = Annotated[str | None, typer.Option(help="Folder of the adapter that preferences were trained against.")]
 Config = Annotated[Path | None, typer.Option("--config", help="A YAML file of the same names; flags override it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -73,16 +74,19 @@ def _sft(context: typer.Context, *, config: Config = None, debug: Debug = False)
     """Fine-tune an ensemble on answers.
 
     Flags are named as in TRL and PEFT: --model_name_or_path, --dataset_name, --num_members, --lora_r, --lora_alpha,
-    --lora_target_modules, --renyi_alpha, --unit, --group_column and all of transformers' TrainingArguments, such as
-    --output_dir, --learning_rate and --report_to. `vifamily llm sft --flags` lists ours with their defaults.
+    --lora_target_modules, --renyi_alpha, --routing_entropy (moves alpha to hold it), --reseed_below (members that
+    died are put beside live ones), --family (mean_field, dropout, laplace: baselines whose draws are members), --unit,
+    --group_column and all of transformers' TrainingArguments, such as --output_dir, --learning_rate and --report_to.
+    `vifamily llm sft --flags` lists ours with their defaults.
     """
     return _train("sft", context.args, config)
 
 
 def _dpo(context: typer.Context, *, config: Config = None, debug: Debug = False) -> int:
-    """Fine-tune an ensemble on preferences, against the base as reference.
+    """Fine-tune an ensemble on preferences, against the base as reference, or against a trained adapter.
 
-    Flags are those of `vifamily llm sft`, with --beta; --unit is sequence (a pair) or group.
+    Flags are those of `vifamily llm sft`, with --beta; --unit is sequence (a pair) or group. --reference_adapter names
+    the folder of a PEFT adapter that is the reference; --initial_adapter one that members start near, too.
     """
     return _train("dpo", context.args, config)
 
@@ -106,13 +110,16 @@ def _loaded(folder: Path, base: str | None) -> Any:
 
 
 def _eval(folder: Folder, data: Data, *, base: Base = None, split: str = "test", beta: float = 0.1,
-          as_json: Json = False, debug: Debug = False) -> int:  # fmt: skip
+          reference_adapter: Reference = None, as_json: Json = False, debug: Debug = False) -> int:  # fmt: skip
     """Score held-out answers or preferences under the mixture and under each member."""
     from vifamily.diagnostics.routing import mixture_log_score
 
     records, ensemble = read_records(data, split=split), _loaded(folder, base)
     pairs = "chosen" in records[0]
-    ll = ensemble.preference_log_likelihood(records, beta=beta) if pairs else ensemble.log_likelihood(records)
+    if pairs:
+        ll = ensemble.preference_log_likelihood(records, beta=beta, reference_adapter=reference_adapter)
+    else:
+        ll = ensemble.log_likelihood(records)
     score = mixture_log_score(ll, ensemble.log_weight)
     if as_json:
         typer.echo(json.dumps({**score.to_dict(), "member_scores": ll.mean(1).tolist()}, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vifamily.models._at_data import SimulatorAtData
 from vifamily.models._base import BatchSource, Model
 from vifamily.models._prediction import Prediction
 from vifamily.models.causal_lm import CausalLM
@@ -25,5 +26,6 @@ __all__ = [
     "RandomFourierFeatures",
     "Simulations",
     "Simulator",
+    "SimulatorAtData",
     "random_feature_network",
 ]

@@ -442,6 +442,10 @@ class Model(nn.Module, abc.ABC):
         """Size of the batches in which the data arrive; None where all data can be had at once."""
         return None
 
+    def by_likelihood(self) -> Model:
+        """Return this model for objectives that evaluate its log joint; itself, except for simulators."""
+        return self
+
     def for_batches(self, batch_size: int | None) -> Model:
         """Return the model to use with minibatches of this size: itself, or a form with its local latents apart."""
         return self

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from vifamily import rng
 from vifamily.errors import ConfigError, DataError, ModelError, NotAvailableError, ShapeError
+from vifamily.models._at_data import SimulatorAtData
 from vifamily.models._base import Model, check_result
 from vifamily.models._calls import call_seeded, check_callable, check_count, check_device, check_dtype
 from vifamily.models._prior import Prior
 from vifamily.models._simulations import SimulationFolder, Simulations
 from vifamily.registry import register
-from vifamily.types import Batch, Capability
+from vifamily.types import Batch, Capability, Space
 
 __all__ = ["ObservedSimulator", "Simulations", "Simulator"]
 
@@ -37,7 +38,8 @@ class Simulator(Model):
     ``log_prob(theta)``; the simulator maps a batch of parameters ``(batch, dim)`` to a batch of data ``(batch,
     *shape)``, or one parameter ``(dim,)`` to one datum. Beyond them the prior may be a function of the number of draws,
     or a dictionary of independent priors by name: the simulator then gets a dictionary of tensors. Parameters are
-    moved to unconstrained space by their supports, so that no posterior leaks out of its prior.
+    moved to unconstrained space by their supports, so that no posterior leaks out of its prior. Discrete ones, not
+    mixed with continuous ones, are coded 0, 1, ....
 
     Prior and simulator draw from an explicit generator: it is passed to those that take ``generator=``, and others run
     under its seed, after which global random states are put back.
@@ -49,6 +51,10 @@ class Simulator(Model):
             them off distributions and takes real numbers otherwise; a single prior is called ``theta``.
         log_likelihood: Where there is one: ``(theta, x) -> (draw,)`` for parameters of many draws and one observation.
             Posteriors can then be weighed and refined, and the bounds of variational inference are to be had.
+        mean_statistics: For the Rao-Blackwellised ``inclusive_kl``, where known: ``(theta, x) -> (pair, statistic)``,
+            the mean of the sufficient statistics given the data of each pair, or given the data and such parts of
+            ``theta`` as it uses. Statistics are those of ``z`` in the order of the family: first and second moments
+            for normal laws, cosines and sines for angles.
         batched: Whether the simulator takes batches; None tries.
         dtype: Floating dtype of parameters, data and networks.
         device: Where networks live; simulations are made on the CPU.
@@ -75,6 +81,7 @@ class Simulator(Model):
         *,
         parameters: Mapping[str, Any] | None = None,
         log_likelihood: Callable[[Any, Tensor], Tensor] | None = None,
+        mean_statistics: Callable[[Any, Tensor], Tensor] | None = None,
         batched: bool | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -83,19 +90,22 @@ class Simulator(Model):
         check_callable(simulate, "simulate", "of parameters (batch, dim) that gives data (batch, ...)")
         if log_likelihood is not None:
             check_callable(log_likelihood, "log_likelihood", "of parameters and one observation")
+        if mean_statistics is not None:
+            check_callable(mean_statistics, "mean_statistics", "of parameters and data of the same pairs")
         found = Prior(prior, parameters)
-        if found.layout.num_categories is not None:
-            raise ConfigError(
-                "a simulator's parameters must be continuous: sum discrete ones out, or simulate them as part of the "
-                "data."
-            )
         super().__init__(found.layout, dtype=check_dtype(dtype), device=check_device(device))
+        self.num_categories = found.layout.num_categories
+        self.space = Space.REAL if self.num_categories is None else Space.DISCRETE
         self.prior, self.function, self.log_likelihood_function = found, simulate, log_likelihood
         self.name, self._batched = name, batched
         self.stored: Simulations | None = None
+        self.observations: Tensor | None = None
         capabilities = {Capability.SIMULATE, Capability.PRIOR_DRAWS}
         if found.has_log_prob:
             capabilities.add(Capability.PRIOR)
+        self.mean_statistics_function = mean_statistics
+        if mean_statistics is not None:
+            capabilities.add(Capability.MEAN_STATISTICS)
         self.capabilities = frozenset(capabilities)
 
     # -- the prior -----------------------------------------------------------------------------------------------------
@@ -129,6 +139,20 @@ class Simulator(Model):
             bad = int((~z.isfinite().all(-1)).sum())
             raise DataError(f"{bad} of {len(z)} parameters lie on the edge of or outside their support.")
         return z.to(self.device, self.dtype)
+
+    def mean_statistics(self, z: Tensor, x: Tensor) -> Tensor:
+        """Mean sufficient statistics given data, ``(pair, dim), (pair, *shape) -> (pair, statistic)``.
+
+        Raises:
+            NotAvailableError: If none were given.
+            ShapeError: If there is not one row for each pair.
+        """
+        if self.mean_statistics_function is None:
+            raise NotAvailableError("mean statistics are not known: Simulator(..., mean_statistics=...).")
+        theta = self.layout.constrain(z)
+        out = self.mean_statistics_function(theta if self.prior.named else next(iter(theta.values())), x)
+        check_result("mean_statistics", out, (len(z), None), z)
+        return out
 
     # -- simulations ---------------------------------------------------------------------------------------------------
     def simulate(self, theta: Mapping[str, Tensor], *, generator: torch.Generator) -> Tensor:
@@ -267,11 +291,36 @@ class Simulator(Model):
         other.stored = Simulations.join([pairs])
         return other
 
+    def with_observations(self, x: Any) -> Self:
+        """Return this simulator with observed data, over which objectives by the likelihood then average.
+
+        Args:
+            x: ``(datum, *shape)``.
+
+        Raises:
+            ShapeError: If there is no axis of data.
+            DataError: If a number is not finite.
+        """
+        data = torch.as_tensor(x).detach().to(self.device, self.dtype)
+        if data.dim() == 0 or not len(data):
+            raise ShapeError(f"observations must have a first axis of data, got the shape {tuple(data.shape)}.")
+        if not bool(data.isfinite().all()):
+            raise DataError("the observations have numbers that are not finite.")
+        other = copy.copy(self)
+        other.observations = data
+        return other
+
     def moved(self, *, device: torch.device, dtype: torch.dtype) -> Self:
         """Return a copy whose networks live on another device, or whose numbers have another floating dtype."""
         other = copy.copy(self)
         other.device, other.dtype = device, check_dtype(dtype)
         return other
+
+    def by_likelihood(self) -> Model:
+        """This simulator as a model with a log joint at data, where it has a likelihood and the prior a density."""
+        if self.log_likelihood_function is None or Capability.PRIOR not in self.capabilities:
+            return self
+        return SimulatorAtData(self)
 
     # -- at an observation ---------------------------------------------------------------------------------------------
     def at(self, x: Any) -> ObservedSimulator:
@@ -306,12 +355,15 @@ class ObservedSimulator(Model):
 
     def __init__(self, simulator: Simulator, x: Any) -> None:
         super().__init__(simulator.layout, dtype=simulator.dtype, device=simulator.device)
+        self.space, self.num_categories = simulator.space, simulator.num_categories
         self.simulator, self.x = simulator, torch.as_tensor(x).detach().to("cpu", simulator.dtype)
         if not bool(self.x.isfinite().all()):
             raise DataError("the observation has numbers that are not finite.")
         capabilities = (simulator.capabilities | {Capability.PREDICTIVE}) - {Capability.SIMULATE}
         if simulator.log_likelihood_function is not None and Capability.PRIOR in simulator.capabilities:
-            capabilities |= {Capability.LOG_JOINT, Capability.SCORE, Capability.SECOND_ORDER}
+            capabilities |= {Capability.LOG_JOINT}
+            if self.num_categories is None:
+                capabilities |= {Capability.SCORE, Capability.SECOND_ORDER}
         self.capabilities = frozenset(capabilities)
 
     def _log_prior(self, z: Tensor) -> Tensor:

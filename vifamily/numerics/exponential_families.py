@@ -9,7 +9,6 @@ least where moments match. Whether it is convex in what a network puts out depen
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import math
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import ConfigError
+from vifamily.numerics.exponential_family import ExponentialFamily
+from vifamily.numerics.exponential_gaussians import DiagonalGaussian, FixedScaleGaussian, FullGaussian
 from vifamily.types import Space
 
 __all__ = [
@@ -29,98 +30,8 @@ __all__ = [
     "bessel_ratio",
 ]
 
-_LINKS = ("softplus", "identity")
-
-
-@dataclasses.dataclass(frozen=True)
-class ExponentialFamily(abc.ABC):
-    """An exponential family over ``dim`` coordinates, with ``num_outputs`` raw numbers of a network per distribution.
-
-    Attributes:
-        dim: Number of coordinates of the variable.
-    """
-
-    dim: int = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
-            raise ConfigError(f"dim must be a positive integer, got {self.dim!r}.")
-        link = getattr(self, "link", "identity")
-        if link not in _LINKS:
-            raise ConfigError(f"link must be one of {', '.join(_LINKS)}, got {link!r}.")
-
-    # -- declarations --------------------------------------------------------------------------------------------------
-    @property
-    def space(self) -> Space:
-        """The space of the variable."""
-        return Space.REAL
-
-    @property
-    @abc.abstractmethod
-    def num_outputs(self) -> int:
-        """Raw numbers that describe one distribution."""
-
-    @property
-    def convex_in_output(self) -> bool:
-        """Whether minus the log density is convex in the raw numbers, on the domain."""
-        return True
-
-    @property
-    def domain(self) -> str:
-        """The set of natural parameters, in words."""
-        return "all real vectors"
-
-    # -- mathematics ---------------------------------------------------------------------------------------------------
-    @abc.abstractmethod
-    def natural(self, output: Tensor) -> Tensor:
-        """The link: raw numbers ``(..., num_outputs)`` to natural parameters ``(..., num_natural)``."""
-
-    @abc.abstractmethod
-    def statistics(self, theta: Tensor) -> Tensor:
-        """Sufficient statistics, ``(..., dim) -> (..., num_natural)``."""
-
-    @abc.abstractmethod
-    def log_partition(self, eta: Tensor) -> Tensor:
-        """The log partition function, ``(..., num_natural) -> (...)``; infinite outside the domain."""
-
-    @abc.abstractmethod
-    def mean(self, eta: Tensor) -> Tensor:
-        """The mean of the statistics, which is the gradient of the log partition, ``(..., num_natural)``."""
-
-    @abc.abstractmethod
-    def from_mean(self, mean: Tensor) -> Tensor:
-        """Moment matching: the natural parameters under which the statistics have this mean."""
-
-    @abc.abstractmethod
-    def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
-        """One draw for each row of natural parameters, ``(..., num_natural) -> (..., dim)``."""
-
-    def log_base(self, theta: Tensor) -> Tensor:
-        """The log base measure, ``(..., dim) -> (...)``."""
-        return theta.new_zeros(theta.shape[:-1])
-
-    def log_prob(self, theta: Tensor, eta: Tensor) -> Tensor:
-        """Log density at ``theta`` ``(..., dim)`` under ``eta`` ``(..., num_natural)``."""
-        return self.log_base(theta) + (eta * self.statistics(theta)).sum(-1) - self.log_partition(eta)
-
-    def loss(self, eta: Tensor, mean: Tensor) -> Tensor:
-        """The inclusive divergence up to a constant, ``A(eta) - eta . mean``, for mean statistics of the target.
-
-        With ``mean`` the conditional mean of the statistics instead of one draw's, this is the Rao-Blackwellised loss.
-        """
-        return self.log_partition(eta) - (eta * mean).sum(-1)
-
-    def fisher(self, eta: Tensor) -> Tensor:
-        """Fisher information, the covariance of the statistics, ``(..., num_natural, num_natural)``."""
-        flat = eta.reshape(-1, eta.shape[-1])
-        hessian: Tensor = torch.func.vmap(torch.func.jacrev(self.mean))(flat)
-        return hessian.reshape(*eta.shape, eta.shape[-1])
-
-    def natural_gradient(self, eta: Tensor, mean: Tensor) -> Tensor:
-        """The gradient of :meth:`loss` preconditioned by the inverse Fisher information, ``(..., num_natural)``."""
-        gap = (self.mean(eta) - mean).unsqueeze(-1)
-        solved: Tensor = torch.linalg.solve(self.fisher(eta), gap)
-        return solved.squeeze(-1)
+_NEAR_ZERO = 1e-3
+"""Squared length of natural parameters of an angle below which series are exact to rounding, derivatives as well."""
 
 
 def bessel_ratio(kappa: Tensor) -> Tensor:
@@ -173,18 +84,28 @@ class VonMises(ExponentialFamily):
         tiny = torch.finfo(eta.dtype).tiny
         return pairs, (pairs.square().sum(-1) + tiny).sqrt()
 
+    def _near_zero(self, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared lengths, which of them are near zero, and lengths that are never so."""
+        square = eta.unflatten(-1, (self.dim, 2)).square().sum(-1)
+        near = square < _NEAR_ZERO
+        return square, near, torch.where(near, torch.ones_like(square), square).sqrt()
+
     def log_partition(self, eta: Tensor) -> Tensor:
         """``log 2 pi I_0(kappa)``, summed over angles."""
-        _, kappa = self._plane(eta)
-        each: Tensor = kappa + torch.special.i0e(kappa).log() + math.log(2 * math.pi)
+        # in the square of kappa, so that all derivatives are right where kappa is zero
+        square, near, kappa = self._near_zero(eta)
+        series = square / 4 - square**2 / 64 + square**3 / 576 - 11 * square**4 / 49152
+        far = kappa + torch.special.i0e(kappa).log()
+        each: Tensor = torch.where(near, series, far) + math.log(2 * math.pi)
         return each.sum(-1)
 
     def mean(self, eta: Tensor) -> Tensor:
         """``I_1 / I_0`` times the direction."""
-        pairs, kappa = self._plane(eta)
-        # the ratio is kappa / 2 near zero
-        slope = torch.where(kappa < 1e-4, 0.5 - kappa.square() / 16, bessel_ratio(kappa) / kappa)
-        return (slope.unsqueeze(-1) * pairs).flatten(-2)
+        square, near, kappa = self._near_zero(eta)
+        series = 0.5 - square / 16 + square**2 / 96 - 11 * square**3 / 6144 + 19 * square**4 / 61440
+        slope = torch.where(near, series, bessel_ratio(kappa) / kappa)
+        out: Tensor = (slope.unsqueeze(-1) * eta.unflatten(-1, (self.dim, 2))).flatten(-2)
+        return out
 
     def from_mean(self, mean: Tensor) -> Tensor:
         """Invert ``I_1 / I_0`` by Newton's method, each step kept inside a bracket of the root."""
@@ -224,223 +145,6 @@ class VonMises(ExponentialFamily):
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedScaleGaussian(ExponentialFamily):
-    """Independent normal coordinates with a fixed standard deviation; the raw numbers are the means.
-
-    Minus the log density is a squared error, convex in the mean. Statistics ``theta``, natural parameters
-    ``mean / sd^2``, log partition ``sd^2 |eta|^2 / 2``.
-
-    Attributes:
-        sd: The standard deviation.
-    """
-
-    sd: float = 1.0
-
-    @property
-    def num_outputs(self) -> int:
-        """One for each coordinate."""
-        return self.dim
-
-    def natural(self, output: Tensor) -> Tensor:
-        """``mean / sd^2``."""
-        return output / self.sd**2
-
-    def statistics(self, theta: Tensor) -> Tensor:
-        """The coordinates."""
-        return theta
-
-    def log_base(self, theta: Tensor) -> Tensor:
-        """The density at mean zero."""
-        constant = self.dim * (0.5 * math.log(2 * math.pi) + math.log(self.sd))
-        return -0.5 * (theta / self.sd).square().sum(-1) - constant
-
-    def log_partition(self, eta: Tensor) -> Tensor:
-        """``sd^2 |eta|^2 / 2``."""
-        return 0.5 * self.sd**2 * eta.square().sum(-1)
-
-    def mean(self, eta: Tensor) -> Tensor:
-        """The means."""
-        return self.sd**2 * eta
-
-    def from_mean(self, mean: Tensor) -> Tensor:
-        """``mean / sd^2``."""
-        return mean / self.sd**2
-
-    def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Draw normal coordinates."""
-        return self.mean(eta) + self.sd * _normal_like(eta, generator)
-
-
-def _normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=generator.device).to(like)
-
-
-def _positive(raw: Tensor, link: str) -> Tensor:
-    return torch.nn.functional.softplus(raw) if link == "softplus" else raw
-
-
-@dataclasses.dataclass(frozen=True)
-class DiagonalGaussian(ExponentialFamily):
-    r"""Independent normal coordinates: statistics ``(theta, theta^2)``, natural parameters ``(mu P, -P / 2)``.
-
-    .. math:: A(\eta) = \sum_i \frac{\eta_{1i}^2}{4 (-\eta_{2i})} - \tfrac12 \log(-2 \eta_{2i}) + \tfrac12 \log 2\pi.
-
-    The raw numbers are ``(mu P, raw P)``. With the link ``softplus`` every raw number is allowed and no region is
-    without a gradient, but minus the log density is no longer convex in them; with ``identity`` it is, on the half
-    space ``P > 0``, outside which the log partition is infinite.
-
-    Attributes:
-        link: ``softplus`` or ``identity``, from the second half of the raw numbers to the precision.
-    """
-
-    link: str = "softplus"
-
-    @property
-    def num_outputs(self) -> int:
-        """Two for each coordinate."""
-        return 2 * self.dim
-
-    @property
-    def convex_in_output(self) -> bool:
-        """With the identity only."""
-        return self.link == "identity"
-
-    @property
-    def domain(self) -> str:
-        """The second half negative."""
-        return "the second half of the natural parameters is negative"
-
-    def natural(self, output: Tensor) -> Tensor:
-        """``(mu P, -P / 2)``."""
-        first, raw = output.split(self.dim, dim=-1)
-        return torch.cat([first, -0.5 * _positive(raw, self.link)], dim=-1)
-
-    def statistics(self, theta: Tensor) -> Tensor:
-        """Coordinates and their squares."""
-        return torch.cat([theta, theta.square()], dim=-1)
-
-    def log_partition(self, eta: Tensor) -> Tensor:
-        """See the class."""
-        first, second = eta.split(self.dim, dim=-1)
-        precision = -2 * second
-        inside = precision > 0
-        safe = torch.where(inside, precision, torch.ones_like(precision))
-        each = 0.5 * first.square() / safe - 0.5 * safe.log() + 0.5 * math.log(2 * math.pi)
-        return torch.where(inside, each, torch.full_like(each, math.inf)).sum(-1)
-
-    def mean(self, eta: Tensor) -> Tensor:
-        """First and second moments."""
-        first, second = eta.split(self.dim, dim=-1)
-        variance = -0.5 / second
-        mu = first * variance
-        return torch.cat([mu, mu.square() + variance], dim=-1)
-
-    def from_mean(self, mean: Tensor) -> Tensor:
-        """From first and second moments."""
-        mu, second = mean.split(self.dim, dim=-1)
-        precision = 1 / (second - mu.square())
-        return torch.cat([mu * precision, -0.5 * precision], dim=-1)
-
-    def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Draw normal coordinates."""
-        first, second = eta.split(self.dim, dim=-1)
-        variance = -0.5 / second
-        drawn: Tensor = first * variance + variance.sqrt() * _normal_like(first, generator)
-        return drawn
-
-
-@dataclasses.dataclass(frozen=True)
-class FullGaussian(ExponentialFamily):
-    r"""Normal laws with any covariance; the raw numbers are ``(b, L)``, ``L`` the lower factor of the precision.
-
-    .. math:: -\log q = \tfrac12 \|L^\top \theta - b\|^2 - \sum_i \log L_{ii} + \tfrac{d}{2} \log 2\pi,
-
-    jointly convex in ``(L, b)`` where ``L_ii > 0``: with the link ``identity``. With ``softplus`` on the diagonal every
-    raw number is allowed and convexity is lost. Statistics are ``(theta, theta theta^T)``, natural parameters
-    ``(P mu, -P / 2)`` with all entries of the matrix.
-
-    Attributes:
-        link: ``softplus`` or ``identity``, from raw numbers to the diagonal of ``L``.
-    """
-
-    link: str = "softplus"
-
-    @property
-    def num_outputs(self) -> int:
-        """``dim`` numbers of ``b``, ``dim (dim + 1) / 2`` of ``L``, the diagonal first."""
-        return self.dim + self.dim * (self.dim + 1) // 2
-
-    @property
-    def convex_in_output(self) -> bool:
-        """With the identity only; in ``(L, b)``."""
-        return self.link == "identity"
-
-    @property
-    def domain(self) -> str:
-        """A negative definite matrix."""
-        return "the matrix among the natural parameters is negative definite"
-
-    def factor(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw numbers to ``b`` ``(..., dim)`` and ``L`` ``(..., dim, dim)``."""
-        b, raw, below = output.split([self.dim, self.dim, self.dim * (self.dim - 1) // 2], dim=-1)
-        lower = torch.diag_embed(_positive(raw, self.link))
-        if self.dim > 1:
-            rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=output.device)
-            place = torch.zeros(below.shape[-1], self.dim * self.dim, dtype=output.dtype, device=output.device)
-            place[torch.arange(below.shape[-1]), rows * self.dim + columns] = 1.0
-            lower = lower + (below @ place).unflatten(-1, (self.dim, self.dim))
-        return b, lower
-
-    def natural(self, output: Tensor) -> Tensor:
-        """``(L b, -L L^T / 2)``."""
-        b, lower = self.factor(output)
-        first = (lower @ b.unsqueeze(-1)).squeeze(-1)
-        return torch.cat([first, (-0.5 * lower @ lower.mT).flatten(-2)], dim=-1)
-
-    def _parts(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        first, matrix = eta.split([self.dim, self.dim**2], dim=-1)
-        square = matrix.unflatten(-1, (self.dim, self.dim))
-        return first, -(square + square.mT)
-
-    def statistics(self, theta: Tensor) -> Tensor:
-        """Coordinates and their products."""
-        return torch.cat([theta, (theta.unsqueeze(-1) * theta.unsqueeze(-2)).flatten(-2)], dim=-1)
-
-    def log_partition(self, eta: Tensor) -> Tensor:
-        """``eta_1 . P^-1 eta_1 / 2 - log |P| / 2 + dim log(2 pi) / 2``; infinite where P is not positive definite."""
-        first, precision = self._parts(eta)
-        factor, failed = torch.linalg.cholesky_ex(precision)
-        solved = torch.linalg.solve_triangular(factor, first.unsqueeze(-1), upper=False).squeeze(-1)
-        each = 0.5 * solved.square().sum(-1) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        out = each + 0.5 * self.dim * math.log(2 * math.pi)
-        return torch.where(failed == 0, out, torch.full_like(out, math.inf))
-
-    def mean(self, eta: Tensor) -> Tensor:
-        """First and second moments."""
-        first, precision = self._parts(eta)
-        covariance = torch.linalg.inv(precision)
-        mu = (covariance @ first.unsqueeze(-1)).squeeze(-1)
-        return torch.cat([mu, (covariance + mu.unsqueeze(-1) * mu.unsqueeze(-2)).flatten(-2)], dim=-1)
-
-    def from_mean(self, mean: Tensor) -> Tensor:
-        """From first and second moments."""
-        mu, matrix = mean.split([self.dim, self.dim**2], dim=-1)
-        second = matrix.unflatten(-1, (self.dim, self.dim))
-        precision = torch.linalg.inv(second - mu.unsqueeze(-1) * mu.unsqueeze(-2))
-        first = (precision @ mu.unsqueeze(-1)).squeeze(-1)
-        return torch.cat([first, -0.5 * precision.flatten(-2)], dim=-1)
-
-    def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Draw, ``mu + L^-T e``."""
-        first, precision = self._parts(eta)
-        factor = torch.linalg.cholesky(precision)
-        half = torch.linalg.solve_triangular(factor, first.unsqueeze(-1), upper=False)
-        noise = _normal_like(first, generator).unsqueeze(-1)
-        drawn: Tensor = torch.linalg.solve_triangular(factor.mT, half + noise, upper=True)
-        return drawn.squeeze(-1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Categorical(ExponentialFamily):
     """Independent categorical coordinates; natural parameters are the logits of all but the first category.
 
@@ -448,15 +152,32 @@ class Categorical(ExponentialFamily):
     categories from zero, as floats.
 
     Attributes:
-        num_categories: Categories of each coordinate.
+        num_categories: Categories of each coordinate: one number for all, or one for each.
+
+    Example:
+        >>> law = Categorical(2, (2, 3))
+        >>> law.num_outputs, law.mean(torch.zeros(3)).numpy().round(4).tolist()
+        (3, [0.5, 0.33329999446868896, 0.33329999446868896])
     """
 
-    num_categories: int = 2
+    num_categories: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.num_categories, bool) or not isinstance(self.num_categories, int) or self.num_categories < 2:
-            raise ConfigError(f"num_categories must be an integer of at least 2, got {self.num_categories!r}.")
+        given = self.num_categories
+        each = (given,) * self.dim if isinstance(given, int) else given
+        fits = isinstance(each, tuple) and len(each) == self.dim
+        if not fits or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in each):
+            raise ConfigError(
+                f"num_categories must be an integer of at least 2, or one for each of {self.dim} coordinates, got "
+                f"{given!r}."
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Categories of each coordinate."""
+        given = self.num_categories
+        return (given,) * self.dim if isinstance(given, int) else given
 
     @property
     def space(self) -> Space:
@@ -466,38 +187,56 @@ class Categorical(ExponentialFamily):
     @property
     def num_outputs(self) -> int:
         """One less than there are categories, for each coordinate."""
-        return self.dim * (self.num_categories - 1)
+        return sum(self.counts) - self.dim
 
     def natural(self, output: Tensor) -> Tensor:
         """The identity."""
         return output
 
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Coordinate and category that each natural parameter belongs to."""
+        rows = [i for i, n in enumerate(self.counts) for _ in range(1, n)]
+        columns = [k for n in self.counts for k in range(1, n)]
+        return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
     def statistics(self, theta: Tensor) -> Tensor:
         """Indicators of all categories but the first."""
-        each = torch.arange(1, self.num_categories, device=theta.device, dtype=theta.dtype)
-        return (theta.unsqueeze(-1) == each).to(theta).flatten(-2)
+        rows, columns = self._places(theta.device)
+        return (theta[..., rows] == columns.to(theta)).to(theta)
 
-    def _logits(self, eta: Tensor) -> Tensor:
-        rows = eta.unflatten(-1, (self.dim, self.num_categories - 1))
-        return torch.nn.functional.pad(rows, (1, 0))
+    def log_base(self, theta: Tensor) -> Tensor:
+        """Zero at the categories, minus infinity elsewhere."""
+        most = torch.tensor(self.counts, device=theta.device).to(theta) - 1
+        inside = ((theta == theta.round()) & (theta >= 0) & (theta <= most)).all(-1)
+        return torch.where(inside, 0.0, -math.inf).to(theta)
+
+    def log_odds(self, eta: Tensor) -> Tensor:
+        """Logits of every category, ``(..., dim, categories)``; minus infinity where a coordinate has fewer."""
+        rows, columns = self._places(eta.device)
+        place = torch.ones(self.dim, max(self.counts), dtype=torch.long, device=eta.device)
+        place[:, 0] = 0
+        place[rows, columns] = torch.arange(2, 2 + len(rows), device=eta.device)
+        first = torch.zeros_like(eta[..., :1])
+        return torch.cat([first, torch.full_like(first, -math.inf), eta], dim=-1)[..., place]
 
     def log_partition(self, eta: Tensor) -> Tensor:
         """``log(1 + sum exp eta)``, summed over coordinates."""
-        return self._logits(eta).logsumexp(-1).sum(-1)
+        return self.log_odds(eta).logsumexp(-1).sum(-1)
 
     def mean(self, eta: Tensor) -> Tensor:
         """Probabilities of all categories but the first."""
-        return self._logits(eta).softmax(-1)[..., 1:].flatten(-2)
+        rows, columns = self._places(eta.device)
+        return self.log_odds(eta).softmax(-1)[..., rows, columns]
 
     def from_mean(self, mean: Tensor) -> Tensor:
         """Log odds against the first category."""
-        rows = mean.unflatten(-1, (self.dim, self.num_categories - 1))
-        first = 1 - rows.sum(-1, keepdim=True)
-        out: Tensor = (rows.log() - first.log()).flatten(-2)
-        return out
+        rows, _ = self._places(mean.device)
+        others = torch.zeros_like(mean[..., :1]).expand(*mean.shape[:-1], self.dim)
+        first = 1 - others.index_add(-1, rows, mean)
+        return mean.log() - first[..., rows].log()
 
     def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw by Gumbel noise."""
-        logits = self._logits(eta)
+        logits = self.log_odds(eta)
         unit = torch.rand(logits.shape, generator=generator, dtype=torch.float64).clamp(1e-300, 1 - 1e-16).to(logits)
         return (logits - (-unit.log()).log()).argmax(-1).to(eta)

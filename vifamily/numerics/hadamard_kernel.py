@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.numerics.hadamard import hadamard as torch_hadamard
@@ -75,16 +76,26 @@ def _on_dao(x: Tensor, scale: float) -> Tensor:
 _WAYS = {"processor": _on_processor, "dao": _on_dao}
 
 
-class _Transform(torch.autograd.Function):
+# torch has no public name for these questions; where it has dropped them, the slower way serves everything
+_nested = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_observed = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def _lowest(x: Tensor, scale: float, way: str) -> Tensor:
+    """The transform of a tensor below all derivatives; with its name where a tracer watches, or there is no memory."""
+    if not _observed():
+        try:
+            x.data_ptr()
+        except RuntimeError:  # many gradients at once, `is_grads_batched`, come as a tensor without memory of its own
+            pass
+        else:
+            return _WAYS[way](x, scale)
+    named: Tensor = _operation(x, scale, way)
+    return named
+
+
+class _Linear(torch.autograd.Function):
     """The transform and its derivatives: it is linear and symmetric, so each of them is the transform again."""
-
-    @staticmethod
-    def forward(x: Tensor, scale: float, way: str) -> Tensor:
-        return _WAYS[way](x, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: Tensor) -> None:
-        ctx.scale, ctx.way = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -94,18 +105,44 @@ class _Transform(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return _apply(tangents[0], ctx.scale, ctx.way)
 
+
+class _Plain(_Linear):
+    """Without what `torch.func` asks for, which takes longer than the transform of a small batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, way: str) -> Tensor:
+        ctx.scale, ctx.way = scale, way
+        return _lowest(x, scale, way)
+
+
+class _Nested(_Linear):
+    """Under the transforms of `torch.func`."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float, way: str) -> Tensor:
+        return _lowest(x, scale, way)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: Tensor) -> None:
+        ctx.scale, ctx.way = inputs[1:]
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, scale: float, way: str) -> tuple[Tensor, int]:
         return _apply(x.movedim(in_dims[0] or 0, 0), scale, way), 0
 
 
 def _apply(x: Tensor, scale: float, way: str) -> Tensor:
-    out: Tensor = _Transform.apply(x, scale, way)  # type: ignore[no-untyped-call]
+    """The transform with its derivatives, by the least work between Python and the kernel that the occasion allows."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
+        named: Tensor = _operation(x, scale, way)
+        return named
+    function = _Nested if _nested() else _Plain
+    out: Tensor = function.apply(x, scale, way)  # type: ignore[no-untyped-call]
     return out
 
 
-# A compiled graph cannot look into a C function: there it is one operation with a name. Without a graph the function
-# above does the same with less work between Python and the kernel.
+# A compiled graph, a tracer or a counter of operations cannot look into a C function: for them it is one operation with
+# a name. Without any the functions above do the same with less work between Python and the kernel.
 @torch.library.custom_op("vifamily::hadamard", mutates_args=())
 def _operation(x: Tensor, scale: float, way: str) -> Tensor:
     return _WAYS[way](x, scale)
@@ -193,7 +230,4 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
     if way is None:
         return torch_hadamard(x, orthonormal=orthonormal)
     scale = float(size) ** -0.5 if orthonormal else 1.0
-    if torch.compiler.is_compiling():
-        named: Tensor = _operation(x, scale, way)
-        return named
     return _apply(x, scale, way)

@@ -186,7 +186,8 @@ def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list
         if own is not None:
             family = own
         elif model.space is Space.DISCRETE:
-            family = "categorical"
+            simulated = Capability.SIMULATE in model.capabilities
+            family = "natural(kind='categorical')" if simulated else "categorical"
         elif Capability.SIMULATE in model.capabilities:
             family = "flow"
         else:
@@ -224,7 +225,7 @@ def _automatic(objective: Objective, model: Model, family: Family, batch_size: i
     """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
     if objective.own_solver is not None:
         return objective.own_solver, "the objective is not the descent of a loss, and this drives it"
-    if Capability.SIMULATE in objective.needs_model:
+    if Capability.SIMULATE in model.capabilities:
         return "adam", "the loss is a mean over simulated pairs, a few of them in each step"
     if batch_size is not None:
         return "adam", "minibatches change the loss at every step"
@@ -399,10 +400,14 @@ def make_plan(
     if loss.freezes_model and any(p.requires_grad for p in found.parameters()):
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
+    simulated = Capability.SIMULATE in found.capabilities
+    pairs_only = loss.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT} == {Capability.SIMULATE}
+    if simulated and not pairs_only:
+        found = found.by_likelihood()
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
     own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
     entry = _family_choice(family, found, own, notes)
-    if Capability.SIMULATE in loss.needs_model:
+    if simulated and (loss.inclusive or Capability.SIMULATE in loss.needs_model):
         entry = entry.for_given_points()
     latent = latent_of(found)
     _check_space(entry, latent, loss, found)
@@ -415,7 +420,7 @@ def make_plan(
         loss = loss.for_shared_noise(registry.entry_name(way))
     if not way.writes(built):
         loss = check_pair(loss, found, built, entry)
-    if Capability.SIMULATE not in loss.needs_model:
+    if not simulated:
         check_batches(loss, found, batch_size)
     notes += loss.notes
     way.check(model=found, family=built, batch_size=batch_size, objective=loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from vifamily.families import Family
 from vifamily.posterior.amortised.encoders import Encoder
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec
 
-__all__ = ["AmortisedFamily", "ConditionedFamily"]
+__all__ = ["LOST", "AmortisedFamily", "ConditionedFamily"]
 
 
 class AmortisedFamily(nn.Module):
@@ -52,18 +53,34 @@ class AmortisedFamily(nn.Module):
 
     def forward(self, noise: Tensor, context: Tensor | None = None) -> Draw:
         """Map noise ``(draw, datum, *noise_spec.shape)`` to draws at data ``(datum, *shape)``."""
-        draw: Draw = self.family(noise, self._encoded(context))
+        draw: Draw = self.family(noise, self.encode(context))
         return draw
 
     def log_prob(self, z: Tensor, context: Tensor | None = None, *, frozen: bool = False) -> Tensor:
         """Log density at points ``(..., datum, dim)`` given data ``(datum, *shape)``, ``(..., datum)``."""
-        return self.family.log_prob(z, self._encoded(context), frozen=frozen)
+        encoded = self.encode(context)
+        return self.family.log_prob(z, encoded.detach() if frozen else encoded, frozen=frozen)
+
+    @property
+    def exponential(self) -> Any:
+        """The conditional family, where it is an exponential one with natural parameters."""
+        return self.family
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Raw numbers of an exponential family at data ``(datum, *shape)``, ``(datum, num_outputs)``."""
+        out: Tensor = self.exponential.raw(self.encode(x))
+        return out
 
     def entropy(self, context: Tensor | None = None) -> Tensor:
         """Closed-form entropy at each datum, ``(datum,)``, where there is one."""
-        return self.family.entropy(self._encoded(context))
+        return self.family.entropy(self.encode(context))
 
-    def _encoded(self, x: Tensor | None) -> Tensor:
+    def encode(self, x: Tensor | None) -> Tensor:
+        """Encode data ``(datum, *shape)`` to contexts ``(datum, context_dim)``.
+
+        Raises:
+            ShapeError: If there are none.
+        """
         if x is None:
             raise ShapeError("an amortised family is conditional: give data (datum, ...) as its context.")
         out: Tensor = self.encoder(x)
@@ -90,12 +107,13 @@ class AmortisedFamily(nn.Module):
         return ConditionedFamily(self.family, self.encoder(x.to(like).reshape(1, *shape)))
 
 
-_LOST = frozenset(
+LOST = frozenset(
     {
         Capability.CONDITIONAL,
         Capability.GAUSSIAN,
         Capability.FULL_GAUSSIAN,
         Capability.FACTORISED_GAUSSIAN,
+        Capability.NATURAL,
     }
 )
 """What a conditional family cannot do at one context: give its moments without draws."""
@@ -117,7 +135,7 @@ class ConditionedFamily(Family):
         super().__init__(plain)
         self.inner = family
         self.noise_spec = family.noise_spec
-        self.capabilities = family.capabilities - _LOST
+        self.capabilities = family.capabilities - LOST
         self.vectorised = family.vectorised
         self.log_q_is_bound = family.log_q_is_bound
         self.shift, self.scale = family.shift, family.scale

@@ -11,13 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import ConfigError
+from vifamily import registry
+from vifamily.errors import ConfigError, ShapeError
 from vifamily.families.flow import Flow
 from vifamily.interrupts import Interrupts
 from vifamily.models import Simulations, Simulator
 from vifamily.numerics.threads import few_threads
+from vifamily.objectives import Objective
 from vifamily.plan import describe, make_plan
 from vifamily.posterior._record import FitRecord, versions
+from vifamily.posterior.amortised._by_likelihood import (
+    ByLikelihood,
+    by_likelihood,
+    draws_per_datum,
+    refuse_without_likelihood,
+)
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
 from vifamily.posterior.amortised._training import EpochReport, Pairs, Trainer
@@ -26,7 +34,7 @@ from vifamily.progress import FitProgress
 from vifamily.rng import generator, split
 from vifamily.solvers import StepReport
 from vifamily.trackers import Tracker
-from vifamily.types import Batch, LatentSpec
+from vifamily.types import Batch, Capability, LatentSpec
 
 __all__ = ["fit_amortised"]
 
@@ -35,6 +43,12 @@ _STEP_SIZE = 4e-3
 _FRESH_BATCHES = 64
 """Batches of fresh simulations that count as an epoch."""
 _FEWEST_PAIRS = 20
+_SIMULATIONS, _HOLDOUT, _PATIENCE = 10_000, 0.1, 20
+"""For objectives that do not say: simulations to make, share held out, passes without an improvement that end a fit."""
+_LEAST_STEPS = 30
+"""Steps that make an epoch at least."""
+_SCALING = 1000
+"""Simulations that set the scales of data and parameters where observations are learnt from."""
 
 
 def fit_amortised(
@@ -46,6 +60,7 @@ def fit_amortised(
     seed: int = 0,
     steps: int = 50_000,
     restarts: int = 1,
+    draws: int | None = None,
     batch_size: int | None = None,
     step_size: float | None = None,
     init: Any = "auto",
@@ -57,15 +72,21 @@ def fit_amortised(
 ) -> AmortisedPosterior:
     """Fit a conditional family to a simulator's joint; ``vf.fit`` calls this for a simulator.
 
+    By ``inclusive_kl`` simulated pairs are all that is needed. Other objectives (``elbo``, ``iwae``, ``renyi``,
+    ``reweighted_wake``, ``msc``, ...) evaluate the likelihood of a simulator that has one, and are averaged over data:
+    those of :meth:`~vifamily.models.Simulator.with_observations`, or simulated ones.
+
     Args:
-        simulator: The simulator; the simulations it carries are used, where it does.
+        simulator: The simulator; the simulations or observations it carries are used, where it does.
         family: A conditional family's name or entry; ``"auto"`` takes a neural spline flow.
-        objective: ``inclusive_kl``, with options.
+        objective: ``inclusive_kl``, with options, or an objective by the likelihood.
         encoder: A module, or a name such as ``"set(outputs=16)"``; None takes the standardised data for a flow, whose
             networks see them, and a perceptron for other families.
         seed: Root seed of simulations, networks and the order of the pairs.
         steps: Most steps.
         restarts: Networks to train on the same simulations; the best on the held-out ones is returned.
+        draws: Draws of q at each datum of a step, for objectives by the likelihood; None takes two where the loss is a
+            mean over draws, and the objective's default elsewhere.
         batch_size: Pairs per step; None takes 256, or less where simulations are few.
         step_size: First step size of Adam; None takes 0.004.
         init: ``"auto"``, or an amortised posterior to go on from.
@@ -84,7 +105,7 @@ def fit_amortised(
         ConfigError: If a number is out of range.
         ModelError: If prior or simulator raise.
     """
-    run = _Run(simulator, family, objective, encoder, seed, batch_size, step_size, init, workers)
+    run = _Run(simulator, family, objective, encoder, seed, draws, batch_size, step_size, init, workers)
     began = time.monotonic()
     run.prepare()
     simulated = time.monotonic() - began
@@ -146,13 +167,22 @@ class _Run:
     """What a fit is made of."""
 
     def __init__(
-        self, simulator: Simulator, family: Any, objective: Any, encoder: Any, seed: int, batch_size: int | None,
-        step_size: float | None, init: Any, workers: int,
+        self, simulator: Simulator, family: Any, objective: Any, encoder: Any, seed: int, draws: int | None,
+        batch_size: int | None, step_size: float | None, init: Any, workers: int,
     ) -> None:  # fmt: skip
         self.simulator, self.seed, self.workers = simulator, seed, workers
-        planned = make_plan(simulator, family, objective, "auto", draws=None, batch_size=batch_size, device=None,
+        asked = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
+        self.by_likelihood = isinstance(asked, Objective) and by_likelihood(asked)
+        if self.by_likelihood:
+            if Capability.LOG_JOINT in asked.needs_model:
+                refuse_without_likelihood(simulator, asked)
+            draws = draws_per_datum(asked, draws)
+        elif draws is not None:
+            raise ConfigError("draws= is for objectives by the likelihood: the pairs in a step are batch_size=.")
+        planned = make_plan(simulator, family, asked, "auto", draws=draws, batch_size=batch_size, device=None,
                             dtype=None)  # fmt: skip
-        self.objective: Any = planned.objective
+        self.objective: Any = asked if self.by_likelihood else planned.objective
+        self.draws = planned.draws
         self.init = init if isinstance(init, AmortisedPosterior) else None
         if self.init is None and not (isinstance(init, str) and init == "auto"):
             raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
@@ -169,8 +199,12 @@ class _Run:
     # -- simulations ---------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
         """Make or take the simulations, and set the held-out ones apart."""
-        number = self.objective.simulations
+        number = getattr(self.objective, "simulations", _SIMULATIONS)
         stored = self.simulator.stored
+        observed = self.simulator.observations if self.by_likelihood else None
+        sleeps = self.by_likelihood and Capability.SIMULATE in self.objective.needs_model
+        if observed is not None and not sleeps:
+            number = _SCALING
         self.fresh = stored is None and number is None
         self.batch_size = self.asked_batch or _BATCH
         if stored is None:
@@ -183,21 +217,40 @@ class _Run:
         if len(pairs) < _FEWEST_PAIRS:
             raise ConfigError(f"{len(pairs)} finite simulations are too few: make {_FEWEST_PAIRS} at least.")
         self.all = pairs
-        if self.fresh:
+        if observed is not None:
+            self._observed(observed)
+        elif self.fresh:
             self.holdout, self.kept = pairs, pairs
             self.notes.append("fresh simulations at every step")
         else:
             order = torch.randperm(len(pairs), generator=generator(self.seed, "holdout")).to(pairs.z.device)
-            held = max(2, round(self.objective.holdout * len(pairs)))
+            held = max(2, round(getattr(self.objective, "holdout", _HOLDOUT) * len(pairs)))
             apart, rest = order[:held], order[held:]
             self.holdout = Pairs(pairs.z[apart], pairs.x[apart])
             self.kept = Pairs(pairs.z[rest], pairs.x[rest])
             if self.asked_batch is None:
                 # some thirty steps in an epoch at least, where there are few pairs
-                self.batch_size = max(32, min(_BATCH, len(self.kept) // 30))
+                self.batch_size = max(32, min(_BATCH, len(self.kept) // _LEAST_STEPS))
             self.notes.append(f"{len(self.kept)} simulations to learn from, {held} held out")
         if self.non_finite:
             self.notes.append(f"warning: {self.non_finite} simulations were not finite and left out")
+
+    def _observed(self, data: Tensor) -> None:
+        """Learn from observations; some are held out where there are enough."""
+        if tuple(data.shape[1:]) != tuple(self.all.x.shape[1:]):
+            raise ShapeError(
+                f"observations must have the shape of simulations, {tuple(self.all.x.shape[1:])}, got "
+                f"{tuple(data.shape[1:])}."
+            )
+        order = torch.randperm(len(data), generator=generator(self.seed, "holdout")).to(data.device)
+        held = round(_HOLDOUT * len(data)) if len(data) >= _FEWEST_PAIRS else 0
+        apart, rest = order[:held], order[held:]
+        kept = data[rest]
+        # rows in the place of parameters, which are not known
+        self.kept = Pairs(torch.arange(len(kept), device=data.device).unsqueeze(-1), kept)
+        self.holdout = self.kept if not held else Pairs(apart.unsqueeze(-1), data[apart])
+        self.batch_size = min(self.batch_size, len(kept))
+        self.notes.append(f"{len(kept)} observations to learn from, {held} held out")
 
     def _pairs(self, given: Simulations) -> Pairs:
         return Pairs(self.simulator.unconstrained(given.theta), given.x.to(self.simulator.device, self.simulator.dtype))
@@ -226,7 +279,8 @@ class _Run:
         encoder.fit_scale(self.all.x)
         with torch.no_grad():
             size = encoder(self.all.x[:2]).shape[-1]
-        latent = LatentSpec(self.simulator.dim, context_dim=int(size), **options)
+        model = self.simulator
+        latent = LatentSpec(model.dim, model.space, model.num_categories, int(size), **options)
         family = self.entry.build(latent, generator=source)
         family.spec = describe(self.entry)
         sd = self.all.z.double().std(0).clamp_min(1e-12)
@@ -236,6 +290,8 @@ class _Run:
     def trainer(self, restart: int) -> tuple[Trainer, AmortisedFamily]:
         """Build a network and what trains it."""
         module = self._module(restart)
+        if self.by_likelihood:
+            return self._likelihood_trainer(module, restart), module
         objective, simulator = self.objective, self.simulator
         noise = torch.zeros(0, dtype=simulator.dtype, device=simulator.device)
 
@@ -254,6 +310,20 @@ class _Run:
         )  # fmt: skip
         return trainer, module
 
+    def _likelihood_trainer(self, module: AmortisedFamily, restart: int) -> Trainer:
+        kept = Pairs(torch.arange(len(self.kept), device=self.kept.x.device).unsqueeze(-1), self.kept.x)
+        way = ByLikelihood(self.objective, self.simulator, module, kept.x, self.all, draws=self.draws,
+                           seed=split(self.seed, "likelihood", restart))  # fmt: skip
+        self.resolved = way.objective
+        # few observations are seen often in what counts as an epoch
+        times = max(1, _LEAST_STEPS * self.batch_size // len(kept))
+        epoch = kept if times == 1 else Pairs(kept.z.repeat(times, 1), kept.x.repeat(times, *[1] * (kept.x.dim() - 1)))
+        return Trainer(
+            module, way.loss, way.pointwise, lambda _: epoch, self.holdout, batch_size=self.batch_size,
+            step_size=self.step_size, patience=getattr(self.objective, "patience", _PATIENCE),
+            seed=split(self.seed, "order", restart), fresh=False,
+        )  # fmt: skip
+
     # -- packing -------------------------------------------------------------------------------------------------------
     def config(self, restarts: int) -> dict[str, Any]:
         """What was asked for, plain data."""
@@ -263,6 +333,10 @@ class _Run:
             "objective": describe(self.objective),
             "seed": self.seed, "restarts": restarts, "batch_size": self.batch_size, "resumed_at": 0,
         }  # fmt: skip
+
+    def _estimator(self) -> str | None:
+        found = getattr(self, "resolved", None)
+        return None if found is None else getattr(found, "estimator", None)
 
     def posterior(
         self, done: Sequence[tuple[Trainer, AmortisedFamily, str]], restarts: int, seconds: float, simulated: float
@@ -274,9 +348,10 @@ class _Run:
         reports = trainer.reports
         self.notes.append(f"simulating took {simulated:.1f} s of {seconds:.1f} s")
         record = FitRecord(
-            objective=describe(self.objective), estimator=None, family=describe(self.entry), solver="adam",
+            objective=describe(self.objective), estimator=self._estimator(), family=describe(self.entry), solver="adam",
             seed=self.seed, steps=trainer.step, stop_reason=reason, converged=reason == "converged", seconds=seconds,
-            draws_per_step=self.batch_size, num_restarts=len(done), restart_losses=tuple(losses), best_restart=best,
+            draws_per_step=self.batch_size * (self.draws if self.by_likelihood else 1),
+            num_restarts=len(done), restart_losses=tuple(losses), best_restart=best,
             non_finite=self.non_finite + trainer.non_finite, notes=tuple(self.notes), versions=versions(),
             trace={
                 name: _column(reports, key)

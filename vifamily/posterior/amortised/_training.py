@@ -162,7 +162,8 @@ class Trainer:
 
     def _judge(self, values: Tensor, most_steps: int) -> EpochReport:
         each = self._with(self.average, lambda: self.pointwise(self.module, self.holdout).double())
-        held, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))
+        held = float(each.mean())
+        error = float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
         used, finished = self.step_size, None
         if held < self.best_loss:
             self.best_loss, self.best_error, self.since_best, self.since_cut = held, error, 0, 0
