@@ -12,6 +12,7 @@ from vifamily.numerics import hadamard_kernel
 from vifamily.numerics.hadamard import hadamard as torch_hadamard
 from vifamily.numerics.hadamard_kernel import compile_kernel, hadamard
 from vifamily.numerics.native import _library
+from vifamily.numerics.walsh_hadamard import walsh_product
 from vifamily.rng import scoped
 
 
@@ -78,6 +79,22 @@ def test_a_tracer_sees_one_operation(kernel):
     torch.testing.assert_close(nested(2 * x), torch_hadamard(2 * x), rtol=0, atol=1e-10)
     gradient = make_fx(torch.func.grad(lambda v: hadamard(v, kernel=kernel).pow(2).sum()))(x)
     torch.testing.assert_close(gradient(2 * x), 4 * x, rtol=0, atol=1e-10)
+
+
+def test_a_tracer_that_does_not_ask_for_the_kernel_is_shown_products(kernel):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = normal(2, 64)
+    code = make_fx(lambda v: hadamard(v))(x).code
+    assert "aten.mm" in code and "vifamily" not in code
+    assert "vifamily.hadamard" in make_fx(lambda v: hadamard(v, kernel=kernel))(x).code
+
+
+def test_layers_use_the_kernel_once_it_is_there(kernel):
+    x, left, core, right = normal(3, 64), normal(64), normal(64), normal(64)
+    found = walsh_product(x, left, core, right)
+    wanted = left * torch_hadamard(core * torch_hadamard(right * x))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
 def test_a_parameter_and_a_subclass(kernel):

@@ -207,7 +207,7 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
         orthonormal: Whether to divide by ``sqrt(D)``.
         kernel: ``"torch"`` for the transform of `vifamily.numerics.hadamard`; ``"compiled"`` for a kernel, which is
             compiled on its first use; ``"auto"`` for a kernel where `compile_kernel` was called or, on a CUDA device,
-            ``fast_hadamard_transform`` is installed, and torch otherwise.
+            ``fast_hadamard_transform`` is installed, and torch otherwise and where a tracer watches.
 
     Returns:
         ``(..., D)`` in the dtype of ``x``.
@@ -226,7 +226,8 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
     if kernel not in KERNELS:
         raise ConfigError(f"kernel is one of {', '.join(KERNELS)}, got {kernel!r}.")
     size = x.shape[-1] if x.dim() else 0
-    way = _way(x.device.type, x.dtype, size, kernel)
+    # a tracer that is not asked for the kernel is shown products, which it can take apart
+    way = None if kernel == "auto" and _observed() else _way(x.device.type, x.dtype, size, kernel)
     if way is None:
         return torch_hadamard(x, orthonormal=orthonormal)
     scale = float(size) ** -0.5 if orthonormal else 1.0
