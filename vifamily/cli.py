@@ -330,7 +330,7 @@ def benchmark_command(
     peers_dir: Annotated[Path | None, typer.Option(help="Folder of the peers' environments.")] = None,
     install_peers: Annotated[bool, typer.Option("--install-peers", help="Create missing environments.")] = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds over all sides; 3 by default.")] = None,
-    budget: Annotated[float | None, typer.Option(min=0.01, help="Most seconds of steps of one run.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0.01, help="Most seconds of steps of a run, by --clock.")] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
     quick: Annotated[bool, typer.Option("--quick", help="Two problems, one round, what is installed.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,

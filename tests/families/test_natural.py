@@ -92,3 +92,8 @@ def test_the_weights_of_a_conditional_mixture_depend_on_the_context(seed):
 def test_options_are_checked(options):
     with pytest.raises(ConfigError):
         Natural(**options)
+
+
+def test_the_contracts_of_a_discrete_law():
+    passed = set(testing.check_family("natural(kind=categorical)").passed)
+    assert {"integral", "gradients", "stack", "conditional", "draws_follow_density"} <= passed

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from vifamily import testing
-from vifamily.errors import CheckpointError, ConfigError, DataError, ModelError, NotAvailableError, ShapeError
+from vifamily.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NotAvailableError,
+    ShapeError,
+    SupportError,
+)
 from vifamily.models import Simulations, Simulator
 from vifamily.rng import generator
 from vifamily.types import Capability
@@ -233,7 +241,8 @@ def test_numbers_are_checked(options):
 def test_priors_that_cannot_be_used():
     with pytest.raises(ConfigError, match="prior"):
         Simulator(3.0, noisy)
-    with pytest.raises(ConfigError, match="continuous"):
-        Simulator(torch.distributions.Bernoulli(torch.tensor([0.5])), noisy)
+    mixed = {"a": torch.distributions.Bernoulli(torch.tensor(0.5)), "b": torch.distributions.Normal(0.0, 1.0)}
+    with pytest.raises(SupportError, match="mixed"):
+        Simulator(mixed, noisy)
     with pytest.raises(ConfigError, match="simulate"):
         Simulator(NORMAL, None)

@@ -162,3 +162,22 @@ def test_a_law_of_angles_is_smooth_where_its_natural_parameters_vanish(length):
     torch.testing.assert_close(hessian, law.fisher(eta), atol=1e-12, rtol=1e-10)
     if length == 0:
         torch.testing.assert_close(hessian, 0.5 * torch.eye(4, dtype=torch.float64))
+
+
+def test_coordinates_of_unequal_numbers_of_categories():
+    law = Categorical(3, (2, 4, 3))
+    assert law.num_outputs == 6
+    eta = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (2, 4, 3)))
+    probability = law.log_prob(states, eta).exp()
+    assert float(probability.sum()) == pytest.approx(1.0, abs=1e-12)
+    torch.testing.assert_close(probability @ law.statistics(states), law.mean(eta), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.func.grad(law.log_partition)(eta), law.mean(eta), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(law.from_mean(law.mean(eta)), eta, rtol=1e-10, atol=1e-10)
+    deviation = law.statistics(states) - law.mean(eta)
+    covariance = deviation.T @ (probability.unsqueeze(-1) * deviation)
+    torch.testing.assert_close(law.output_fisher(eta), covariance, rtol=1e-10, atol=1e-12)
+    assert float(law.log_prob(torch.tensor([0.0, 1.5, 0.0], dtype=torch.float64), eta)) == -math.inf
+    assert float(law.log_prob(torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64), eta)) == -math.inf
+    with pytest.raises(ConfigError):
+        Categorical(2, (2, 3, 4))

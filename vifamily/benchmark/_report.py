@@ -28,7 +28,7 @@ class Options:
         peers_dir: Folder of the peers' environments.
         install_peers: Whether to create missing environments.
         repeats: Rounds over all sides.
-        budget: Most seconds of steps of one run.
+        budget: Most seconds of steps of one run, by the clock.
         clock: ``"wall"`` or ``"cpu"``.
         quick: Two problems, one round, a small budget.
         say: Called with a line on what is being done.

@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from vifamily.errors import ConfigError
 from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
 from vifamily.families._nets import check_widths, mlp
-from vifamily.numerics.exponential_families import DiagonalGaussian, ExponentialFamily, FullGaussian, VonMises
+from vifamily.numerics.exponential_families import (
+    Categorical,
+    DiagonalGaussian,
+    ExponentialFamily,
+    FullGaussian,
+    VonMises,
+)
 from vifamily.registry import register
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec, Space
 
 __all__ = ["Natural", "NaturalFamily"]
 
-_KINDS = ("diagonal", "full", "von_mises")
+_KINDS = ("diagonal", "full", "von_mises", "categorical")
 _LINKS = ("softplus", "identity")
 _BASIC = frozenset(
     {Capability.DRAWS, Capability.LOG_Q, Capability.CHEAP_LOG_Q, Capability.CONDITIONAL, Capability.NATURAL}
@@ -37,7 +43,8 @@ class Natural(FamilyEntry):
     ``family.convex_in_output``), so that a wide network under ``inclusive_kl`` has no local optima to be caught in.
 
     Kinds: ``diagonal`` normal laws with raw numbers ``(mean times precision, raw precision)``; ``full`` normal laws
-    with ``(b, L)``, ``L`` the lower factor of the precision; ``von_mises`` laws of angles, for models on the circle.
+    with ``(b, L)``, ``L`` the lower factor of the precision; ``von_mises`` laws of angles, for models on the circle;
+    ``categorical`` laws of discrete parameters, with logits against the first category (Bernoulli laws for two).
     The mathematics is in :mod:`vifamily.numerics.exponential_families`.
 
     Args:
@@ -73,6 +80,9 @@ class Natural(FamilyEntry):
         if self.kind == "von_mises":
             object.__setattr__(self, "capabilities", _BASIC)
             object.__setattr__(self, "space", Space.CIRCLE)
+        if self.kind == "categorical":
+            object.__setattr__(self, "capabilities", _BASIC)
+            object.__setattr__(self, "space", Space.DISCRETE)
         if self.kind == "diagonal":
             object.__setattr__(self, "restrict_scale", True)
 
@@ -82,6 +92,10 @@ class Natural(FamilyEntry):
         law: ExponentialFamily
         if self.kind == "von_mises":
             law = VonMises(latent.dim)
+        elif self.kind == "categorical":
+            if latent.num_categories is None:
+                raise ConfigError("a categorical law needs the number of categories of each coordinate.")
+            law = Categorical(latent.dim, latent.num_categories)
         elif self.kind == "full":
             law = FullGaussian(latent.dim, self.link)
         else:
@@ -105,9 +119,9 @@ class NaturalFamily(Family):
         super().__init__(latent)
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.law = law
-        self.circle = isinstance(law, VonMises)
-        self.capabilities = _BASIC if self.circle else _BASIC | {Capability.REPARAMETERISED}
-        self.noise_spec = NoiseSpec((latent.dim,), "uniform" if self.circle else "normal")
+        self.real = latent.space is Space.REAL
+        self.capabilities = _BASIC | {Capability.REPARAMETERISED} if self.real else _BASIC
+        self.noise_spec = NoiseSpec((latent.dim,), "normal" if self.real else "uniform")
         self.output = nn.Parameter(self._start(**options))
         self.head: nn.Module | None = None
         if latent.context_dim is not None:
@@ -115,7 +129,7 @@ class NaturalFamily(Family):
 
     def _start(self, **options: Any) -> Tensor:
         out = torch.zeros(self.law.num_outputs, **options)
-        if not self.circle:
+        if self.real:
             # a precision of one, the inverse of softplus at one
             one = 1.0 if self.convex_in_output else math.log(math.e - 1)
             out[self.dim : 2 * self.dim] = one
@@ -155,8 +169,10 @@ class NaturalFamily(Family):
     def transform(self, noise: Tensor, context: Tensor | None) -> Draw:
         """Map noise to draws: normal noise by the factor of the covariance, uniform noise by quantiles of angles."""
         raw = self.raw(context)
-        if self.circle:
+        if isinstance(self.law, VonMises):
             u = _angle_quantile(noise, self.law.natural(raw).detach())
+        elif isinstance(self.law, Categorical):
+            u = _category_quantile(noise, self.law.log_odds(self.law.natural(raw)).detach())
         elif isinstance(self.law, FullGaussian):
             b, lower = self.law.factor(raw)
             solved = torch.linalg.solve_triangular(lower.mT, (b + noise).unsqueeze(-1), upper=True)
@@ -184,7 +200,7 @@ class NaturalFamily(Family):
 
     def standard_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance in standardised coordinates of an unconditional normal law."""
-        if self.circle or self.head is not None:
+        if not self.real or self.head is not None:
             return super().standard_moments()
         mean = self.law.mean(self.natural_parameters())
         if isinstance(self.law, FullGaussian):
@@ -196,7 +212,7 @@ class NaturalFamily(Family):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Take over the mean and the (marginal) variances of a normal law."""
-        if self.circle:
+        if not self.real:
             super().start_at(mean, scale)
         mean, scale = mean.to(self.shift), scale.to(self.shift)
         covariance = torch.diag(scale.square()) if scale.dim() == 1 else scale @ scale.mT
@@ -211,6 +227,19 @@ class NaturalFamily(Family):
 
     def _inverse_link(self, value: Tensor) -> Tensor:
         return value if self.convex_in_output else value + torch.log(-torch.expm1(-value))
+
+
+def _category_quantile(uniform: Tensor, logits: Tensor) -> Tensor:
+    """Categories by the inverse distribution function.
+
+    Args:
+        uniform: ``(draw, [datum,] dim)``.
+        logits: ``([datum,] dim, categories)``.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    last = logits.isfinite().sum(-1) - 1
+    found = (uniform.double().unsqueeze(-1) >= cumulative).sum(-1)
+    return torch.minimum(found, last.expand_as(found)).to(uniform)
 
 
 def _angle_quantile(uniform: Tensor, eta: Tensor) -> Tensor:

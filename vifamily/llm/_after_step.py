@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from vifamily.llm._extra import require
 from vifamily.llm._reseeding import DeadMembers, reseed
 from vifamily.llm._routed import Tally
 from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.manifest import base_digest, read_manifest
 from vifamily.llm.options import EnsembleOptions
+from vifamily.llm.saving import load_members
+from vifamily.llm.stochastic import StochasticCausalLM
 
 __all__ = ["AfterStep", "step_callback"]
 
@@ -37,6 +41,7 @@ class AfterStep:
         self.alpha, self.dead = AlphaControl(options, num_members), DeadMembers(options, num_members)
         self.reseeded = 0
         self._options, self._seed, self._tally = options, seed, Tally()
+        self._batch = (-1, 0)
 
     def add(self, tally: Tally) -> None:
         """Add the sums of one batch of the step."""
@@ -73,6 +78,40 @@ class AfterStep:
                 VifamilyWarning,
                 stacklevel=2,
             )
+
+    # --- one uncertain adapter, whose draws are the members ---
+
+    def draw(self, model: StackedCausalLM, step: int | None) -> None:
+        """Draw members anew for a batch of a step, or those that are evaluated; other ensembles are left alone."""
+        if isinstance(model, StochasticCausalLM):
+            if step is None:
+                model.redraw()
+            else:
+                # batches of one step are told apart by their number
+                self._batch = (step, self._batch[1] + 1 if self._batch[0] == step else 0)
+                model.redraw(*self._batch)
+
+    def save(self, model: StackedCausalLM, folder: Path) -> None:
+        """Write the distribution of an uncertain adapter, and draw the members that are saved beside it."""
+        if isinstance(model, StochasticCausalLM):
+            model.save_posterior(folder)
+            model.redraw()
+
+    def load(self, model: StackedCausalLM, folder: Path, *, state: bool = True) -> None:
+        """Read what a checkpoint holds, and with ``state`` go on from it.
+
+        Raises:
+            CheckpointError: If it is damaged, or of another run.
+        """
+        if isinstance(model, StochasticCausalLM):
+            model.load_posterior(folder)
+            manifest = read_manifest(folder)
+            if manifest.base_digest != base_digest(model.base):
+                raise CheckpointError(f"the adapter in {folder} was trained on another base. Load that base.")
+        else:
+            manifest = load_members(model, folder)
+        if state:
+            self.restore(manifest.training.get("routing_state"))
 
     def plain(self) -> dict[str, Any]:
         """Return what a checkpoint has to hold, as plain values."""

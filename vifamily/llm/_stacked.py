@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -53,7 +54,8 @@ class StackedLoRA(nn.Module):
     ) -> None:
         super().__init__()
         size_in, size_out = features(base_layer)
-        device = next(base_layer.parameters()).device
+        # a quantised layer may have buffers alone
+        device = next(itertools.chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.scale = scale
         self.lora_A = nn.Parameter(torch.zeros(num_members, r, size_in, dtype=dtype, device=device))
@@ -116,6 +118,7 @@ class StackedCausalLM(nn.Module):
         lora_config: What was given.
         num_members: Number of members.
         log_weight: Log weights of the members, ``(member,)``; equal at first.
+        known_digest: Digest of the base, where its numbers are no longer all here; None otherwise.
 
     Raises:
         ConfigError: If the settings cannot be those of an ensemble, or match no layer.
@@ -147,6 +150,7 @@ class StackedCausalLM(nn.Module):
         check_lora_config(config)
         names = target_names(base, config)
         self.lora_config, self.num_members = config, num_members
+        self.known_digest: str | None = None
         self.selection = Selection(num_members)
         self._head = Head(base)
         _freeze(base)

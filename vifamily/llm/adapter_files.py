@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import CheckpointError, ConfigError
+from vifamily.errors import CheckpointError, ConfigError, ShapeError
 from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm._targets import adapter_scale, check_lora_config
 from vifamily.rng import generator
 
-__all__ = ["SavedAdapter", "start_from_adapter", "swapped"]
+__all__ = ["SavedAdapter", "put", "start_from_adapter", "swapped"]
 
 _PREFIX = "base_model.model."
 
@@ -112,6 +113,26 @@ def swapped(
     finally:
         for layer, a, b in kept:
             layer.lora_A, layer.lora_B = a, b
+
+
+@torch.no_grad()
+def put(model: StackedCausalLM, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Make matrices the members of an ensemble for good, with equal weights.
+
+    Args:
+        model: The ensemble; changed in place.
+        pairs: The two matrices of each layer, ``(k, r, in)`` and ``(k, out, r)``; k is the number of members from now.
+    """
+    count = {len(matrix) for pair in pairs.values() for matrix in pair}
+    if len(count) != 1:
+        raise ShapeError(f"layers have matrices of {sorted(count)} members: give each as many.")
+    for name, layer in model.adapters():
+        layer.lora_A, layer.lora_B = (
+            nn.Parameter(new.to(old)) for new, old in zip(pairs[name], (layer.lora_A, layer.lora_B), strict=True)
+        )
+    model.num_members = count.pop()
+    model.selection.members = (0, model.num_members)
+    model.log_weight = torch.full_like(model.log_weight[:1], -math.log(model.num_members)).repeat(model.num_members)
 
 
 @torch.no_grad()

@@ -75,8 +75,9 @@ def _sft(context: typer.Context, *, config: Config = None, debug: Debug = False)
 
     Flags are named as in TRL and PEFT: --model_name_or_path, --dataset_name, --num_members, --lora_r, --lora_alpha,
     --lora_target_modules, --renyi_alpha, --routing_entropy (moves alpha to hold it), --reseed_below (members that
-    died are put beside live ones), --unit, --group_column and all of transformers' TrainingArguments, such as
-    --output_dir, --learning_rate and --report_to. `vifamily llm sft --flags` lists ours with their defaults.
+    died are put beside live ones), --family (mean_field, dropout, laplace: baselines whose draws are members), --unit,
+    --group_column and all of transformers' TrainingArguments, such as --output_dir, --learning_rate and --report_to.
+    `vifamily llm sft --flags` lists ours with their defaults.
     """
     return _train("sft", context.args, config)
 

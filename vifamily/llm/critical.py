@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from vifamily.diagnostics.stability import Labelled, Stability, unit_stability
 from vifamily.errors import ConfigError, DataError
 from vifamily.llm._answers import batches, end_tokens, positive
-from vifamily.llm._decode import decode, picker
+from vifamily.llm._decode import decode, log_prob_at, picker
 from vifamily.llm._stacked import StackedCausalLM, completion_rows
 from vifamily.llm.adapter_files import swapped
 from vifamily.llm.rows import PairRow, Row, collate_pairs, collate_sft
@@ -171,12 +171,7 @@ def _answers(model: StackedCausalLM, rows: Sequence[Row], unit: str, token: Tens
 
 def _next(model: StackedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """Log probabilities of what may follow at each token that is scored, ``(token, vocabulary)``."""
-    ids = batch["input_ids"]
-    with model.selection.using((0, 1), len(ids)):
-        hidden = model.base.base_model(  # type: ignore[operator]
-            input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-    return model.logits(hidden[:, :-1][batch["completion_mask"][:, 1:]]).log_softmax(-1)
+    return log_prob_at(model, batch, (0, 1))[0]
 
 
 def _every_token(model: StackedCausalLM, rows: Sequence[Row], unit: str, size: int) -> list[Labelled]:

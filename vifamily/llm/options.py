@@ -12,7 +12,7 @@ from vifamily.objectives import RenyiPredictive
 __all__ = ["EnsembleOptions", "ROUTES", "UNITS"]
 
 UNITS = ("token", "sequence", "normalised", "group")
-ROUTES = ("auto", "stacked", "two_pass")
+ROUTES = ("auto", "stacked", "two_pass", "ranks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,8 @@ class EnsembleOptions:
         prior_weight: Weight of the normal prior on adapters, per item that the loss averages over.
         prior_sd: Its standard deviation.
         route: ``"stacked"``, all members of a micro-batch at once; ``"two_pass"``, one member at a time, exact too, for
-            a forward pass more; ``"auto"`` is stacked unless a group is larger than a micro-batch.
+            a forward pass more; ``"ranks"``, members shared out over processes, each of which sees the rows of all;
+            ``"auto"`` is stacked unless a group is larger than a micro-batch.
         micro_batch_rows: Rows of a micro-batch that is evaluated under all members at once; by default the batch over
             the number of members, so that memory does not grow with them.
         max_length: Most tokens of a row; longer ones are counted and dealt with by ``overlong``.

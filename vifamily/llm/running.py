@@ -13,9 +13,13 @@ from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.cost import step_cost
+from vifamily.llm.laplace import adapter_laplace
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import base_size
+from vifamily.llm.stochastic import FAMILIES, StochasticCausalLM
+from vifamily.rng import generator
 
 __all__ = ["RunSettings", "flags", "parse", "run_training"]
 
@@ -38,9 +42,14 @@ class RunSettings:
         lora_alpha: Their scale is this over the rank.
         lora_target_modules: Layers that are adapted, separated by commas; all-linear takes every linear layer.
         use_rslora: Whether the scale is over the root of the rank.
+        shard_base: Whether processes share out the weights of the base.
         initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
             unless reference_adapter names another.
         initial_noise: Size of the noise by which they differ there, relative to the adapter's matrices.
+        family: points (members of their own), or a baseline with one adapter whose draws are the members: mean_field
+            (Bayes by backprop), dropout (Monte-Carlo dropout on the adapter's inputs), laplace (a Gaussian fitted after
+            training). With these, renyi_alpha is 0 unless it is given.
+        lora_dropout: Probability for family dropout.
     """
 
     model_name_or_path: str = ""
@@ -56,8 +65,11 @@ class RunSettings:
     lora_alpha: int = 32
     lora_target_modules: str = "all-linear"
     use_rslora: bool = False
+    shard_base: bool = False
     initial_adapter: str | None = None
     initial_noise: float = 0.1
+    family: str = "points"
+    lora_dropout: float = 0.1
 
 
 def flags() -> list[tuple[str, str]]:
@@ -111,6 +123,13 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
     for name in ("model_name_or_path", "dataset_name"):
         if not getattr(settings, name):
             raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
+    if settings.family not in ("points", "laplace", *FAMILIES):
+        raise ConfigError(f"--family must be points, laplace or one of {', '.join(FAMILIES)}, got {settings.family!r}.")
+    if settings.family != "points":
+        if settings.initial_adapter is not None:
+            raise ConfigError("--initial_adapter starts members of their own: leave it out, or use --family points.")
+        if not any(word.partition("=")[0] == "--renyi_alpha" for word in given):
+            options = dataclasses.replace(options, renyi_alpha=0.0)
     return settings, options, training
 
 
@@ -160,11 +179,14 @@ def run_training(
         target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
         task_type="CAUSAL_LM",
     )
-    model = StackedCausalLM(base, config, settings.num_members, seed=settings.member_seed)
+    model = _stack(settings, base, config)
     if settings.initial_adapter is not None:
         start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
         if kind == "dpo" and options.reference_adapter is None:
             options = dataclasses.replace(options, reference_adapter=settings.initial_adapter)
+    if settings.shard_base:
+        _ = training.device  # processes meet when it is asked for
+        shard_base(model)
     maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
     run = maker(model, training, records, held, tokenizer, options=options)
     say(f"data: {run.prepared}")
@@ -172,6 +194,11 @@ def run_training(
     say(_cost(model, settings, options, training, longest, kind))
     again = training.resume_from_checkpoint
     run.train(resume_from_checkpoint=str(again).lower() == "true" or again if again else None)
+    if settings.family == "laplace":
+        source = generator(settings.member_seed, "llm/laplace")
+        found = adapter_laplace(model, list(run.prepared), generator=source, beta=options.beta)
+        say(str(found))
+        found.draw_members(model, settings.num_members, generator=source)
     if held is not None:
         run.evaluate()
     run.save_model(training.output_dir)
@@ -179,6 +206,21 @@ def run_training(
 
 
 # --- parts ---
+
+
+def _stack(settings: RunSettings, base: Any, config: Any) -> StackedCausalLM:
+    """Members of their own, draws of one adapter, or the one member at which Laplace's approximation is made."""
+    if settings.family in FAMILIES:
+        return StochasticCausalLM(
+            base,
+            config,
+            settings.num_members,
+            family=settings.family,
+            dropout=settings.lora_dropout,
+            seed=settings.member_seed,
+        )
+    members = 1 if settings.family == "laplace" else settings.num_members
+    return StackedCausalLM(base, config, members, seed=settings.member_seed)
 
 
 def _cost(
@@ -200,6 +242,7 @@ def _cost(
                 base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
                 preferences=kind == "dpo",
                 devices=max(1, training.world_size),
+                sharded=settings.shard_base,
             )
         )
     except VifamilyError as error:

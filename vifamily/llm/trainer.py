@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,18 +13,20 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.llm._after_step import AfterStep, step_callback
-from vifamily.llm._arguments import check_arguments
+from vifamily.llm._arguments import check_arguments, check_draws, check_engines
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
 from vifamily.llm._checkpoints import check_complete, last_checkpoint
 from vifamily.llm._extra import require
 from vifamily.llm._passes import PaddedRows, stacked_pass, two_pass
+from vifamily.llm._prior import normal_prior
+from vifamily.llm._ranks import own_members, ranks_pass, whole_batch
 from vifamily.llm._routed import Tally, pair_loss, supervised_loss
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import SavedAdapter
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import Rows
-from vifamily.llm.saving import load_members, save_members
+from vifamily.llm.saving import save_members
 from vifamily.rng import scoped
 
 __all__ = ["DPOEnsembleTrainer", "SFTEnsembleTrainer", "last_checkpoint"]
@@ -58,6 +61,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         args = args if args is not None else _transformers.TrainingArguments("trainer_output")
         check_arguments(args)
         self.options = options or EnsembleOptions()
+        check_draws(model, self.options)
         if self.pairs and self.options.unit not in ("sequence", "group"):
             raise ConfigError(f"preferences are routed by 'sequence' or 'group', got unit={self.options.unit!r}.")
         if self.options.reference_adapter is not None and not self.pairs:
@@ -85,8 +89,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
                 data_collator=Collator(int(tokenizer.pad_token_id), self.pairs, self._reference.get("train")),
                 **more,
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError("ensembles are trained data-parallel: leave DeepSpeed and FSDP out.")
+        check_engines(self, sharded=model.known_digest is not None, options=self.options)
         self.add_callback(step_callback(self._act_after_step))
 
     # --- data ---
@@ -197,6 +200,9 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     ) -> Tensor:
         """Walk over a batch, with a call of ``backward`` for each part."""
         inputs = Inputs.from_dict(batch, pairs=self.pairs)
+        members, processes = self._ensemble.num_members, self.args.world_size if route == "ranks" else 1
+        if processes > 1:
+            inputs = whole_batch(inputs, self.accelerator.gather)
         count = inputs.items() if items is None else float(items)
         # gradients are averaged over processes, and the count is over all of them
         scale = (self.args.world_size if items is not None else 1) / max(count, 1)
@@ -206,18 +212,26 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
             return found
 
         loss_of = self._loss_of(inputs, scale, tally, score)
-        size = self.options.micro_batch_rows or max(1, len(inputs.group) // self._ensemble.num_members)
+        # each process has its part of the members on all rows, or all members on its part of the rows
+        at_once = len(inputs.group) // processes // math.ceil(members / processes)
+        size = self.options.micro_batch_rows or max(1, at_once)
         blocks, fits = blocks_of(inputs.group, size, whole_groups=self.options.unit == "group")
         if route == "two_pass" or (route == "auto" and not fits):
             item = torch.arange(len(inputs.group), device=inputs.group.device)
             # of preferences, the two answers must stand in one part, and all parts in the order of the whole
-            parts = [inputs.model_rows(item)] if self.pairs else list(item.split(size * self._ensemble.num_members))
-            return two_pass(score, inputs.rows, parts, loss_of, backward, num_members=self._ensemble.num_members)
-        return stacked_pass(score, inputs.rows, [inputs.model_rows(block) for block in blocks], loss_of, backward)
+            parts = [inputs.model_rows(item)] if self.pairs else list(item.split(size * members))
+            return two_pass(score, inputs.rows, parts, loss_of, backward, num_members=members)
+        indices = [inputs.model_rows(block) for block in blocks]
+        if processes > 1:
+            own = own_members(members, self.args.process_index, processes)
+            reduce = functools.partial(self.accelerator.reduce, reduction="sum")
+            return ranks_pass(score, inputs.rows, indices, loss_of, backward, own, members, reduce) / processes
+        return stacked_pass(score, inputs.rows, indices, loss_of, backward)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the gradient of one batch, in micro-batches; see transformers."""
         model.train()
+        self._after_step.draw(self._ensemble, self.state.global_step)
         batch = self._prepare_inputs(inputs)
         tally = Tally()
         with self.compute_loss_context_manager():
@@ -226,7 +240,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
             )
         if self.options.prior_weight:
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
-            prior = self._prior() / steps
+            prior = normal_prior(self._ensemble, self.options) / steps
             self.accelerator.backward(prior)
             loss = loss + prior.detach().to(loss)
         if not math.isfinite(float(loss)):
@@ -264,12 +278,6 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         """Return the loss of a batch without a gradient; see transformers."""
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
-
-    def _prior(self) -> Tensor:
-        """Cross term of the divergence from a normal prior, averaged over members."""
-        square = torch.stack([p.float().square().sum() for p in self._ensemble.adapter_parameters()]).sum()
-        scale = self.options.prior_weight / (2 * self.options.prior_sd**2 * self._ensemble.num_members)
-        return square * scale
 
     # --- optimiser ---
 
@@ -326,6 +334,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; see transformers. Returned with the routed figures of the log."""
+        self._after_step.draw(self._ensemble, None)
         with scoped(self.args.seed):
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         last = self.state.log_history[-1] if self.state.log_history else {}
@@ -334,17 +343,17 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         training = {"objective": "dpo" if self.pairs else "sft", "step": self.state.global_step, **self.options.plain()}
-        training["routing_state"] = self._after_step.plain()
+        training |= {"family": getattr(self._ensemble, "family", "points"), "routing_state": self._after_step.plain()}
+        self._after_step.save(self._ensemble, folder)
         save_members(self._ensemble, folder, training=training)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        found = load_members(self._ensemble, resume_from_checkpoint)
-        self._after_step.restore(found.training.get("routing_state"))
+        self._after_step.load(self._ensemble, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_members(self._ensemble, self.state.best_model_checkpoint)
+        self._after_step.load(self._ensemble, Path(str(self.state.best_model_checkpoint)), state=False)
 
 
 class SFTEnsembleTrainer(_EnsembleTrainer):

@@ -19,7 +19,7 @@ from vifamily.models._calls import call_seeded, check_callable, check_count, che
 from vifamily.models._prior import Prior
 from vifamily.models._simulations import SimulationFolder, Simulations
 from vifamily.registry import register
-from vifamily.types import Batch, Capability
+from vifamily.types import Batch, Capability, Space
 
 __all__ = ["ObservedSimulator", "Simulations", "Simulator"]
 
@@ -38,7 +38,8 @@ class Simulator(Model):
     ``log_prob(theta)``; the simulator maps a batch of parameters ``(batch, dim)`` to a batch of data ``(batch,
     *shape)``, or one parameter ``(dim,)`` to one datum. Beyond them the prior may be a function of the number of draws,
     or a dictionary of independent priors by name: the simulator then gets a dictionary of tensors. Parameters are
-    moved to unconstrained space by their supports, so that no posterior leaks out of its prior.
+    moved to unconstrained space by their supports, so that no posterior leaks out of its prior. Discrete ones, not
+    mixed with continuous ones, are coded 0, 1, ....
 
     Prior and simulator draw from an explicit generator: it is passed to those that take ``generator=``, and others run
     under its seed, after which global random states are put back.
@@ -92,12 +93,9 @@ class Simulator(Model):
         if mean_statistics is not None:
             check_callable(mean_statistics, "mean_statistics", "of parameters and data of the same pairs")
         found = Prior(prior, parameters)
-        if found.layout.num_categories is not None:
-            raise ConfigError(
-                "a simulator's parameters must be continuous: sum discrete ones out, or simulate them as part of the "
-                "data."
-            )
         super().__init__(found.layout, dtype=check_dtype(dtype), device=check_device(device))
+        self.num_categories = found.layout.num_categories
+        self.space = Space.REAL if self.num_categories is None else Space.DISCRETE
         self.prior, self.function, self.log_likelihood_function = found, simulate, log_likelihood
         self.name, self._batched = name, batched
         self.stored: Simulations | None = None
@@ -357,12 +355,15 @@ class ObservedSimulator(Model):
 
     def __init__(self, simulator: Simulator, x: Any) -> None:
         super().__init__(simulator.layout, dtype=simulator.dtype, device=simulator.device)
+        self.space, self.num_categories = simulator.space, simulator.num_categories
         self.simulator, self.x = simulator, torch.as_tensor(x).detach().to("cpu", simulator.dtype)
         if not bool(self.x.isfinite().all()):
             raise DataError("the observation has numbers that are not finite.")
         capabilities = (simulator.capabilities | {Capability.PREDICTIVE}) - {Capability.SIMULATE}
         if simulator.log_likelihood_function is not None and Capability.PRIOR in simulator.capabilities:
-            capabilities |= {Capability.LOG_JOINT, Capability.SCORE, Capability.SECOND_ORDER}
+            capabilities |= {Capability.LOG_JOINT}
+            if self.num_categories is None:
+                capabilities |= {Capability.SCORE, Capability.SECOND_ORDER}
         self.capabilities = frozenset(capabilities)
 
     def _log_prior(self, z: Tensor) -> Tensor:

@@ -152,15 +152,32 @@ class Categorical(ExponentialFamily):
     categories from zero, as floats.
 
     Attributes:
-        num_categories: Categories of each coordinate.
+        num_categories: Categories of each coordinate: one number for all, or one for each.
+
+    Example:
+        >>> law = Categorical(2, (2, 3))
+        >>> law.num_outputs, law.mean(torch.zeros(3)).numpy().round(4).tolist()
+        (3, [0.5, 0.33329999446868896, 0.33329999446868896])
     """
 
-    num_categories: int = 2
+    num_categories: int | tuple[int, ...] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.num_categories, bool) or not isinstance(self.num_categories, int) or self.num_categories < 2:
-            raise ConfigError(f"num_categories must be an integer of at least 2, got {self.num_categories!r}.")
+        given = self.num_categories
+        each = (given,) * self.dim if isinstance(given, int) else given
+        fits = isinstance(each, tuple) and len(each) == self.dim
+        if not fits or any(isinstance(n, bool) or not isinstance(n, int) or n < 2 for n in each):
+            raise ConfigError(
+                f"num_categories must be an integer of at least 2, or one for each of {self.dim} coordinates, got "
+                f"{given!r}."
+            )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Categories of each coordinate."""
+        given = self.num_categories
+        return (given,) * self.dim if isinstance(given, int) else given
 
     @property
     def space(self) -> Space:
@@ -170,38 +187,56 @@ class Categorical(ExponentialFamily):
     @property
     def num_outputs(self) -> int:
         """One less than there are categories, for each coordinate."""
-        return self.dim * (self.num_categories - 1)
+        return sum(self.counts) - self.dim
 
     def natural(self, output: Tensor) -> Tensor:
         """The identity."""
         return output
 
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Coordinate and category that each natural parameter belongs to."""
+        rows = [i for i, n in enumerate(self.counts) for _ in range(1, n)]
+        columns = [k for n in self.counts for k in range(1, n)]
+        return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
     def statistics(self, theta: Tensor) -> Tensor:
         """Indicators of all categories but the first."""
-        each = torch.arange(1, self.num_categories, device=theta.device, dtype=theta.dtype)
-        return (theta.unsqueeze(-1) == each).to(theta).flatten(-2)
+        rows, columns = self._places(theta.device)
+        return (theta[..., rows] == columns.to(theta)).to(theta)
 
-    def _logits(self, eta: Tensor) -> Tensor:
-        rows = eta.unflatten(-1, (self.dim, self.num_categories - 1))
-        return torch.nn.functional.pad(rows, (1, 0))
+    def log_base(self, theta: Tensor) -> Tensor:
+        """Zero at the categories, minus infinity elsewhere."""
+        most = torch.tensor(self.counts, device=theta.device).to(theta) - 1
+        inside = ((theta == theta.round()) & (theta >= 0) & (theta <= most)).all(-1)
+        return torch.where(inside, 0.0, -math.inf).to(theta)
+
+    def log_odds(self, eta: Tensor) -> Tensor:
+        """Logits of every category, ``(..., dim, categories)``; minus infinity where a coordinate has fewer."""
+        rows, columns = self._places(eta.device)
+        place = torch.ones(self.dim, max(self.counts), dtype=torch.long, device=eta.device)
+        place[:, 0] = 0
+        place[rows, columns] = torch.arange(2, 2 + len(rows), device=eta.device)
+        first = torch.zeros_like(eta[..., :1])
+        return torch.cat([first, torch.full_like(first, -math.inf), eta], dim=-1)[..., place]
 
     def log_partition(self, eta: Tensor) -> Tensor:
         """``log(1 + sum exp eta)``, summed over coordinates."""
-        return self._logits(eta).logsumexp(-1).sum(-1)
+        return self.log_odds(eta).logsumexp(-1).sum(-1)
 
     def mean(self, eta: Tensor) -> Tensor:
         """Probabilities of all categories but the first."""
-        return self._logits(eta).softmax(-1)[..., 1:].flatten(-2)
+        rows, columns = self._places(eta.device)
+        return self.log_odds(eta).softmax(-1)[..., rows, columns]
 
     def from_mean(self, mean: Tensor) -> Tensor:
         """Log odds against the first category."""
-        rows = mean.unflatten(-1, (self.dim, self.num_categories - 1))
-        first = 1 - rows.sum(-1, keepdim=True)
-        out: Tensor = (rows.log() - first.log()).flatten(-2)
-        return out
+        rows, _ = self._places(mean.device)
+        others = torch.zeros_like(mean[..., :1]).expand(*mean.shape[:-1], self.dim)
+        first = 1 - others.index_add(-1, rows, mean)
+        return mean.log() - first[..., rows].log()
 
     def sample(self, eta: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw by Gumbel noise."""
-        logits = self._logits(eta)
+        logits = self.log_odds(eta)
         unit = torch.rand(logits.shape, generator=generator, dtype=torch.float64).clamp(1e-300, 1 - 1e-16).to(logits)
         return (logits - (-unit.log()).log()).argmax(-1).to(eta)

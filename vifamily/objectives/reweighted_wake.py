@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError
+from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.objectives._base import Estimator, Objective, ValueKind, log_ratio_parts
 from vifamily.objectives._reference import check_number
 from vifamily.objectives._snis import defensive_draws, effective_share, weighted_draws, weights_apart
@@ -42,9 +42,14 @@ class ReweightedWake(Objective):
     weighed as draws of the mixture of the two: no weight exceeds that of p over the wider law, so q may begin, or
     stay, with lighter tails than p. The value is then measured from the mixture.
 
-    The sleep phase of the method trains a conditional q on data simulated from the model: on a
-    :class:`~vifamily.models.Simulator` that is ``inclusive_kl``, and this objective, on one with a likelihood, is the
-    wake phase at the data of ``with_observations``. A q for one data set has no sleep phase.
+    The sleep phase trains a conditional q on data simulated from the model. On a
+    :class:`~vifamily.models.Simulator` with a likelihood this objective is the wake phase at each datum, those of
+    ``with_observations`` or simulated ones, and ``sleep`` adds the other,
+
+    .. math:: (1 - s) \cdot \text{wake} \; - \; s \, \mathbb{E}_{p(\theta, x)} \log q(\theta \mid x),
+
+    which is ``inclusive_kl``: it needs no weights, so it leads q to where the weights of the wake phase say something,
+    and the wake phase fits q to the data that were observed. A q for one data set has no sleep phase.
 
     **Bias.** Of order 1/K from the division by the sum of weights, towards what the draws already cover; none at
     q = p, and none in the limit of many draws. ``wake`` and ``dreg`` have the same bias.
@@ -64,6 +69,7 @@ class ReweightedWake(Objective):
         defensive: Part of the draws that comes from the wider law, from 0 (none) to below 1; ``wake`` only, on real
             spaces, for families whose draws carry equal weights.
         widen: Standard deviation of the wider law over that of q, above 1.
+        sleep: Part s of the sleep phase in the loss, from 0 (none) to below 1; for simulators.
         estimator: ``"auto"``, ``"dreg"`` or ``"wake"``.
 
     Raises:
@@ -79,6 +85,7 @@ class ReweightedWake(Objective):
 
     defensive: float = 0.0
     widen: float = 3.0
+    sleep: float = 0.0
     estimator: str = "auto"
 
     needs_family: ClassVar[frozenset[Capability]] = frozenset({Capability.LOG_Q, Capability.DRAWS})
@@ -110,6 +117,10 @@ class ReweightedWake(Objective):
     def __post_init__(self) -> None:
         if self.defensive != 0:
             check_number("defensive", self.defensive, 0, 1, "a part of the draws from 0 to below 1")
+        if self.sleep != 0:
+            check_number("sleep", self.sleep, 0, 1, "a part of the loss from 0 to below 1")
+            object.__setattr__(self, "needs_model", type(self).needs_model | {Capability.SIMULATE})
+            object.__setattr__(self, "needs_family", type(self).needs_family | {Capability.CONDITIONAL})
         check_number("widen", self.widen, 1, math.inf, "a factor above 1")
         super().__post_init__()
         if not self.defensive:
@@ -143,4 +154,20 @@ class ReweightedWake(Objective):
             surrogate = -((share - share**2) * moving).sum(-1)
         else:
             surrogate = -(share * (log_q + log_p)).sum(-1)
-        return Loss(surrogate, weights_apart(log_share, log_weight), {"ess": effective_share(log_share, log_weight)})
+        value, terms = weights_apart(log_share, log_weight), {"ess": effective_share(log_share, log_weight)}
+        if not self.sleep:
+            return Loss(surrogate, value, terms)
+        sleeping = self._sleep(family, batch)
+        terms["sleep"] = sleeping.detach()
+        awake = 1 - self.sleep
+        return Loss(
+            awake * surrogate + self.sleep * sleeping, awake * value + self.sleep * terms["sleep"], terms,
+        )  # fmt: skip
+
+    def _sleep(self, family: Any, batch: Batch | None) -> Tensor:
+        """Minus the mean log density at simulated pairs."""
+        if batch is None:
+            raise NotAvailableError("the sleep phase is evaluated on simulated pairs: give them as the batch.")
+        z, x = batch.data
+        out: Tensor = -family.at(x).log_prob(z.unsqueeze(-2)).mean()
+        return out

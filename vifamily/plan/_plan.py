@@ -186,7 +186,8 @@ def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list
         if own is not None:
             family = own
         elif model.space is Space.DISCRETE:
-            family = "categorical"
+            simulated = Capability.SIMULATE in model.capabilities
+            family = "natural(kind='categorical')" if simulated else "categorical"
         elif Capability.SIMULATE in model.capabilities:
             family = "flow"
         else:
@@ -400,7 +401,8 @@ def make_plan(
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     simulated = Capability.SIMULATE in found.capabilities
-    if simulated and Capability.SIMULATE not in loss.needs_model:
+    pairs_only = loss.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT} == {Capability.SIMULATE}
+    if simulated and not pairs_only:
         found = found.by_likelihood()
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
     own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from vifamily import rng
+from vifamily.errors import VifamilyWarning
 from vifamily.fit import fit
 from vifamily.models import Network
 from vifamily.reproduce import _network_baselines as baselines
@@ -84,7 +86,9 @@ def collapsed(folder: Path, name: str, budget: baselines.Budget) -> dict[str, fl
         for layer_name, parameter in model.named_parameters():
             if layer_name.endswith((".left", ".right")):
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=rng.generator(0, layer_name)))
-    draws = _fitted(model, budget, 0, init=torch.zeros(model.dim))
+    with warnings.catch_warnings():  # that this start goes nowhere is what is shown
+        warnings.simplefilter("ignore", VifamilyWarning)
+        draws = _fitted(model, budget, 0, init=torch.zeros(model.dim))
     found = _whvi_prediction(model, draws, data.x_test)
     constant = float((data.y_test - data.y.mean()).square().mean().sqrt()) * data.scale
     return baselines.score(found, data.y_test, data.scale) | {"constant": constant}

@@ -8,11 +8,11 @@ from torch.distributions import MultivariateNormal, Normal, Uniform
 
 import vifamily as vf
 from vifamily import registry
-from vifamily.errors import ConfigError, IncompatibleError, ShapeError
+from vifamily.errors import ConfigError, IncompatibleError, NotAvailableError, ShapeError
 from vifamily.models import SimulatorAtData
 from vifamily.posterior.amortised import AmortisedFamily, Vector
 from vifamily.posterior.amortised._at_data import FamilyAtData
-from vifamily.types import LatentSpec
+from vifamily.types import Batch, LatentSpec
 
 VARIANCE = 0.1
 COVARIANCE = torch.tensor([[1.0, 0.8], [0.8, 1.0]])
@@ -207,3 +207,44 @@ def test_the_angle_of_a_circle_is_refused_with_the_space_named():
     unit = vf.models.Simulator(Uniform(torch.zeros(1), torch.ones(1)), lambda t: t)
     with pytest.raises(IncompatibleError, match="circle"):
         vf.fit(unit, "natural(kind='von_mises')", "inclusive_kl", steps=5)
+
+
+# -- wake and sleep ----------------------------------------------------------------------------------------------------
+def test_the_loss_of_wake_and_sleep_is_the_sum_of_both():
+    module, x, source = at_data()
+    noise = torch.randn(4, 6, 2, generator=source, dtype=torch.float64)
+    z, simulated = (torch.randn(9, 2, generator=source, dtype=torch.float64) for _ in range(2))
+    view, model = FamilyAtData(module, x), SimulatorAtData(correlated(dtype=torch.float64)).given(x)
+    loss, wake = (
+        registry.build("objectives", spec).resolve(model, view)
+        for spec in ("reweighted_wake(sleep=0.25, estimator=wake)", "reweighted_wake(estimator=wake)")
+    )
+    both = loss.loss(view, model, noise, Batch((z, simulated), 9))
+    sleep = -module.log_prob(z, simulated).mean()
+    torch.testing.assert_close(both.terms["sleep"], sleep.detach())
+    alone = wake.loss(view, model, noise)
+    torch.testing.assert_close(both.surrogate, 0.75 * alone.surrogate + 0.25 * sleep)
+    torch.testing.assert_close(both.value, 0.75 * alone.value + 0.25 * sleep.detach())
+    with pytest.raises(NotAvailableError, match="pairs"):
+        loss.loss(view, model, noise)
+
+
+def test_wake_alone_knows_the_observation_and_with_sleep_the_model_as_well():
+    far = torch.tensor([-1.5, 1.0])
+    simulator = correlated().with_observations(X[None])
+    errors = {}
+    for spec in ("reweighted_wake", "reweighted_wake(sleep=0.5)"):
+        posterior = fitted(spec, "full_rank", simulator=simulator, steps=400)
+        there = posterior(X).draws(10_000).mean(0) - MEAN
+        assert float(there.abs().max()) < 0.06, spec
+        errors[spec] = float((posterior(far).draws(10_000).mean(0) - POSTERIOR @ far / 0.25).abs().max())
+    assert errors["reweighted_wake(sleep=0.5)"] < 0.2 < errors["reweighted_wake"]
+
+
+def test_a_sleep_phase_needs_a_simulator_with_a_likelihood():
+    with pytest.raises(IncompatibleError, match="simulation"):
+        vf.fit("correlated_normal", "mean_field", "reweighted_wake(sleep=0.5)")
+    with pytest.raises(IncompatibleError, match="log_likelihood="):
+        vf.fit(correlated(log_likelihood=None), "full_rank", "reweighted_wake(sleep=0.5)")
+    with pytest.raises(ConfigError, match="sleep"):
+        registry.build("objectives", "reweighted_wake(sleep=1.0)")

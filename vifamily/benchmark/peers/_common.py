@@ -18,6 +18,9 @@ __all__ = ["Clock", "Job", "Trajectory", "drive", "step_counts"]
 class Clock:
     """Wall and CPU seconds of this process, stopped while something is written down.
 
+    Args:
+        counts: ``"wall"`` or ``"cpu"``: which of them a limit of time is about.
+
     Example:
         >>> clock = Clock()
         >>> clock.go()
@@ -26,7 +29,8 @@ class Clock:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counts: str = "wall") -> None:
+        self.counts = counts
         self.wall = self.cpu = 0.0
         self._since: tuple[float, float] | None = None
 
@@ -40,6 +44,11 @@ class Clock:
             self.wall += time.perf_counter() - self._since[0]
             self.cpu += time.process_time() - self._since[1]
             self._since = None
+
+    @property
+    def counted(self) -> float:
+        """Seconds that count towards a limit."""
+        return self.cpu if self.counts == "cpu" else self.wall
 
 
 class Trajectory:
@@ -155,14 +164,14 @@ def drive(
     Args:
         trajectory: Where that is noted.
         setting: ``steps`` and ``draws``.
-        budget: Most seconds of steps.
+        budget: Most seconds of steps, by what the clock counts.
         advance: Takes this many steps, and returns when they are done.
         where: Gives mean and scale.
     """
     clock, done = trajectory.clock, 0
-    first = clock.wall
+    first = clock.counted
     for target in step_counts(setting["steps"]):
-        used = clock.wall - first
+        used = clock.counted - first
         if used > budget:
             break
         count = target - done

@@ -10,6 +10,7 @@ from vifamily import posterior as posteriors
 from vifamily.posterior.amortised._family import AmortisedFamily, ConditionedFamily
 from vifamily.posterior.amortised._fit import fit_amortised
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
+from vifamily.posterior.amortised._refine import Refined
 from vifamily.posterior.amortised._truncated import truncated
 from vifamily.posterior.amortised.encoders import Encoder, Image, Series, Set, Vector
 
@@ -19,6 +20,7 @@ __all__ = [
     "ConditionedFamily",
     "Encoder",
     "Image",
+    "Refined",
     "Series",
     "Set",
     "Vector",

@@ -31,7 +31,7 @@ class FamilyAtData:
     @property
     def capabilities(self) -> frozenset[Capability]:
         """What the family can do at data: no closed-form moments."""
-        return self.family.capabilities - LOST
+        return (self.family.capabilities - LOST) | {Capability.CONDITIONAL}
 
     @property
     def restart_shape(self) -> tuple[int, ...]:

@@ -15,12 +15,20 @@ from vifamily.registry import entry_name
 from vifamily.rng import draw_noise, generator
 from vifamily.types import Batch, Capability
 
-__all__ = ["ByLikelihood", "draws_per_datum", "refuse_without_likelihood"]
+__all__ = ["ByLikelihood", "by_likelihood", "draws_per_datum", "refuse_without_likelihood"]
 
 _POINTS = 4096
 """Points at which the likelihood is evaluated in one part of a pass over the held-out data."""
 _FEW_DRAWS = 2
-_CRITERION_DRAWS = 256
+_PAIRS = 256
+"""Simulated pairs of a step at least, for objectives that learn from these beside their data."""
+_CRITERION_DRAWS, _MOST_TIMES = 256, 32
+
+
+def by_likelihood(objective: Objective) -> bool:
+    """Whether an objective evaluates the log joint, and not simulated pairs alone."""
+    both = objective.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT}
+    return both != {Capability.SIMULATE}
 
 
 def refuse_without_likelihood(simulator: Simulator, objective: Objective) -> None:
@@ -58,6 +66,7 @@ class ByLikelihood:
         simulator: A simulator with a likelihood.
         module: The networks.
         data: The data to learn from, ``(datum, *shape)``.
+        simulated: Simulated pairs, for objectives that learn from these as well.
         draws: Draws at each datum in a step.
         seed: Root seed of the noise.
 
@@ -66,18 +75,13 @@ class ByLikelihood:
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        simulator: Simulator,
-        module: AmortisedFamily,
-        data: Tensor,
-        *,
-        draws: int,
-        seed: int,
-    ) -> None:
+        self, objective: Objective, simulator: Simulator, module: AmortisedFamily, data: Tensor, simulated: Pairs,
+        *, draws: int, seed: int,
+    ) -> None:  # fmt: skip
         self.simulator, self.draws, self.seed = simulator, draws, seed
         self.model = SimulatorAtData(simulator)
-        self.noise = generator(seed, "noise")
+        self.noise, self.order = generator(seed, "noise"), generator(seed, "pairs")
+        self.simulated = simulated if Capability.SIMULATE in objective.needs_model else None
         with torch.no_grad():
             probe = FamilyAtData(module, data[:2])
         self.objective: Objective = objective.resolve(self.model, probe)
@@ -115,11 +119,19 @@ class ByLikelihood:
         model = self.model.given(x)
         noise = draw_noise(family.noise_spec, (len(x), self.draws), self.noise, dtype=x.dtype, device=x.device)
         state = None if self.state is None else self.state[rows[:, 0]]
-        out = self.objective.loss(family, model, noise, None, state)
+        out = self.objective.loss(family, model, noise, self._pairs(len(x)), state)
         if self.state is not None:
             self.state[rows[:, 0]] = out.state
         surrogate = out.surrogate.mean()
         return out.value.mean() + (surrogate - surrogate.detach())
+
+    def _pairs(self, count: int) -> Batch | None:
+        """Some of the simulated pairs, for an objective that asks for them."""
+        if self.simulated is None:
+            return None
+        size = max(count, min(_PAIRS, len(self.simulated)))
+        some = torch.randint(len(self.simulated), (size,), generator=self.order).to(self.simulated.z.device)
+        return Batch((self.simulated.z[some], self.simulated.x[some]), size)
 
     @torch.no_grad()
     def pointwise(self, module: nn.Module, pairs: Pairs) -> Tensor:
@@ -133,15 +145,23 @@ class ByLikelihood:
         if not bound and pairs.z.dtype.is_floating_point:
             parts = zip(pairs.z.split(_POINTS), pairs.x.split(_POINTS), strict=True)
             return torch.cat([-module.log_prob(z, x) for z, x in parts])  # type: ignore[operator]
-        draws = max(self.draws, _FEW_DRAWS if bound else _CRITERION_DRAWS)
+        draws = self.draws if bound else max(self.draws, _CRITERION_DRAWS)
+        # few data are judged by more noise
+        times = max(1, min(_MOST_TIMES, _POINTS // (draws * len(pairs.x))))
         source, out = generator(self.seed, "held out"), []
         for x in pairs.x.split(max(1, _POINTS // draws)):
             family, model = FamilyAtData(module, x), self.model.given(x)  # type: ignore[arg-type]
-            noise = draw_noise(family.noise_spec, (len(x), draws), source, dtype=x.dtype, device=x.device)
-            if not bound:
-                drawn = family(noise)
-                ratio = model.log_joint(drawn.z) - family.log_prob(drawn.z)
-                out.append(-weighted_sum(drawn.log_weight.expand_as(ratio), ratio))
-            else:
-                out.append(self.objective.loss(family, model, noise, None, None).value)
+            values = [self._judged(family, model, source, draws, bound=bound) for _ in range(times)]
+            out.append(torch.stack(values).mean(0))
         return torch.cat(out)
+
+    def _judged(
+        self, family: FamilyAtData, model: SimulatorAtData, source: torch.Generator, draws: int, *, bound: bool
+    ) -> Tensor:
+        latent = family.latent
+        noise = draw_noise(family.noise_spec, (family.size, draws), source, dtype=latent.dtype, device=latent.device)
+        if bound:
+            return self.objective.loss(family, model, noise, None, None).value
+        drawn = family(noise)
+        ratio = model.log_joint(drawn.z) - family.log_prob(drawn.z)
+        return -weighted_sum(drawn.log_weight.expand_as(ratio), ratio)

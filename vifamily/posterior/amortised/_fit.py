@@ -20,7 +20,12 @@ from vifamily.numerics.threads import few_threads
 from vifamily.objectives import Objective
 from vifamily.plan import describe, make_plan
 from vifamily.posterior._record import FitRecord, versions
-from vifamily.posterior.amortised._by_likelihood import ByLikelihood, draws_per_datum, refuse_without_likelihood
+from vifamily.posterior.amortised._by_likelihood import (
+    ByLikelihood,
+    by_likelihood,
+    draws_per_datum,
+    refuse_without_likelihood,
+)
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
 from vifamily.posterior.amortised._training import EpochReport, Pairs, Trainer
@@ -167,7 +172,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.simulator, self.seed, self.workers = simulator, seed, workers
         asked = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
-        self.by_likelihood = isinstance(asked, Objective) and Capability.SIMULATE not in asked.needs_model
+        self.by_likelihood = isinstance(asked, Objective) and by_likelihood(asked)
         if self.by_likelihood:
             if Capability.LOG_JOINT in asked.needs_model:
                 refuse_without_likelihood(simulator, asked)
@@ -197,7 +202,8 @@ class _Run:
         number = getattr(self.objective, "simulations", _SIMULATIONS)
         stored = self.simulator.stored
         observed = self.simulator.observations if self.by_likelihood else None
-        if observed is not None:
+        sleeps = self.by_likelihood and Capability.SIMULATE in self.objective.needs_model
+        if observed is not None and not sleeps:
             number = _SCALING
         self.fresh = stored is None and number is None
         self.batch_size = self.asked_batch or _BATCH
@@ -273,7 +279,8 @@ class _Run:
         encoder.fit_scale(self.all.x)
         with torch.no_grad():
             size = encoder(self.all.x[:2]).shape[-1]
-        latent = LatentSpec(self.simulator.dim, context_dim=int(size), **options)
+        model = self.simulator
+        latent = LatentSpec(model.dim, model.space, model.num_categories, int(size), **options)
         family = self.entry.build(latent, generator=source)
         family.spec = describe(self.entry)
         sd = self.all.z.double().std(0).clamp_min(1e-12)
@@ -305,7 +312,7 @@ class _Run:
 
     def _likelihood_trainer(self, module: AmortisedFamily, restart: int) -> Trainer:
         kept = Pairs(torch.arange(len(self.kept), device=self.kept.x.device).unsqueeze(-1), self.kept.x)
-        way = ByLikelihood(self.objective, self.simulator, module, kept.x, draws=self.draws,
+        way = ByLikelihood(self.objective, self.simulator, module, kept.x, self.all, draws=self.draws,
                            seed=split(self.seed, "likelihood", restart))  # fmt: skip
         self.resolved = way.objective
         # few observations are seen often in what counts as an epoch

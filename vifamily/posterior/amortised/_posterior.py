@@ -17,6 +17,7 @@ from vifamily.errors import CheckpointError, ConfigError, NotAvailableError, Sha
 from vifamily.models import ObservedSimulator, Simulator
 from vifamily.posterior import FitRecord, Posterior
 from vifamily.posterior.amortised._family import AmortisedFamily
+from vifamily.posterior.amortised._refine import Refined, refine
 from vifamily.posterior.amortised.encoders import Encoder, as_encoder
 from vifamily.rng import draw_noise, generator, split
 from vifamily.supports import Layout
@@ -81,6 +82,38 @@ class AmortisedPosterior:
         if model is None:
             out._no_model = _NO_MODEL
         return out
+
+    def refine(
+        self, x: Any, num_draws: int = 1000, *, pool: int | None = None, defensive: float = 0.05, tune: bool = True,
+        steps: int = 500, seed: int | None = None,
+    ) -> Refined:  # fmt: skip
+        """Correct the posterior of one observation by the likelihood.
+
+        Points of the posterior, and a few of the prior, are weighed by ``p(theta) p(x | theta)`` over the density of
+        the mixture that they came from; draws are chosen by the smoothed weights. Where k-hat says that the weights
+        cannot be trusted, a copy of the networks first takes steps of ``reweighted_wake`` at this observation alone.
+
+        Args:
+            x: The observation.
+            num_draws: Draws to choose, with replacement.
+            pool: Points to weigh; by default four times as many, 4,000 at least.
+            defensive: Share of them that comes from the prior, so that what the posterior left out is seen.
+            tune: Whether to fit on at the observation where the weights cannot be trusted.
+            steps: Most steps of that fit.
+            seed: Root seed; by default that of the fit.
+
+        Returns:
+            Draws, weights, k-hat and the log evidence.
+
+        Raises:
+            NotAvailableError: If the simulator, its likelihood or the density of its prior is not there, or no point
+                has any weight.
+            ConfigError: If a number is out of range.
+
+        Warns:
+            VifamilyWarning: If k-hat is above its threshold in the end.
+        """
+        return refine(self, x, num_draws, pool=pool, defensive=defensive, tune=tune, steps=steps, seed=seed)
 
     # -- many observations at once -------------------------------------------------------------------------------------
     def _data(self, x: Any) -> Tensor:
