@@ -126,6 +126,16 @@ def test_compiled_graph(kernel):
     torch.testing.assert_close(y.grad, found, rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.usefixtures("validation")
+@pytest.mark.parametrize("loaded", [True, False])
+def test_compiled_graph_of_a_layer(kernel, monkeypatch, loaded):
+    if not loaded:
+        monkeypatch.setattr(hadamard_kernel, "_LOADED", {})
+    x, left, core, right = normal(3, 32), normal(32), normal(32), normal(32)
+    found = torch.compile(walsh_product, fullgraph=True, backend="aot_eager")(x, left, core, right)
+    torch.testing.assert_close(found, walsh_product(x, left, core, right), rtol=1e-12, atol=1e-10)
+
+
 def test_layouts(kernel):
     x = normal(64, 4, 6)
     y = x.movedim(0, -1)
@@ -159,9 +169,9 @@ def test_errors(monkeypatch):
 
 def test_the_installed_cuda_kernel_is_chosen_and_called(monkeypatch):
     fake = types.ModuleType("fast_hadamard_transform")
-    fake.__spec__ = types.SimpleNamespace(name="fast_hadamard_transform")  # type: ignore[assignment]
     fake.hadamard_transform = lambda x, scale: torch_hadamard(x, orthonormal=False) * scale  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fast_hadamard_transform", fake)
+    monkeypatch.setattr(hadamard_kernel, "_DAO_INSTALLED", True)
     assert hadamard_kernel._way("cuda", torch.float32, 256, "auto") == "dao"
     assert hadamard_kernel._way("cuda", torch.float64, 256, "auto") is None
     assert hadamard_kernel._way("cuda", torch.float32, 256, "torch") is None

@@ -28,6 +28,7 @@ KERNELS = ("auto", "torch", "compiled")
 
 _LOADED: dict[torch.dtype, Any] = {}
 """Functions of the compiled library by dtype, once it is loaded."""
+_DAO_INSTALLED = importlib.util.find_spec("fast_hadamard_transform") is not None
 _DAO_LARGEST = 2**15
 
 
@@ -181,8 +182,7 @@ def _way(device: str, dtype: torch.dtype, size: int, kernel: str) -> str | None:
         handled = dtype in (torch.float32, torch.float64)
         return "processor" if handled and (kernel == "compiled" or _LOADED) else None
     if device == "cuda":
-        found = importlib.util.find_spec
-        if dtype != torch.float64 and size <= _DAO_LARGEST and found("fast_hadamard_transform"):
+        if dtype != torch.float64 and size <= _DAO_LARGEST and _DAO_INSTALLED:
             return "dao"
         if kernel == "auto" or dtype != torch.float32:
             return None
@@ -227,7 +227,8 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
         raise ConfigError(f"kernel is one of {', '.join(KERNELS)}, got {kernel!r}.")
     size = x.shape[-1] if x.dim() else 0
     # a tracer that is not asked for the kernel is shown products, which it can take apart
-    way = None if kernel == "auto" and _observed() else _way(x.device.type, x.dtype, size, kernel)
+    traced = kernel == "auto" and not torch.compiler.is_compiling() and _observed()
+    way = None if traced else _way(x.device.type, x.dtype, size, kernel)
     if way is None:
         return torch_hadamard(x, orthonormal=orthonormal)
     scale = float(size) ** -0.5 if orthonormal else 1.0
