@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vifamily.llm import running
+from vifamily.llm import ready, running
 from vifamily.llm._extra import require
 from vifamily.llm.manifest import read_manifest
 from vifamily.llm.reading import read_records
@@ -33,7 +33,12 @@ Folder = Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")]
 Data = Annotated[str, typer.Argument(help="A file (.jsonl, .json, .parquet) or a data set on the hub.")]
 Base = Annotated[str | None, typer.Option(help="The base, where it is not the one that the folder names.")]
 Reference = Annotated[str | None, typer.Option(help="Folder of the adapter that preferences were trained against.")]
-Config = Annotated[Path | None, typer.Option("--config", help="A YAML file of the same names; flags override it.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="A YAML file of the same names, or a name of `vifamily llm configs`; flags override it."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -60,6 +65,7 @@ def llm_app(clean: Callable[[Callable[..., int]], Callable[..., None]]) -> typer
         ("generate", _generate, 'vifamily llm generate results/ensemble "Question: ..." --speaker mixture', False),
         ("route", _route, "vifamily llm route results/ensemble held_out.jsonl --out routing.png", False),
         ("inspect", _inspect, "vifamily llm inspect results/ensemble", False),
+        ("configs", _configs, "vifamily llm sft --config mmlu-qwen2-1.5b", False),
         ("demo", _demo, "vifamily llm demo --out results/demo", False),
     ):
         settings = _FREE if free else None
@@ -186,6 +192,20 @@ def _inspect(folder: Folder, *, as_json: Json = False, debug: Debug = False) -> 
     for name, value in sorted(manifest.training.items()):
         typer.echo(f"{name}: {value}")
     typer.echo("versions: " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))
+    return 0
+
+
+def _configs(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to change a copy of it.")] = None,
+    *,
+    debug: Debug = False,
+) -> int:
+    """List the configurations that come with the package, for --config; or print one."""
+    if name is None:
+        for known, what in ready.configs().items():
+            typer.echo(f"{known}: {what}")
+    else:
+        typer.echo(ready.config_path(name).read_text("utf-8"), nl=False)
     return 0
 
 

@@ -14,8 +14,10 @@ from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.cost import step_cost
 from vifamily.llm.laplace import adapter_laplace
+from vifamily.llm.named_sets import converted
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
+from vifamily.llm.ready import config_path, configs
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import base_size
 from vifamily.llm.stochastic import FAMILIES, StochasticCausalLM
@@ -33,6 +35,8 @@ class RunSettings:
         model_revision: Its branch, tag or commit.
         dtype: Its dtype: auto, float32, bfloat16 or float16.
         dataset_name: A file (.jsonl, .json, .parquet) or the name of a data set on the hub.
+        dataset_config: Which of several data sets under one name on the hub.
+        dataset_format: How records become ones of TRL: mmlu or or_bench; none is needed for TRL's formats.
         dataset_train_split: Split to train on, of a data set on the hub.
         dataset_test_split: Split to evaluate on, of the same.
         eval_file: A file to evaluate on.
@@ -56,6 +60,8 @@ class RunSettings:
     model_revision: str = "main"
     dtype: str = "auto"
     dataset_name: str = ""
+    dataset_config: str | None = None
+    dataset_format: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     eval_file: str | None = None
@@ -91,7 +97,7 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
 
     Args:
         arguments: Flags with their values, such as ``["--num_members", "8"]``.
-        config: A YAML file of the same names.
+        config: A YAML file of the same names, or the name of one of :func:`~vifamily.llm.ready.configs`.
 
     Returns:
         Settings of the run, options of the ensemble, and ``transformers.TrainingArguments``.
@@ -158,12 +164,12 @@ def run_training(
     """
     transformers, peft = require("transformers", "training an ensemble"), require("peft", "training an ensemble")
     trainer = require("vifamily.llm.trainer", "training an ensemble")
-    records = read_records(settings.dataset_name, split=settings.dataset_train_split)
+    records = _records(settings, settings.dataset_name, settings.dataset_train_split)
     held = None
     if settings.eval_file is not None:
-        held = read_records(settings.eval_file)
+        held = _records(settings, settings.eval_file, "train")
     elif settings.dataset_test_split is not None:
-        held = read_records(settings.dataset_name, split=settings.dataset_test_split)
+        held = _records(settings, settings.dataset_name, settings.dataset_test_split)
     name, revision = settings.model_name_or_path, settings.model_revision
     where = {} if Path(name).exists() else {"revision": revision}
     try:
@@ -208,6 +214,11 @@ def run_training(
 # --- parts ---
 
 
+def _records(settings: RunSettings, name: str, split: str) -> list[dict[str, Any]]:
+    found = read_records(name, split=split, subset=settings.dataset_config)
+    return found if settings.dataset_format is None else converted(found, settings.dataset_format)
+
+
 def _stack(settings: RunSettings, base: Any, config: Any) -> StackedCausalLM:
     """Members of their own, draws of one adapter, or the one member at which Laplace's approximation is made."""
     if settings.family in FAMILIES:
@@ -238,6 +249,7 @@ def _cost(
                 batch_size=rows * (2 if kind == "dpo" else 1) * max(1, training.world_size),
                 length=max(2, longest),
                 target_modules=tuple(sorted({name.rpartition(".")[2] for name in model.target_names})),
+                gradient_checkpointing=bool(training.gradient_checkpointing),
                 route="two_pass" if options.route == "two_pass" else "stacked",
                 base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
                 preferences=kind == "dpo",
@@ -252,6 +264,8 @@ def _cost(
 def _read_yaml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
+    if not path.exists() and str(path) in configs():
+        path = config_path(str(path))
     try:
         content = require("yaml", "reading a configuration").safe_load(path.read_text("utf-8"))
     except OSError as error:
