@@ -13,7 +13,7 @@ from vifamily.errors import ConfigError, DataError
 from vifamily.numerics.arctangent_ratio import sine_bound
 from vifamily.rng import scoped
 from vifamily.roc import AUCBoundClassifier
-from vifamily.roc._classifier import Stretched, calibrating_line, sine_loss, tanh_loss, weighted_auc
+from vifamily.roc._classifier import NETWORK_SCALE, Stretched, calibrating_line, sine_loss, tanh_loss, weighted_auc
 from vifamily.roc._training import Perceptron
 
 REASON = "rows are held out and batched at random"
@@ -107,6 +107,19 @@ def test_stretched_angles_start_as_the_arctangent(generator):
         module.last += 1
     x = torch.randn(9, 2, generator=generator, dtype=torch.float64)
     assert torch.allclose(Stretched(module)(x), module(x).exp().atan(), atol=1e-12)
+
+
+def test_the_network_counts_in_units_of_its_scale(generator, seed):
+    plain = Perceptron(3, [4], generator)
+    with torch.no_grad():
+        plain.last += 1
+    large = Perceptron(3, [4], generator, scale=NETWORK_SCALE)
+    large.load_state_dict(plain.state_dict())
+    x = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    assert torch.allclose(large(x), NETWORK_SCALE * plain(x), atol=1e-12)
+    rows, labels = normal_pair(seed, (20, 20), dim=2)
+    for model, scale in (("network", NETWORK_SCALE), ("kernel", 1.0)):
+        assert AUCBoundClassifier(model, max_iter=2, random_state=0).fit(rows, labels)._module.scale == scale
 
 
 def test_weighted_area_by_hand(seed):

@@ -41,6 +41,9 @@ __all__ = ["AUCBoundClassifier"]
 Array = NDArray[np.float64]
 _KERNEL_RATE = 10.0
 """The kernel's coefficients are many times those of a network, and its problem is smooth: so are its steps."""
+NETWORK_SCALE = 4.0
+"""Units of log ratio in one unit of a network's output. Losses that want scores of several units are otherwise stopped
+early while the network has learned noise alone, above all where the signal is not in the means of the features."""
 
 
 class AUCBoundClassifier(RatioDecisions):
@@ -152,7 +155,8 @@ class AUCBoundClassifier(RatioDecisions):
         z = self._map(X)
         samples = (sample_of(z[mask], weight[mask]) for mask in (positive, ~positive))
         (pos, held_pos), (neg, held_neg) = (hold_out(s, self.validation_fraction, source) for s in samples)
-        self._module = Perceptron(z.shape[1], self._widths(), source)
+        scale = 1.0 if self.model == "kernel" else NETWORK_SCALE
+        self._module = Perceptron(z.shape[1], self._widths(), source, scale=scale)
         self._train(pos, neg, (held_pos, held_neg), seed)
         # the line is fitted on the held-out part: at the points of the fit scores are too sure
         self.slope_, self.offset_ = calibrating_line(*(self._scored(s) for s in (held_pos, held_neg)))

@@ -66,10 +66,13 @@ class Perceptron(nn.Module):
         features: Width of the input.
         hidden: Widths of the hidden layers.
         source: Randomness of the weights.
+        scale: Factor of the output. Steps of the optimiser are of one size, so a larger one lets scores of a few units
+            be reached before the hidden layers have learned the noise.
     """
 
-    def __init__(self, features: int, hidden: Sequence[int], source: torch.Generator) -> None:
+    def __init__(self, features: int, hidden: Sequence[int], source: torch.Generator, *, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         widths = [features, *hidden]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for inputs, outputs in zip(widths[:-1], widths[1:], strict=True):
@@ -83,7 +86,7 @@ class Perceptron(nn.Module):
         """Return scores, ``(point,)``."""
         for w, b in zip(self.weights, self.biases, strict=True):
             x = torch.tanh(x @ w.mT + b)
-        return x @ self.last + self.offset
+        return self.scale * (x @ self.last + self.offset)
 
 
 def weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
