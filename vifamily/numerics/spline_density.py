@@ -19,6 +19,7 @@ _NODES = 10
 """Gauss-Legendre nodes between two knots."""
 _CELLS, _NEWTON = 8, 4
 """Cells between two knots on which distribution functions are tabulated, and Newton steps from there."""
+_ROWS = 1000
 _SLOPE = math.pi / math.sqrt(3)
 """The logistic law of variance one has this slope."""
 
@@ -52,10 +53,10 @@ def spline_basis(t: Tensor, count: int, degree: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _rule(count: int, degree: int) -> tuple[Tensor, Tensor]:
-    """Quadrature on the unit interval, knot by knot: splines at the nodes ``(node, count)``, log weights."""
+def _rule(count: int, degree: int, parts: int = 1) -> tuple[Tensor, Tensor]:
+    """Quadrature on the unit interval, in ``parts`` between knots: splines ``(node, count)``, log weights."""
     place, weight = np.polynomial.legendre.leggauss(_NODES)
-    cells = count - degree
+    cells = (count - degree) * parts
     t = ((np.arange(cells)[:, None] + (place + 1) / 2) / cells).ravel()
     weights = torch.as_tensor(np.tile(weight / 2, cells) / cells)
     return spline_basis(torch.as_tensor(t), count, degree), weights.log()
@@ -167,13 +168,15 @@ class SplineDensity(ExponentialFamily):
         nodes = (left.unsqueeze(-1) + width * (place + 1) / 2).clamp(max=1 - torch.finfo(t.dtype).eps)
         part = (self._height(nodes, eta) - self._log_total(eta).unsqueeze(-1)).exp() @ weight * width.squeeze(-1) / 2
         passed = before.expand(*t.shape, count + 1).gather(-1, span.long().unsqueeze(-1)).squeeze(-1)
-        return passed + part
+        out: Tensor = passed + part
+        return out
 
     def _height(self, t: Tensor, eta: Tensor) -> Tensor:
         """The spline at positions ``(..., dim, node)``."""
         rows = eta.unflatten(-1, (self.dim, self.basis - 1))
         basis = spline_basis(t, self.basis, self.degree)[..., 1:]
-        return (basis @ rows.unsqueeze(-1)).squeeze(-1)
+        out: Tensor = (basis @ rows.unsqueeze(-1)).squeeze(-1)
+        return out
 
     def _log_total(self, eta: Tensor) -> Tensor:
         return self._at_nodes(eta)[1].logsumexp(-1)
@@ -198,10 +201,10 @@ class SplineDensity(ExponentialFamily):
     def _inverted(self, uniform: Tensor, eta: Tensor) -> Tensor:
         """Positions from a table of the distribution function, then by Newton steps inside their cell to rounding."""
         cells = _CELLS * (self.basis - self.degree)
-        edges = torch.linspace(0, 1, cells + 1, dtype=torch.float64, device=eta.device)
-        inside = edges.clamp(max=1 - 1e-15).expand(self.dim, -1)
-        table = self.cdf(inside.mT.reshape(cells + 1, *[1] * (eta.dim() - 1), self.dim).expand(
-            cells + 1, *eta.shape[:-1], self.dim), eta).movedim(0, -1).contiguous()  # fmt: skip
+        splines, log_weight = _rule(self.basis, self.degree, _CELLS)
+        height = eta.unflatten(-1, (self.dim, self.basis - 1)) @ splines[:, 1:].to(eta).mT + log_weight.to(eta)
+        masses = (height - height.logsumexp(-1, keepdim=True)).exp().unflatten(-1, (cells, _NODES)).sum(-1)
+        table = torch.nn.functional.pad(masses.cumsum(-1), (1, 0))
         wanted = uniform.movedim(0, -1).contiguous()
         upper = torch.searchsorted(table, wanted).clamp(1, cells)
         low, high = table.gather(-1, upper - 1), table.gather(-1, upper)
@@ -219,8 +222,11 @@ class SplineDensity(ExponentialFamily):
         """Draw by the inverse of the distribution function."""
         shape = (*eta.shape[:-1], self.dim)
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
-        rows = uniform.reshape(1, -1, self.dim).to(eta.device)
-        return self.quantile(rows, eta.reshape(-1, eta.shape[-1])).reshape(shape).to(eta)
+        rows, laws = uniform.reshape(-1, self.dim).to(eta.device), eta.reshape(-1, eta.shape[-1])
+        # every row has a table of its own
+        parts = zip(rows.split(_ROWS), laws.split(_ROWS), strict=True)
+        drawn = torch.cat([self.quantile(u.unsqueeze(0), law).squeeze(0) for u, law in parts])
+        return drawn.reshape(shape).to(eta)
 
     def near_normal(self, mean: Tensor, sd: Tensor) -> Tensor:
         """Coefficients under which the law is near a normal one, by least squares of the log density.
@@ -241,4 +247,5 @@ class SplineDensity(ExponentialFamily):
         rows = splines.unsqueeze(0) * weight.unsqueeze(-1)
         found = torch.linalg.lstsq(rows.expand(len(wanted), -1, -1), (weight * wanted).unsqueeze(-1)).solution
         found = found.squeeze(-1)
-        return (found[:, 1:] - found[:, :1]).flatten().to(mean)
+        out: Tensor = (found[:, 1:] - found[:, :1]).flatten().to(mean)
+        return out
