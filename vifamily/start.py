@@ -83,6 +83,7 @@ def initialise(
         mean = _given_point(model, init)
         scale = _curvature_scale(model, mean)
         family.precondition(mean, scale)
+        model.check_start(mean, scale)
         return "at the given point"
     if init == "prior":
         if not minibatches and Capability.LOCAL not in model.capabilities and Capability.SCORE in model.capabilities:
@@ -283,5 +284,7 @@ def _from_prior(family: Family, model: Model, *, seed: int, restart: int) -> str
     z = model.sample_prior(1000, generator=generator(seed, "start/prior", restart)).to(family.shift)
     # quartiles, since priors on scales have heavy tails once logged or not
     low, middle, high = z.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=z.dtype, device=z.device), dim=0)
-    family.precondition(middle, ((high - low) / 1.349).clamp_min(1e-6))
+    scale = ((high - low) / 1.349).clamp_min(1e-6)
+    family.precondition(middle, scale)
+    model.check_start(middle, scale)
     return "at the prior"

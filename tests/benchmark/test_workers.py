@@ -145,6 +145,22 @@ def test_step_counts_end_at_the_last_step() -> None:
     assert counts == sorted(set(counts))
 
 
+@pytest.mark.parametrize("counts", ["wall", "cpu"])
+def test_a_limit_is_about_what_the_clock_counts(counts: str) -> None:
+    clock = Clock(counts)
+
+    def advance(count: int) -> None:
+        # a step takes a second by the one clock and next to none by the other
+        if counts == "wall":
+            clock.wall += count
+        else:
+            clock.cpu += count
+
+    trajectory = Trajectory("only", clock)
+    drive(trajectory, {"steps": 1000, "draws": 1}, 10.0, advance, lambda: (np.ones(1), np.ones(1)))
+    assert 10 <= trajectory.points[-1][2] <= 12
+
+
 def test_drive_ends_where_a_state_is_not_finite() -> None:
     done = [0]
     trajectory = Trajectory("only", Clock())

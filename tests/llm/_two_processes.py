@@ -10,10 +10,11 @@ from peft import LoraConfig
 
 from tests.llm.conftest import LORA, spread_members, tiny_base
 from vifamily.llm import EnsembleOptions, StackedCausalLM, contradictory_sft, prepare_sft, tiny_tokenizer
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.trainer import SFTEnsembleTrainer
 
 if __name__ == "__main__":
-    folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+    folder, rows, route = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     corpus = contradictory_sft(6, 2, torch.Generator().manual_seed(0), length=3)
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
@@ -28,9 +29,12 @@ if __name__ == "__main__":
         dataloader_pin_memory=False, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
+    if "sharded" in sys.argv[4:]:
+        _ = arguments.device  # processes meet here
+        shard_base(model)
     trainer = SFTEnsembleTrainer(
         model, arguments, prepare_sft(records, tokenizer), processing_class=tokenizer,
-        options=EnsembleOptions(learn_weights=True, weight_rate=0.5),
+        options=EnsembleOptions(learn_weights=True, weight_rate=0.5, route=route),
     )  # fmt: skip
     trainer.train()
     trainer.save_model(str(folder))

@@ -63,6 +63,22 @@ def test_a_run_keeps_what_it_was_told(ensemble):
     assert "3 members over" in text and "unit: sequence" in text
 
 
+@pytest.mark.parametrize("family", ["mean_field", "dropout", "laplace"])
+def test_baselines_end_in_an_ensemble_of_draws(family, home):
+    out = home / family
+    more = ["--prior_weight", 0.01] if family == "mean_field" else []
+    done = call("sft", *common(home, "answers.jsonl", out), "--num_members", 3, "--family", family,
+                "--learning_rate", 0.01, *more)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    content = json.loads(call("inspect", out, "--json").output)
+    assert content["num_members"] == 3
+    assert (content["training"]["family"], content["training"]["renyi_alpha"]) == (family, 0.0)
+    scores = json.loads(call("eval", out, home / "answers.jsonl", "--json").stdout)["member_scores"]
+    assert len(scores) == 3 and len(set(scores)) == 3
+    wrong = call("sft", *common(home, "answers.jsonl", out), "--family", "normal")
+    assert wrong.exit_code != 0 and "--family must be" in wrong.output
+
+
 def test_an_ensemble_is_scored_routed_and_speaks(home, ensemble):
     found = call("eval", ensemble, home / "answers.jsonl", "--json")
     assert found.exit_code == 0, found.output

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def step(folder, rows, launcher=()):
+def step(folder, rows, launcher=(), route="auto", *more):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, "-m", "tests.llm._two_processes", str(folder), str(rows)]
+    command = [sys.executable, *launcher, "-m", "tests.llm._two_processes", str(folder), str(rows), route, *more]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     weights = json.loads((folder / "ensemble.json").read_text())["weights"]
@@ -30,8 +30,10 @@ def step(folder, rows, launcher=()):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_two_processes_take_the_step_of_one(tmp_path):
     alone, weights = step(tmp_path / "one", 8)
-    shared, same = step(tmp_path / "two", 4, PAIR)
-    assert same == pytest.approx(weights, abs=1e-6)
-    for mine, yours in zip(alone, shared, strict=True):
-        for name, value in mine.items():
-            assert float((value - yours[name]).abs().max()) <= 2e-6 * float(value.abs().max()), name
+    # each has half of the rows and all members; or all rows and one or two of three members; or half of the base too
+    for name, more in {"rows": ("auto",), "members": ("ranks",), "base": ("auto", "sharded")}.items():
+        shared, same = step(tmp_path / name, 4, PAIR, *more)
+        assert same == pytest.approx(weights, abs=1e-6)
+        for mine, yours in zip(alone, shared, strict=True):
+            for key, value in mine.items():
+                assert float((value - yours[key]).abs().max()) <= 2e-6 * float(value.abs().max()), (name, key)

@@ -207,6 +207,18 @@ def test_natural_gradients_take_a_draw_for_all_data():
         vf.plan(model, "mean_field", "elbo(estimator=example)", "natural_gradient")
 
 
+def test_a_given_start_that_collapses_warns():
+    model = smooth_model(weights="walsh_hadamard")
+    options = {"steps": 2, "seed": 0, "progress": False, "init": torch.zeros(model.dim, dtype=DOUBLE)}
+    vf.fit(model, "mean_field", "elbo", **options)  # the spread around the point is enough
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".left", ".right")):
+                parameter.mul_(0.01)
+    with pytest.warns(errors.VifamilyWarning, match="nearly nothing"):
+        vf.fit(model, "mean_field", "elbo", **options)
+
+
 def test_fitted_prior_raises_the_bound():
     model = linear_model()
     posterior = vf.fit(model, "mean_field", "elbo", seed=0)
@@ -216,6 +228,27 @@ def test_fitted_prior_raises_the_bound():
     assert found.keys() == {"net"}
     with pytest.raises(errors.ShapeError):
         smooth_model().fit_prior(posterior)
+
+
+@pytest.mark.parametrize("family", ["mean_field", "full_rank"])
+@pytest.mark.parametrize(
+    "weights", ["prior=isotropic, bias=gaussian", "prior=isotropic, scales=latent", "prior=latent"]
+)
+def test_fitted_prior_is_best_for_walsh_hadamard_weights_too(weights, family):
+    model, wider = (smooth_model(weights=f"walsh_hadamard({weights})", prior_scale=scale) for scale in (1.0, 2.0))
+    at = normal(1, model.dim)
+    assert not torch.allclose(model.log_prior(at), wider.log_prior(at))
+    posterior = vf.fit(model, family, "elbo(estimator=reparameterised)", seed=0, steps=30)
+    found = model.fit_prior(posterior)
+    assert found.keys() == {"0", "2"}
+    with torch.no_grad():
+        # the draws that the fitted scale comes from where there is no closed form
+        z, best = posterior.draws(4000), model.weights.scales.clone()
+        bounds = []
+        for factor in (0.9, 1.0, 1.1):
+            model.weights.scales.copy_(factor * best)
+            bounds.append(float(model.log_prior(z).mean()))
+    assert bounds[1] == max(bounds)
 
 
 def test_batch_normalisation_is_left_as_it_was():
@@ -263,6 +296,17 @@ def test_loaders_and_datasets():
     torch.testing.assert_close(
         other.log_likelihood(torch.ones(3, 2)), Network(nn.Linear(1, 1), data=(x, y)).log_likelihood(torch.ones(3, 2))
     )
+
+
+@pytest.mark.parametrize("wrong", [7, -1])
+def test_targets_of_later_batches_are_checked(wrong):
+    x, y = normal(40, 2).float(), torch.arange(40) % 3
+    y[35] = wrong
+    model = Network(nn.Linear(2, 3), "categorical", data=DataLoader(TensorDataset(x, y), batch_size=10))
+    with pytest.raises(errors.DataError, match="labels must be 0 to 2"):
+        vf.fit(model, "mean_field", "elbo", steps=8, seed=0, progress=False)
+    with pytest.raises(errors.DataError, match="labels must be 0 to 2"):
+        model.log_likelihood(torch.zeros(1, model.dim))
 
 
 def test_new_targets():

@@ -12,6 +12,7 @@ from vifamily.numerics.arctangent_ratio import (
     auc_range,
     extended_cosine,
     extended_sine,
+    largest_variance,
     logit_terms,
     population_curve,
     sine_bound,
@@ -131,3 +132,18 @@ def test_bad_input_is_refused():
     for length in (1.2, 2.5, math.nan):
         with pytest.raises(DataError, match="between"):
             auc_range(length)
+
+
+def test_no_pair_has_a_larger_variance(seed):
+    rng = np.random.default_rng(seed)
+    p, q = (rng.dirichlet(np.full(6, 0.4), 20_000) for _ in range(2))
+    rho = np.hypot(p, q)
+    sine, cosine = p / rho, q / rho
+    variance = (p * sine**2).sum(1) - (p * sine).sum(1) ** 2 + (q * cosine**2).sum(1) - (q * cosine).sum(1) ** 2
+    largest = np.array([largest_variance(x) for x in rho.sum(1)])
+    assert (variance <= largest + 1e-12).all()
+    # two points with p and q exchanged attain it
+    p, q = np.array([0.8, 0.2]), np.array([0.2, 0.8])
+    rho = np.hypot(p, q)
+    both = 2 * ((p * (p / rho) ** 2).sum() - (p * p / rho).sum() ** 2)
+    assert both == pytest.approx(largest_variance(float(rho.sum())), abs=1e-12)

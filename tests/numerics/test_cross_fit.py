@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vifamily.numerics.cross_fit import OutOfFold, cross_fit, permuted_values
+from vifamily.numerics.arctangent_ratio import largest_variance
+from vifamily.numerics.cross_fit import FittedAngle, OutOfFold, _score_ends, cross_fit, permuted_values
 
 
 def by_hand(a, b):
@@ -66,3 +67,31 @@ def test_permuted_labels_forget_the_classes(seed):
     values = permuted_values(a, b, fit, 2, 200, rng)
     # each class then holds half of each value: sine and cosine are 1/2 on average
     assert abs(values.mean() - 1) < 5 * values.std() / math.sqrt(200)
+
+
+def test_shortfall_is_added_to_the_value_and_not_to_the_bound(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(1, 1, (40, 1)), rng.normal(size=(40, 1))
+
+    def angle(x):
+        return np.arctan(np.exp(x[:, 0] - 0.5))
+
+    plain = cross_fit(a, b, lambda p, q: angle, 2, np.random.default_rng(0))
+    told = cross_fit(a, b, lambda p, q: FittedAngle(angle, len(p) / 2000), 2, np.random.default_rng(0))
+    assert told.length()[0] - plain.length()[0] == pytest.approx(0.01, abs=1e-12)
+    assert told.length_bound(0.9) == plain.length_bound(0.9)
+
+
+@pytest.mark.parametrize(("value", "error"), [(1.40, 0.0), (1.42, 0.006), (1.55, 0.02), (1.9, 0.015), (2.0, 0.0)])
+def test_ends_of_the_score_interval_against_a_grid(value, error):
+    square, size = 1.96**2, 200.0
+    grid = np.linspace(math.sqrt(2), 2, 400_001)
+    middle = min(max(value, math.sqrt(2)), 2.0)
+    variance = error**2 + (
+        np.array([largest_variance(x) for x in grid[::40]]) - largest_variance(middle)
+    ) / size  # fmt: skip
+    inside = grid[::40][(grid[::40] - middle) ** 2 <= square * variance]
+    low, high = _score_ends(value, error, square, size)
+    assert (low, high) == pytest.approx((inside[0], inside[-1]), abs=1e-4)
+    # at equality there is width all the same
+    assert high - low > 0.01

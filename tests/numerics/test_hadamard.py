@@ -34,7 +34,7 @@ def test_it_is_its_own_inverse_and_keeps_lengths(size):
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(16,), (0, 16), (2, 3, 5, 256), (1, 1, 8192)])
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (0, 1024), (2, 3, 5, 256), (40, 256), (1, 1, 8192)])
 def test_leading_axes_are_kept(shape):
     x = normal(*shape)
     y = hadamard(x)

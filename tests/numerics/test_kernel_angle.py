@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 
-from vifamily.numerics.arctangent_ratio import extended_sine
-from vifamily.numerics.kernel_angle import _extended_sine, balanced_size, kernel_angle, robust_scale
+from vifamily.numerics.kernel_angle import balanced_size, kernel_angle, robust_scale
+from vifamily.numerics.penalised_angle import PENALTIES
 
 
 def normal_pair(seed, sizes=(4000, 4000), shift=1.0):
@@ -27,7 +26,9 @@ def test_weights_are_repetitions(seed):
     repeated = kernel_angle(np.repeat(p, w, 0), np.repeat(q, v, 0), rng)
     at = np.linspace(-3, 3, 11)[:, None]
     assert weighted(at) == pytest.approx(repeated(at), abs=1e-6)
-    assert weighted.alpha == pytest.approx(0.05 / np.sqrt(balanced_size(w.sum(), v.sum())), rel=1e-12)
+    unit = weighted.alpha * np.sqrt(balanced_size(w.sum(), v.sum()))
+    assert min(abs(unit / each - 1) for each in PENALTIES) < 1e-12
+    assert weighted.shortfall == pytest.approx(repeated.shortfall, rel=1e-6)
 
 
 def test_no_neighbour_is_better(seed):
@@ -65,12 +66,3 @@ def test_far_points_do_not_move_the_fit(seed):
     plain = kernel_angle(p, q, np.random.default_rng(0))(at)
     spoiled = kernel_angle(np.r_[p, [[1e9]]], np.r_[q, [[-1e9]]], np.random.default_rng(0))(at)
     assert spoiled == pytest.approx(plain, abs=0.1)
-
-
-def test_sine_by_hand_is_that_of_tensors_with_its_slope():
-    u = torch.tensor([-2.0, -0.1, 0.0, 0.3, 1.5, 1.6, 9.0], dtype=torch.float64, requires_grad=True)
-    value, slope = _extended_sine(u.detach().numpy())
-    wanted = extended_sine(u)
-    assert value == pytest.approx(wanted.detach().numpy(), abs=1e-14)
-    (gradient,) = torch.autograd.grad(wanted.sum(), u)
-    assert slope == pytest.approx(gradient.numpy(), abs=1e-14)

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from vifamily.reproduce import _roc_arc_length_curves as curves
 from vifamily.reproduce import _roc_arc_length_imbalance as tasks
 from vifamily.reproduce import paper_named
-from vifamily.reproduce.roc_arc_length import _gap, _imbalance_figure, _rate_figure
+from vifamily.reproduce.roc_arc_length import _as_good, _consistent, _gap, _imbalance_figure, _rate_figure
 
 
 def test_the_paper_is_found():
@@ -65,6 +66,28 @@ def test_estimates_coverage_and_power_short(seed):
     rows = curves.errors_of_table(300, seed)
     assert len(rows) == len(curves.PAIRS)
     assert max(abs(row["off"]) for row in rows) < 5
-    assert curves.coverage(2.0, 60, 20, seed)["lower_bound"] > 0.7
+    held = curves.coverage(2.0, 60, 20, seed)
+    assert min(held["lower_bound"], held["interval"], held["auc_lower_bound"]) > 0.7
+    assert curves.level(30, 40, seed)["level"] < 0.05 + 5 * math.sqrt(0.05 * 0.95 / 40)
     shares = curves.power("scale 1.3, two dimensions, 200 points", 4, seed, permutations=19)
     assert shares["arc_length"] >= 0.5
+
+
+def test_pairs_beyond_the_table(seed):
+    pairs = curves.outside_pairs()
+    # a shift by one of the logarithm; and a parabola's length by hand for the quadrature
+    assert pairs["log-normals, shift 1"].length == pytest.approx(1.546469, abs=1e-6)
+    assert curves._on_line(stats.expon(scale=2), stats.expon()).length == pytest.approx(1.478942857545, abs=1e-7)
+    for name, pair in pairs.items():
+        a, b = pair.draw(np.random.default_rng(seed), 20_000)
+        u, v = (np.arctan(np.exp(np.minimum(pair.log_ratio(x), 700))) for x in (a, b))
+        error = math.sqrt((np.sin(u).var() + np.cos(v).var()) / 20_000)
+        assert abs(np.sin(u).mean() + np.cos(v).mean() - pair.length) < 5 * error, name
+
+
+def test_claims_are_judged_by_binomial_intervals():
+    assert [_consistent(x, 1000, 0.95) for x in (0.92, 0.933, 0.967, 0.98)] == [False, True, True, False]
+    rows = [{"pair": "a", "repeats": 9, "ratio": 1.1}, {"pair": "b", "repeats": 9, "ratio": 1.3}]
+    assert _as_good("two pairs", rows, judged=True).holds is False
+    assert _as_good("one pair", rows[:1], judged=True).holds is True
+    assert _as_good("two pairs", rows, judged=False).holds is None

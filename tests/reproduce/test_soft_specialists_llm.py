@@ -13,6 +13,13 @@ pytest.importorskip("transformers")
 
 from vifamily.llm import specialists as lab  # noqa: E402
 from vifamily.reproduce import soft_specialists_llm as paper  # noqa: E402
+from vifamily.reproduce._soft_specialists_baselines import (  # noqa: E402
+    INDEPENDENT,
+    SOFT,
+    Baseline,
+    baseline_claims,
+    compare,
+)
 
 ROUTED = responsibilities(torch.zeros(2, 3), torch.zeros(2), 1.0)
 
@@ -49,6 +56,31 @@ def test_claims_on_preferences_follow_the_table():
     assert [c.holds for c in claims] == [False] * 3
 
 
+def test_claims_on_baselines_follow_their_rules():
+    def one(name, mixture, torn):
+        return Baseline(name, mixture, 0.1, torn, 0.0, 0.9, 0.9, 0.05)
+
+    soft, near = one(SOFT, 0.7, 0.6), one("single adapter", 1.6, 0.31)
+    assert [c.holds for c in baseline_claims([one(INDEPENDENT, 5.0, 0.1), soft])] == [True, True]
+    assert [c.holds for c in baseline_claims([near, one(INDEPENDENT, 5.0, 0.1), soft])] == [False, False]
+
+
+def test_the_comparison_agrees_with_the_measures_of_specialists():
+    base = lab.symbol_base(steps=40, hidden_size=16, length=2, say=lambda line: None)
+    held = lab.conflict(12, 8, length=2)
+    model = base.ensemble(3, 2, 0)
+    fresh = compare("fresh", model, base, held)
+    assert fresh.conflicting_information == pytest.approx(0.0, abs=1e-9)  # members that are one
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in model.adapters():
+            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=source))
+    found, expected = compare("spread", model, base, held), lab.measure(model, base, held, 0.8)
+    for name in ("mixture_nll", "clean_nll", "conflicting_information", "clean_information"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6)
+    assert 0 <= found.auroc_epistemic <= 1 and 0 < found.ece < 1
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_a_short_run_has_every_claim_and_figure(monkeypatch):
     made = lab.symbol_base(steps=40, hidden_size=16, length=2, say=lambda line: None)
@@ -62,7 +94,9 @@ def test_a_short_run_has_every_claim_and_figure(monkeypatch):
     critical = lab.critical_alpha
     monkeypatch.setattr(lab, "critical_alpha", lambda base, corpus, settings: critical(base, corpus, settings, units=6))
     found = paper.run(Options(quick=True, say=lambda line: None))
-    assert len(found.claims) == 9
+    assert len(found.claims) == 11
     assert set(found.figures) == {"transition", "routing"}
-    assert set(found.tables) == {"answers", "preferences", "damping"}
+    assert set(found.tables) == {"answers", "preferences", "baselines", "damping"}
+    names = [row["name"] for row in found.tables["baselines"]]
+    assert len(names) == 6 and names[-2:] == [INDEPENDENT, SOFT]
     assert found.plain_rows() and paper.PAPER.source.startswith("arXiv")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
 
 from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.roc import ArcLengthRatio, arc_length, arc_length_from_angles
@@ -59,36 +60,66 @@ def test_scale_in_several_dimensions(seed, dim, scale, length, area):
     assert found.auc < area + 5 * found.auc_standard_error
 
 
-def test_root_mean_squared_error_is_near_that_of_the_true_ratio(seed):
+@pytest.mark.parametrize("name", ["shift 0.25", "shift 4", "Cauchy shift 1", "t2 and normal"])
+def test_root_mean_squared_error_is_near_that_of_the_true_ratio(seed, name):
+    positive, negative, length, _ = PAIRS[name]
     rng = np.random.default_rng(seed)
     mine, oracle = [], []
-    for _ in range(30):
-        a, b = rng.normal(1, 1, (1000, 1)), rng.normal(size=(1000, 1))
-        mine.append(arc_length(a, b, interval="wald").value - 1.546469)
-        true = arc_length_from_angles(*(np.arctan(np.exp(x[:, 0] - 0.5)) for x in (a, b)))
-        oracle.append(true.value - 1.546469)
-    assert np.sqrt(np.mean(np.square(mine))) < 1.25 * np.sqrt(np.mean(np.square(oracle)))
+    for _ in range(20):
+        a, b = (law.rvs(size=(1000, 1), random_state=rng) for law in (positive, negative))
+        mine.append(arc_length(a, b, interval="wald").value - length)
+        angles = (np.arctan2(positive.pdf(x[:, 0]), negative.pdf(x[:, 0])) for x in (a, b))
+        oracle.append(arc_length_from_angles(*angles).value - length)
+    over = np.square(mine) - 1.25**2 * np.square(oracle)
+    assert over.mean() < 5 * over.std() / math.sqrt(20)
+    assert abs(np.mean(np.subtract(mine, oracle))) < 0.5 * np.std(oracle)
+
+
+@pytest.mark.parametrize(("shift", "length"), [(0.0, math.sqrt(2)), (0.25, 1.424977), (1.0, 1.546469), (3.0, 1.891545)])
+def test_default_interval_and_bound_cover(seed, shift, length):
+    rng = np.random.default_rng(seed)
+    held = []
+    for k in range(60):
+        found = arc_length(rng.normal(shift, 1, (100, 1)), rng.normal(size=(100, 1)), seed=k)
+        assert found.interval_kind == "score"
+        low, high = found.interval
+        held.append((low <= length + 1e-12 and length - 1e-12 <= high, found.lower_bound <= length + 1e-12))
+    # five standard errors below 95 %
+    assert np.mean(held, axis=0).min() > 0.95 - 5 * math.sqrt(0.95 * 0.05 / 60)
+
+
+def test_other_models_get_permutations_near_equality(seed):
+    rng = np.random.default_rng(seed)
+    ratio = ArcLengthRatio(LogisticRegression())
+    near = arc_length(rng.normal(size=(40, 1)), rng.normal(size=(40, 1)), ratio=ratio, folds=2, num_permutations=39)
+    far = arc_length(rng.normal(2, 1, (40, 1)), rng.normal(size=(40, 1)), ratio=ratio, folds=2)
+    assert (near.interval_kind, far.interval_kind) == ("permutation", "score")
+    assert far.out_of_fold.shortfall == 0
 
 
 def test_standard_error_is_that_of_the_influence_function(seed):
     rng = np.random.default_rng(seed)
-    found = arc_length(rng.normal(1, 1, (2000, 1)), rng.normal(size=(2000, 1)))
+    found = arc_length(rng.normal(1, 1, (2000, 1)), rng.normal(size=(2000, 1)), interval="wald")
     assert found.standard_error == pytest.approx(math.sqrt(2 * 0.0498346 / 2000), rel=0.15)
     assert found.interval_kind == "wald"
     assert found.interval[1] - found.value == pytest.approx(1.959964 * found.standard_error, rel=1e-6)
-    assert found.lower_bound == pytest.approx(found.value - 1.644854 * found.standard_error, rel=1e-6)
+    # the bound is that of the held-out length alone
+    held_out = np.sin(found.out_of_fold.angle_pos).mean() + np.cos(found.out_of_fold.angle_neg).mean()
+    assert 0 < found.value - held_out < 0.005
+    assert found.lower_bound == pytest.approx(held_out - 1.644854 * found.standard_error, rel=1e-6)
     assert found.auc_lower_bound == pytest.approx(found.auc - 1.644854 * found.auc_standard_error, rel=1e-6)
     assert found.surface_area == found.auc - 0.5
     assert f"{found.auc_lower_bound:.4f}" in found.certificate
     assert found.distance == pytest.approx(math.sqrt(found.value - math.sqrt(2)), rel=1e-12)
 
 
-def test_interval_at_equality_covers_at_its_level(seed):
+def test_permutation_interval_at_equality_covers_at_its_level(seed):
     rng = np.random.default_rng(seed)
     covered = []
     for k in range(20):
         a, b = rng.normal(size=(60, 1)), rng.normal(size=(60, 1))
-        found = arc_length(a, b, ratio=ArcLengthRatio(num_centers=15), folds=2, level=0.8, num_permutations=19, seed=k)
+        found = arc_length(a, b, ratio=ArcLengthRatio(num_centers=15), folds=2, level=0.8, seed=k,
+                           interval="permutation", num_permutations=19)  # fmt: skip
         covered.append(found.interval[0] <= math.sqrt(2) + 1e-12 and found.interval[1] >= math.sqrt(2) - 1e-12)
     # at least 4 in 5, less five standard errors
     assert np.mean(covered) > 0.8 - 5 * math.sqrt(0.16 / 20)
@@ -145,7 +176,7 @@ def test_bad_input_is_refused():
     with pytest.raises(ConfigError, match="interval"):
         arc_length(x, x, interval="exact")
     with pytest.raises(ConfigError, match="39"):
-        arc_length(x, x, num_permutations=9)
+        arc_length(x, x, interval="permutation", num_permutations=9)
     with pytest.raises(ShapeError, match="vectors"):
         arc_length_from_angles([0.1], [0.2, 0.3])
     with pytest.raises(DataError, match="pi/2"):

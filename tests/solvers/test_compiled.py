@@ -9,7 +9,7 @@ import torch
 from vifamily import checkpoint
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.fit import fit, plan
-from vifamily.models import Density, LikelihoodModel, PyroModel
+from vifamily.models import Density, LikelihoodModel, Network, PyroModel
 from vifamily.numerics import native
 from vifamily.numerics.native import _library
 from vifamily.numerics.threads import FEWEST_NUMBERS, few_threads
@@ -51,6 +51,14 @@ def schools():
     return PyroModel(program, effect)
 
 
+def network(weights="walsh_hadamard"):
+    """A network whose diagonals, biases and noise are points of the model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).double()
+    return Network(net, "gaussian", data=(X, Y[:, None]), weights=weights, include="*.weight")
+
+
 def both(model, family="mean_field", objective="elbo", **options):
     out = []
     for compiled in (True, False):
@@ -66,6 +74,7 @@ CASES = {
     "restarts of full rank": (logistic, "full_rank", {"restarts": 2}),
     "low rank": (logistic, "low_rank(rank=1)", {}),
     "a Pyro program": (schools, "mean_field", {}),
+    "point-estimated parameters": (network, "mean_field", {"batch_size": 8}),
     "several draws combined": (logistic, "mean_field", {"objective": "iwae", "draws": 4}),
     "a flow": (logistic, "flow(transforms=1, hidden=[4], bins=4)", {"steps": 60}),
 }
@@ -158,6 +167,26 @@ def test_an_operation_that_is_not_translated_falls_back():
         return -0.5 * z.square().sum(-1) + 0.0 * torch.special.i0(z).sum(-1)
 
     assert "aten.i0" in reason(Density(log_prob, dim=2))
+
+
+@pytest.mark.parametrize("weights", ["dense", "walsh_hadamard"])
+def test_points_of_a_network_are_still_fitted_where_it_falls_back(weights):
+    # a layer of a network is registered under two names: both must hold the parameter again after the attempt
+    model = network(weights)
+
+    def likelihood(outputs, y):
+        return -0.5 * (outputs - y).square().sum(-1) + 0.0 * torch.special.i0(outputs).sum(-1)
+
+    model.likelihood = type(model)(model.weights.net, likelihood, (X, Y[:, None])).likelihood
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert "aten.i0" in reason(model)
+    z = torch.zeros(1, model.dim, dtype=DOUBLE)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert not torch.equal(parameter, before[name]), name
+    bias = dict(model.named_parameters())["weights.net.2.bias"]
+    (gradient,) = torch.autograd.grad(model.log_joint(z, None).sum(), bias)
+    assert float(gradient.abs()) > 0
 
 
 def test_a_function_that_changes_from_call_to_call_is_not_believed():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,18 @@ def test_a_collapsed_start_warns(generator: torch.Generator) -> None:
         layer.left.mul_(0.001)
     with pytest.warns(VifamilyWarning, match="nearly nothing"):
         layer.initial(generator)
+
+
+def test_the_size_of_a_start_is_that_of_its_draws(generator: torch.Generator) -> None:
+    layer = _make(_module(nn.Linear, 16, 16), generator)
+    with torch.no_grad():
+        layer.left.mul_(0.05)
+    mean = torch.zeros(layer.dim, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.check_start(mean, torch.full_like(mean, 0.25))  # weights of 0.05 times 0.25, above a hundredth
+    with pytest.warns(VifamilyWarning, match="start at 1e-02|start at 9"):
+        layer.check_start(mean, torch.full_like(mean, 0.19))
 
 
 def test_isotropic_prior_at_the_start_is_the_latent_one(generator: torch.Generator) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vifamily.benchmark._report import Options
+from vifamily.benchmark.peers._turns import turns
 from vifamily.numerics.threads import few_threads
 
 __all__ = ["forward_and_backward", "medians", "ratios"]
@@ -24,23 +23,8 @@ def medians(sides: Mapping[str, Callable[[], object]], *, rounds: int, seconds: 
         rounds: Turns of each.
         seconds: About how long a turn lasts; at least one call.
     """
-    found: dict[str, list[float]] = {name: [] for name in sides}
     with few_threads(0):
-        counts = {name: max(1, int(seconds / max(_once(side), 1e-6))) for name, side in sides.items()}
-        for _ in range(rounds):
-            for name, side in sides.items():
-                start = time.thread_time()
-                for _ in range(counts[name]):
-                    side()
-                found[name].append((time.thread_time() - start) / counts[name])
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def _once(side: Callable[[], object]) -> float:
-    side()
-    start = time.thread_time()
-    side()
-    return time.thread_time() - start
+        return turns(sides, rounds=rounds, seconds=seconds)
 
 
 def forward_and_backward(

@@ -33,7 +33,7 @@ def _job(curve: str, value: int, solver: str, family: str, budget: float, seed: 
         setting[curve] = value  # type: ignore[assignment]
     dim = int(problem.rsplit("_", 1)[1])
     return {"problem": problem, "family": family, "what": "fit", "dim": dim, "settings": [setting], "budget": budget,
-            "seed": seed}  # fmt: skip
+            "seed": seed, "clock": "wall"}  # fmt: skip
 
 
 def _run(options: Options) -> Report:

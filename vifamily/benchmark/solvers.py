@@ -91,6 +91,9 @@ def _sides(options: Options, folder: Path) -> dict[str, tuple[Path | None, str]]
     own = options.solvers or ("auto", "lbfgs", "adam")
     sides: dict[str, tuple[Path | None, str]] = {f"vifamily {s}": (Path(sys.executable), "vifamily_fit") for s in own}
     wanted = tuple(PEERS) if options.peers is None else options.peers
+    for name in wanted:
+        if name not in PEERS:
+            raise ConfigError(f"there is no peer {name!r} here: choose among {', '.join(PEERS)}, or none.")
     if options.install_peers:
         install(wanted, folder)
     for name in wanted:
@@ -98,7 +101,7 @@ def _sides(options: Options, folder: Path) -> dict[str, tuple[Path | None, str]]
     return sides
 
 
-def _job(side: str, case: Case, what: str, budget: float, seed: int) -> dict[str, Any]:
+def _job(side: str, case: Case, what: str, budget: float, seed: int, clock: str) -> dict[str, Any]:
     settings: list[dict[str, Any]]
     if side.startswith("vifamily "):
         solver = "adam" if what == "steps" else side.removeprefix("vifamily ")
@@ -110,6 +113,7 @@ def _job(side: str, case: Case, what: str, budget: float, seed: int) -> dict[str
     return {
         "problem": case.problem, "density": entry_named(case.problem).density, "family": case.family, "what": what,
         "method": side, "dim": case.judge.model.dim, "settings": settings, "budget": budget, "seed": seed,
+        "clock": clock,
     }  # fmt: skip
 
 
@@ -124,8 +128,9 @@ def _measure(case: Case, options: Options, sides: dict[str, Any], repeat: int, b
         if python is None:
             case.answers.setdefault(side, []).append("not installed: use --install-peers")
             continue
-        job = _job(side, case, "target", budget, repeat)
-        limit = 120 + 2.5 * budget * len(job["settings"])
+        job = _job(side, case, "target", budget, repeat, options.clock)
+        # CPU seconds may take several times as long by the wall, which this limit goes by
+        limit = 120 + (10 if options.clock == "cpu" else 2.5) * budget * len(job["settings"])
         try:
             answer = ask(python, script, job, data, limit=limit, folder=scratch)
             off = density_offset(ours, answer.log_density)
@@ -146,7 +151,7 @@ def _speed(
 ) -> float | None:
     """Steps per CPU second of Adam on the mean-field bound with one draw, warm."""
     try:
-        job = _job(side, case, "steps", 2.0, repeat)
+        job = _job(side, case, "steps", 2.0, repeat, "wall")
         found = ask(python, script, job, data, limit=120, folder=scratch).runs[0].info.get("steps_per_second")
         return None if found is None else float(found)
     except (BenchmarkError, TypeError, ValueError):

@@ -1,4 +1,7 @@
-"""One square layer forward and backward: Walsh-Hadamard weights against a linear layer and mean-field ones."""
+"""One square layer forward and backward: Walsh-Hadamard weights against a linear layer, mean-field ones and peers'.
+
+Peers are timed in a process of their own, against a linear layer in the same process.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, softplus
 
+from vifamily.benchmark._layer_peers import PEER_COLUMNS, peer_ratios
 from vifamily.benchmark._report import Benchmark, Options, Report
 from vifamily.benchmark._timing import forward_and_backward, ratios
 from vifamily.errors import NotAvailableError
@@ -68,10 +72,13 @@ def _run(options: Options) -> Report:
     sizes, batches = ((128,), (64,)) if options.quick else (SIZES, BATCHES)
     cells = [(size, batch) for size in sizes for batch in batches]
     rows = ratios("whvi", cells, _sides, "linear", options)
+    rounds, seconds = options.repeats or (2 if options.quick else 5), 0.001 if options.quick else 0.005
+    peers = peer_ratios("layers", cells, options, rounds=rounds, seconds=seconds)
+    rows = [row | peer for row, peer in zip(rows, peers, strict=True)]
     columns = {"D": "size", "batch": "batch", "linear, us": "linear_us", "mean field, sampled": "sampled",
                "mean field, local": "local", "WHVI, one draw": "shared", "WHVI, a draw each": "per_example",
                "one draw, compiled": "shared_compiled", "a draw each, compiled": "per_example_compiled"}  # fmt: skip
-    return Report(rows, columns)
+    return Report(rows, columns | PEER_COLUMNS)
 
 
 BENCHMARK = Benchmark("A layer forward and backward on one thread, as a ratio to a linear layer.", _run)

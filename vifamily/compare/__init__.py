@@ -18,7 +18,8 @@ from vifamily.compare.cells import Cell, Outcome, plain
 from vifamily.compare.cluster import client_of
 from vifamily.compare.grid import run_grid
 from vifamily.compare.labels import Item, items, split_specs
-from vifamily.compare.measure import MEASURES, Target, as_problem, fingerprint, fit_cell, fit_cells, target_of
+from vifamily.compare.measure import Target, as_problem, fingerprint, fit_cell, fit_cells, target_of
+from vifamily.compare.metrics import MEASURES, METRICS, metric_names
 from vifamily.compare.reporting import Report, reporter
 from vifamily.compare.result import Comparison
 from vifamily.errors import ConfigError, SpecError, VifamilyError
@@ -27,6 +28,7 @@ from vifamily.rng import check_seed
 __all__ = [
     "DEFAULTS",
     "MEASURES",
+    "METRICS",
     "AlphaChoice",
     "AlphaRow",
     "Cell",
@@ -44,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "objectives": ("elbo", "renyi(alpha=0.5)"),
     "seeds": 1,
     "steps": 1000,
+    "metrics": ("arc_length",),
 }
 """What ``vifamily compare`` runs when nothing is named: cut off at a number of steps, to be done in about a minute."""
 
@@ -60,6 +63,7 @@ def compare(
     time_limit: float | None = None,
     draws: int | None = None,
     solver: str = "adam",
+    metrics: str | Iterable[str] | None = DEFAULTS["metrics"],
     progress: bool | Report | None = None,
     resume: bool = True,
     vectorise: bool = True,
@@ -85,6 +89,8 @@ def compare(
         time_limit: Most seconds of each fit.
         draws: Draws per step; None takes the largest default among the objectives, for all of them.
         solver: A solver's spec.
+        metrics: Metrics against reference draws beside the standard ones, by name: ``"arc_length"`` (a fraction of a
+            second for each cell) and ``"c2st"`` (seconds to a minute, more with more quantities); None for neither.
         progress: True for a progress line, None for one on a terminal only, or a function called with each outcome, the
             number done and the number of cells.
         resume: Take finished cells from ``out``.
@@ -100,8 +106,8 @@ def compare(
     Raises:
         UnknownNameError: If a name is not registered.
         SpecError: If a spec cannot be read or its arguments do not fit.
-        ConfigError: If an axis is empty or names something twice, a number is out of range, or ``out`` cannot be
-            written to.
+        ConfigError: If an axis is empty or names something twice, a number is out of range, a metric is not known, or
+            ``out`` cannot be written to.
         MissingExtraError: If ``cluster`` is given and ``dask.distributed`` is not installed.
 
     Example:
@@ -113,13 +119,13 @@ def compare(
         kind: items(kind, value)
         for kind, value in (("problems", problems), ("families", families), ("objectives", objectives))
     }
-    numbers = _seeds(seeds)
+    numbers, chosen_metrics = _seeds(seeds), metric_names(metrics)
     settings = _settings(axes["objectives"], steps=steps, time_limit=time_limit, draws=draws, solver=solver)
     folder = None if out is None else Path(out)
-    cells, targets, broken = _cells(axes, numbers, settings)
+    cells, targets, broken = _cells(axes, numbers, settings, chosen_metrics)
     config: dict[str, Any] = {kind: [item.label for item in chosen] for kind, chosen in axes.items()}
     versions = _versions()
-    config |= {"seeds": numbers, **settings, "versions": versions}
+    config |= {"seeds": numbers, **settings, "metrics": chosen_metrics, "versions": versions}
     with reporter(progress, len(cells)) as report, _client(cluster) as client:
         outcomes = run_grid(
             cells,
@@ -201,7 +207,7 @@ def _settings(objectives: Sequence[Item], *, steps: Any, time_limit: Any, draws:
 
 
 def _cells(
-    axes: Mapping[str, Sequence[Item]], seeds: Sequence[int], settings: Mapping[str, Any]
+    axes: Mapping[str, Sequence[Item]], seeds: Sequence[int], settings: Mapping[str, Any], metrics: tuple[str, ...]
 ) -> tuple[list[Cell], dict[str, Target], dict[str, str]]:
     cells: list[Cell] = []
     targets: dict[str, Target] = {}
@@ -223,7 +229,7 @@ def _cells(
                 # a problem given as an object is pinned down by its fingerprint
                 resumable = family.resumable and objective.resumable and (problem.resumable or bool(mark))
                 cells += [
-                    Cell(problem.label, family.label, objective.label, seed, settings, mark, given, resumable)
+                    Cell(problem.label, family.label, objective.label, seed, settings, mark, given, resumable, metrics)
                     for seed in seeds
                 ]
     return cells, targets, broken

@@ -60,6 +60,7 @@ class Cell:
         fingerprint: What the problem is, in numbers; a cell whose problem changed is computed anew.
         given: The objects themselves for what was not given as a string, by ``problem``, ``family``, ``objective``.
         resumable: False when an object without a spec takes part, for then a change of it could not be noticed.
+        metrics: Names of the metrics against reference draws that are computed besides the standard ones.
     """
 
     problem: str
@@ -70,6 +71,7 @@ class Cell:
     fingerprint: str = ""
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resumable: bool = True
+    metrics: tuple[str, ...] = ()
 
     @property
     def place(self) -> tuple[str, str, str, int]:
@@ -90,6 +92,7 @@ class Cell:
             "place": list(self.place),
             "settings": plain(dict(self.settings)),
             "fingerprint": self.fingerprint,
+            "metrics": list(self.metrics),
             "versions": dict(versions),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vifamily import registry
 from vifamily.compare.cells import Cell, Outcome
+from vifamily.compare.metrics import metric_values
 from vifamily.diagnostics.moments import distances, moment_errors
 from vifamily.errors import ConfigError
 from vifamily.fit import fit
@@ -26,7 +27,7 @@ from vifamily.posterior import Posterior
 from vifamily.problems._base import Problem
 from vifamily.rng import generator
 
-__all__ = ["MEASURES", "Measure", "Target", "as_problem", "fingerprint", "fit_cell", "fit_cells", "target_of"]
+__all__ = ["Target", "as_problem", "fingerprint", "fit_cell", "fit_cells", "target_of"]
 
 MOMENT_DRAWS = 40_000
 """Draws behind means and standard deviations: their own error is then half a hundredth of a standard deviation."""
@@ -35,54 +36,6 @@ NUM_DRAWS = 2000
 KEPT_DRAWS = 500
 KEPT_TRACE = 400
 Array = NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """A figure of merit.
-
-    Attributes:
-        name: Its name in files.
-        head: Its head in tables.
-        note: What it is, with its unit.
-        digits: Digits after the point.
-    """
-
-    name: str
-    head: str
-    note: str
-    digits: int
-
-
-MEASURES: tuple[Measure, ...] = (
-    Measure(
-        "mean_error",
-        "mean error, worst",
-        "Largest |posterior mean - reference mean| over the quantities, in reference sd.",
-        3,
-    ),
-    Measure("mean_error_rms", "mean error, rms", "Root mean square of the same errors, in reference sd.", 3),
-    Measure(
-        "log_sd_ratio", "log sd ratio, worst", "log(sd / reference sd) furthest from 0; negative is too narrow.", 3
-    ),
-    Measure(
-        "sliced_wasserstein",
-        "sliced Wasserstein",
-        "Sliced Wasserstein distance (order 2) to the reference draws, quantities in reference sd.",
-        3,
-    ),
-    Measure(
-        "mmd",
-        "MMD\u00b2",
-        "Squared maximum mean discrepancy to the reference draws (Gaussian kernel, median bandwidth), unbiased: "
-        "near 0, or a little below, where the samples agree.",
-        4,
-    ),
-    Measure("elbo", "ELBO", "Evidence lower bound in nats, whatever was optimised; higher is better.", 2),
-    Measure("k_hat", "k-hat", "Pareto shape of the importance weights; above its threshold they are not reliable.", 2),
-    Measure("seconds", "time / s", "Wall time of the fit.", 1),
-    Measure("steps", "steps", "Optimiser steps taken.", 0),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +172,7 @@ def fit_cell(cell: Cell) -> Outcome:
         cell: What to fit.
 
     Returns:
-        The figures of merit of :data:`MEASURES` and the words of the fit.
+        The figures of merit of :data:`vifamily.compare.MEASURES` and the words of the fit.
 
     Raises:
         KeyboardInterrupt: If the fit was interrupted; half a fit is not a result.
@@ -266,9 +219,10 @@ def _measured(cell: Cell, fitted: Callable[[], Posterior]) -> Outcome:
         "non_finite": record.non_finite,
         "advice": diagnosis.advice,
     }
-    errors = _against_reference(problem, draws, cell.seed, values)
+    errors, remarks = _against_reference(problem, draws, cell, values)
     remarks = [
         *record.notes,
+        *remarks,
         *(" ".join(str(w.message).split()) for w in caught if issubclass(w.category, UserWarning)),
     ]
     names = target_of(cell.problem, problem).names
@@ -287,14 +241,18 @@ def _columns(problem: Problem, z: torch.Tensor) -> Array:
     return np.asarray(problem.columns(problem.model.constrain(z)).cpu(), dtype=np.float64)
 
 
-def _against_reference(problem: Problem, draws: Array, seed: int, values: dict[str, Any]) -> dict[str, float | None]:
+def _against_reference(
+    problem: Problem, draws: Array, cell: Cell, values: dict[str, Any]
+) -> tuple[dict[str, float | None], list[str]]:
+    """Fill in the figures against the reference; returns the error of each mean, and remarks."""
     reference = problem.reference
+    remarks: list[str] = []
     if reference is None:
-        return {}
+        return {}, []
     finite = draws[np.isfinite(draws).all(axis=1)]
     values["non_finite_draws"] = int(draws.shape[0] - finite.shape[0])
     if finite.shape[0] < 2:
-        return {}
+        return {}, []
     moments = moment_errors(finite, reference.mean, reference.sd, reference.names)
     errors = moments.mean_error.numpy()
     where, worst_sd = moments.worst_sd
@@ -306,10 +264,13 @@ def _against_reference(problem: Problem, draws: Array, seed: int, values: dict[s
         "log_sd_ratio_at": where,
     }
     if reference.draws is not None:
-        source = generator(seed, "compare/projections")
+        source = generator(cell.seed, "compare/projections")
         found = distances(finite[:NUM_DRAWS], reference.draws, reference.sd, generator=source)
         values |= {name: estimate.value for name, estimate in found.items()}
-    return {name: float(e) if math.isfinite(e) else None for name, e in zip(reference.names, errors, strict=True)}
+        chosen, remarks = metric_values(cell.metrics, finite[:NUM_DRAWS], reference.draws, cell.seed)
+        values |= chosen
+    by_name = {name: float(e) if math.isfinite(e) else None for name, e in zip(reference.names, errors, strict=True)}
+    return by_name, remarks
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, Any]:

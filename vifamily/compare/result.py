@@ -16,13 +16,14 @@ from rich.table import Table
 
 from vifamily import plots, report
 from vifamily.compare.cells import SCHEMA, Outcome, plain
-from vifamily.compare.measure import MEASURES, Target
+from vifamily.compare.measure import Target
+from vifamily.compare.metrics import shown_measures
 from vifamily.compare.pictures import draws_grid
 from vifamily.compare.tables import csv_text, html_table, rich_table, summarise
 
 __all__ = ["Comparison"]
 
-WIDE = 170
+WIDE = 185
 """Columns of a terminal from which the table shows standard errors."""
 
 _GRID_ALT = (
@@ -84,10 +85,11 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the draws as strict JSON data: what is not finite is None."""
+        rows = self.rows()
         content = {
             "schema": SCHEMA,
             "config": self.config,
-            "measures": {m.name: m.note for m in MEASURES},
+            "measures": {m.name: m.note for m in shown_measures(rows)},
             "problems": {
                 label: {
                     "description": target.description,
@@ -97,7 +99,7 @@ class Comparison:
                 }
                 for label, target in self.targets.items()
             },
-            "summary": self.rows(),
+            "summary": rows,
             "cells": [cell.to_dict() for cell in self.cells],
         }
         return {key: plain(value) for key, value in content.items()}

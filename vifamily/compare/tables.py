@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vifamily import report
 from vifamily.compare.cells import Outcome
-from vifamily.compare.measure import MEASURES, Measure
+from vifamily.compare.metrics import MEASURES, Measure, shown_measures
 
 __all__ = ["csv_text", "figure_text", "html_table", "rich_table", "summarise"]
 
@@ -110,11 +110,12 @@ def rich_table(rows: Sequence[Mapping[str, Any]], *, compact: bool = False) -> T
 
     Args:
         rows: From :func:`summarise`.
-        compact: Leave out the standard errors, for terminals narrower than 170 columns.
+        compact: Leave out the standard errors, for terminals narrower than 185 columns.
     """
+    measures = shown_measures(rows)
     table = Table(header_style="bold", pad_edge=False, box=None)
     table.add_column("problem\n  family, objective", no_wrap=True)
-    for measure in MEASURES:
+    for measure in measures:
         head = measure.head.replace(", ", "\n").replace(" W", "\nW")
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("stop", overflow="fold", min_width=9)
@@ -126,7 +127,7 @@ def rich_table(rows: Sequence[Mapping[str, Any]], *, compact: bool = False) -> T
             table.add_row(f"[bold]{_bare(row['problem'])}[/]")
             before = row["problem"]
         figures = []
-        for measure in MEASURES:
+        for measure in measures:
             tone = {"bad": "red", "good": "green"}.get(_tone(row, measure))
             shown = {**row, f"{measure.name}_error": None} if compact else row
             text = _text(shown, measure) if row["fitted"] else "-"
@@ -141,17 +142,17 @@ def _bare(text: Any) -> str:
 
 def html_table(rows: Sequence[Mapping[str, Any]]) -> report.Table:
     """Return the table for the HTML report."""
-    body = []
+    body, measures = [], shown_measures(rows)
     for row in rows:
         cells: list[report.Cell | str] = [str(row[axis]) for axis in AXES]
         cells += [
             report.Cell(_text(row, m) if row["fitted"] else "-", row[m.name] if row["fitted"] else None, _tone(row, m))
-            for m in MEASURES
+            for m in measures
         ]
         tone = {"ok": "", "not possible": "quiet"}.get(row["status"], "bad")
         body.append([*cells, report.Cell(_outcome_text(row), tone=tone)])
-    heads = [*AXES, *(m.head for m in MEASURES), "stop"]
-    notes = ["", "", "", *(m.note for m in MEASURES), "Why the fit ended, or why there is none."]
+    heads = [*AXES, *(m.head for m in measures), "stop"]
+    notes = ["", "", "", *(m.note for m in measures), "Why the fit ended, or why there is none."]
     seeds = max((row["seeds"] for row in rows), default=0)
     spread = f"Means over {seeds} seeds ± standard error across seeds. " if seeds > 1 else "One seed. "
     return report.Table(heads, body, caption=spread + "An exclamation mark: k-hat above its threshold.", notes=notes)
@@ -159,7 +160,7 @@ def html_table(rows: Sequence[Mapping[str, Any]]) -> report.Table:
 
 def csv_text(outcomes: Sequence[Outcome]) -> str:
     """Return one line per cell, all figures in columns of their own; empty where there is none."""
-    first = [m.name for m in MEASURES]
+    first = [m.name for m in shown_measures([outcome.values for outcome in outcomes])]
     rest = dict.fromkeys(name for outcome in outcomes for name in outcome.values if name not in first)
     heads = [*AXES, "seed", "status", *first, *rest, "reason"]
     buffer = io.StringIO()

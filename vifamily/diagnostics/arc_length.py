@@ -10,7 +10,7 @@ import torch
 from vifamily.diagnostics.bounds import Estimate
 from vifamily.errors import ConfigError, ShapeError
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
-from vifamily.numerics.cross_fit import cross_fit
+from vifamily.numerics.cross_fit import FittedAngle, cross_fit
 from vifamily.numerics.kernel_angle import kernel_angle
 from vifamily.numerics.kernels import checked_pair
 
@@ -38,8 +38,7 @@ def arc_length(draws: Any, reference: Any, *, generator: torch.Generator, folds:
         folds: Number of folds, at least 2.
 
     Returns:
-        The length, in expectation at most the true one (it may fall a little below ``sqrt(2)``), and its standard
-        error.
+        The length, noise of the fits made up for (it may fall a little below ``sqrt(2)``), and its standard error.
 
     Raises:
         ShapeError: If a sample is not a matrix, has fewer than two draws for each fold, or their columns differ.
@@ -62,7 +61,7 @@ def arc_length(draws: Any, reference: Any, *, generator: torch.Generator, folds:
     def fit(a: Any, b: Any) -> Any:
         # more points would not be felt: the error of the length is quadratic in that of the angle
         angle = kernel_angle(a[:_MOST_FITTED], b[:_MOST_FITTED], source)
-        return lambda x: np.clip(angle(x), 0.0, RIGHT_ANGLE)
+        return FittedAngle(lambda x: np.clip(angle(x), 0.0, RIGHT_ANGLE), angle.shortfall)
 
     a, b = (x.numpy()[source.permutation(len(x))] for x in pair)
     return Estimate(*cross_fit(a, b, fit, folds, source).length())

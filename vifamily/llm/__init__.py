@@ -7,6 +7,7 @@ Everything here that needs transformers, peft or tokenizers imports them when it
 from __future__ import annotations
 
 from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
+from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.calibration import CalibrationReport, RiskCoverage, auroc, risk_coverage, score_probabilities
 from vifamily.llm.corpora import (
     Corpus,
@@ -20,12 +21,15 @@ from vifamily.llm.cost import StepCost, step_cost
 from vifamily.llm.critical import adapter_stability
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
 from vifamily.llm.ensemble import Answer, Ensemble
+from vifamily.llm.laplace import AdapterLaplace, adapter_laplace
 from vifamily.llm.manifest import Manifest, read_manifest
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import BaseSize, base_size
+from vifamily.llm.stochastic import StochasticCausalLM
 from vifamily.llm.styles import annotators, styled_facts
 from vifamily.llm.tiny import (
     Pretrained,
@@ -49,6 +53,7 @@ from vifamily.llm.uncertainty import (
 )
 
 __all__ = [
+    "AdapterLaplace",
     "Answer",
     "BaseSize",
     "Behaviour",
@@ -66,7 +71,9 @@ __all__ = [
     "StackedCausalLM",
     "StackedLoRA",
     "StepCost",
+    "StochasticCausalLM",
     "Uncertainty",
+    "adapter_laplace",
     "adapter_stability",
     "annotators",
     "answer_clusters",
@@ -97,8 +104,10 @@ __all__ = [
     "save_members",
     "score_probabilities",
     "sequence_information",
+    "shard_base",
     "split_uncertainty",
     "split_uncertainty_along",
+    "start_from_adapter",
     "step_cost",
     "styled_facts",
     "symbol_tasks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from vifamily.errors import ConfigError
 from vifamily.llm._stacked import StackedCausalLM
 
-__all__ = ["Decoded", "Pick", "decode", "next_log_prob", "picker"]
+__all__ = ["Decoded", "Pick", "decode", "log_prob_at", "next_log_prob", "picker"]
 
 Pick = Callable[[Tensor], Tensor]
 """From log probabilities ``(row, vocabulary)`` to the tokens that are taken, ``(row,)``."""
@@ -94,15 +94,43 @@ def decode(
     return Decoded([tuple(t) for t in tokens], likelihood, mixture, weight)
 
 
+def log_prob_at(model: StackedCausalLM, batch: Mapping[str, Tensor], members: tuple[int, int]) -> Tensor:
+    """Log probabilities of what may follow at each place that is scored, differentiable: for small vocabularies.
+
+    Args:
+        model: The ensemble.
+        batch: Rows as :func:`~vifamily.llm.rows.collate_sft` makes them, on the ensemble's device.
+        members: The first member and the one after the last.
+
+    Returns:
+        ``(member, token, vocabulary)``, tokens in the order of rows and positions.
+    """
+    ids, count = batch["input_ids"], members[1] - members[0]
+    hidden = _hidden(model, ids, batch["attention_mask"], members)
+    scored = hidden.unflatten(0, (count, -1))[:, :, :-1][:, batch["completion_mask"][:, 1:]]
+    out: Tensor = model.logits(scored.flatten(0, 1)).log_softmax(-1).unflatten(0, (count, -1))
+    return out
+
+
 @torch.no_grad()
 def next_log_prob(model: StackedCausalLM, prompt: Tensor) -> Tensor:
     """Log probabilities of the token after prompts of one length, ``(member, row, vocabulary)``."""
     count, rows = model.num_members, len(prompt)
-    with model.selection.using((0, count), rows):
-        hidden = model.base.base_model(  # type: ignore[operator]
-            input_ids=prompt.to(model.device).repeat(1 if model._repeats_inside else count, 1), use_cache=False
-        ).last_hidden_state[:, -1]
+    hidden = _hidden(model, prompt.to(model.device), None, (0, count))[:, -1]
     out: Tensor = model.logits(hidden).double().log_softmax(-1).cpu().unflatten(0, (count, rows))
+    return out
+
+
+def _hidden(model: StackedCausalLM, ids: Tensor, mask: Tensor | None, members: tuple[int, int]) -> Tensor:
+    """Hidden states of rows under members, ``(member and row, position, width)``."""
+    # layers below the first adapted one are run once for all members
+    repeats = 1 if model._repeats_inside else members[1] - members[0]
+    with model.selection.using(members, len(ids)):
+        out: Tensor = model.base.base_model(  # type: ignore[operator]
+            input_ids=ids.repeat(repeats, 1),
+            attention_mask=None if mask is None else mask.repeat(repeats, 1),
+            use_cache=False,
+        ).last_hidden_state
     return out
 
 

@@ -58,9 +58,14 @@ class _TokenLogProb(torch.autograd.Function):
         for h, y in zip(hidden.split(rows), token.split(rows), strict=True):
             with torch.enable_grad():
                 leaf = h.detach().requires_grad_()
-                value = _chosen(head(leaf), y)
-                slopes.append(torch.autograd.grad(value.sum(), leaf)[0])
-            values.append(value.detach())
+                logits = head(leaf)
+            log_prob = logits.detach().log_softmax(-1)
+            chosen = y.unsqueeze(-1)
+            values.append(log_prob.gather(-1, chosen).squeeze(-1))
+            # one at the token less the probabilities, made where the log probabilities were
+            slope = log_prob.exp_().neg_()
+            slope.scatter_add_(-1, chosen, slope.new_ones(chosen.shape))
+            slopes.append(torch.autograd.grad(logits, leaf, slope)[0])
         ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(values)
 
@@ -72,7 +77,7 @@ class _TokenLogProb(torch.autograd.Function):
 
 
 def _chosen(logits: Tensor, token: Tensor) -> Tensor:
-    return logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
 def token_log_prob(

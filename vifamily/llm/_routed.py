@@ -23,17 +23,20 @@ class Tally:
         usage: Sum of responsibilities, ``(member,)``.
         sums: Other sums, by the name they are logged under; over ``items``, or over units where the name starts with
             ``routing/``.
+        slope: Sum over units of the derivative of the entropy of responsibilities in log alpha, with its sign turned.
     """
 
     items: float = 0.0
     units: float = 0.0
     usage: Tensor | None = None
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    slope: float = 0.0
 
     def add(self, other: Tally) -> None:
         """Add the sums of another tally."""
         self.items += other.items
         self.units += other.units
+        self.slope += other.slope
         if other.usage is not None:
             self.usage = other.usage if self.usage is None else self.usage + other.usage
         for name, value in other.sums.items():
@@ -161,4 +164,14 @@ def _total(a: Tensor, times: Tensor, alpha: float, log_weight: Tensor, *, items:
             "routing/entropy": float(torch.special.entr(share).sum()),
         }
         usage = share.sum(-1).double().cpu()
-    return total, Tally(items, float(a.shape[1]), usage, sums)
+        slope = float(_entropy_slope(a, share, alpha).sum())
+    return total, Tally(items, float(a.shape[1]), usage, sums, slope)
+
+
+def _entropy_slope(a: Tensor, share: Tensor, alpha: float) -> Tensor:
+    r"""How fast the entropy of responsibilities falls in log alpha :math:`\mathrm{Cov}_w(\alpha a, \ln w)`, by unit."""
+    # centred on the best, so that a covariance is not what is left of two large numbers
+    power = torch.where(share > 0, alpha * (a - a.amax(0)), torch.zeros_like(a))
+    surprise = torch.special.entr(share)
+    out: Tensor = (share * power).sum(0) * surprise.sum(0) - (power * surprise).sum(0)
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vifamily.errors import ConfigError, DataError, IncompatibleError, ShapeError
+from vifamily.llm._fused import adapted_linear, plain_weight
 from vifamily.llm._head import Head, token_log_prob
 from vifamily.llm._selection import Selection
 from vifamily.llm._targets import adapter_scale, check_lora_config, features, target_names
@@ -52,7 +54,8 @@ class StackedLoRA(nn.Module):
     ) -> None:
         super().__init__()
         size_in, size_out = features(base_layer)
-        device = next(base_layer.parameters()).device
+        # a quantised layer may have buffers alone
+        device = next(itertools.chain(base_layer.parameters(), base_layer.buffers())).device
         self.base_layer = base_layer
         self.scale = scale
         self.lora_A = nn.Parameter(torch.zeros(num_members, r, size_in, dtype=dtype, device=device))
@@ -74,23 +77,27 @@ class StackedLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer; see the class."""
-        out: Tensor = self.base_layer(x)
         chosen = self._selection.members
         if chosen is None:
-            return out
+            return self._frozen(x)
         first, last = chosen
         count = last - first
         if x.shape[0] % count:
             raise ShapeError(f"{x.shape[0]} rows cannot be split among {count} members: the model reshapes its rows.")
-        low = x.reshape(count, -1, x.shape[-1]).to(self.lora_A.dtype)
-        low = torch.bmm(low, self.lora_A[first:last].mT)
-        matrix = self.lora_B[first:last].mT
-        if out.dtype == low.dtype == matrix.dtype:
-            # product, scale and sum in one call: elementwise passes over wide outputs cost as much as the product
-            return torch.baddbmm(out.reshape(count, -1, out.shape[-1]), low, matrix, alpha=self.scale).reshape(
-                out.shape
-            )
-        return (out + torch.bmm(low, matrix).mul(self.scale).reshape(out.shape)).to(out.dtype)
+        every = count == len(self.lora_A)  # a part of them costs a node of the graph more
+        lora_A = self.lora_A if every else self.lora_A[first:last]
+        lora_B = self.lora_B if every else self.lora_B[first:last]
+        plain = plain_weight(self.base_layer)
+        if plain and plain[0].dtype == x.dtype == lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
+            return adapted_linear(x, *plain, lora_A, lora_B, self.scale)
+        out = self._frozen(x)
+        low = x.reshape(count, -1, x.shape[-1]).to(lora_A.dtype)
+        change = torch.bmm(torch.bmm(lora_A, low.mT).mT, lora_B.mT).mul(self.scale)
+        return (out + change.reshape(out.shape)).to(out.dtype)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        return out
 
 
 class StackedCausalLM(nn.Module):
@@ -111,6 +118,7 @@ class StackedCausalLM(nn.Module):
         lora_config: What was given.
         num_members: Number of members.
         log_weight: Log weights of the members, ``(member,)``; equal at first.
+        known_digest: Digest of the base, where its numbers are no longer all here; None otherwise.
 
     Raises:
         ConfigError: If the settings cannot be those of an ensemble, or match no layer.
@@ -142,6 +150,7 @@ class StackedCausalLM(nn.Module):
         check_lora_config(config)
         names = target_names(base, config)
         self.lora_config, self.num_members = config, num_members
+        self.known_digest: str | None = None
         self.selection = Selection(num_members)
         self._head = Head(base)
         _freeze(base)

@@ -66,14 +66,23 @@ def adapter_scale(config: Any) -> float:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a layer maps its last axis linearly: ``nn.Linear`` and its kin, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a layer maps its last axis linearly: ``nn.Linear`` and its kin, GPT-2's ``Conv1D``, or a quantised one.
+
+    Quantised layers need not be of ``nn.Linear``; like PEFT, this goes by the sizes they state.
+    """
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return True
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Numbers of inputs and outputs of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    size_in, size_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(size_in, int) and isinstance(size_out, int):
+        return size_in, size_out
     weight = module.weight
     if not isinstance(weight, torch.Tensor):
         raise IncompatibleError(f"a layer of class {type(module).__name__} has no weight to read its size from.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vifamily.llm import running
+from vifamily.llm import ready, running
 from vifamily.llm._extra import require
 from vifamily.llm.manifest import read_manifest
 from vifamily.llm.reading import read_records
@@ -32,7 +32,13 @@ _FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 Folder = Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")]
 Data = Annotated[str, typer.Argument(help="A file (.jsonl, .json, .parquet) or a data set on the hub.")]
 Base = Annotated[str | None, typer.Option(help="The base, where it is not the one that the folder names.")]
-Config = Annotated[Path | None, typer.Option("--config", help="A YAML file of the same names; flags override it.")]
+Reference = Annotated[str | None, typer.Option(help="Folder of the adapter that preferences were trained against.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="A YAML file of the same names, or a name of `vifamily llm configs`; flags override it."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -59,6 +65,7 @@ def llm_app(clean: Callable[[Callable[..., int]], Callable[..., None]]) -> typer
         ("generate", _generate, 'vifamily llm generate results/ensemble "Question: ..." --speaker mixture', False),
         ("route", _route, "vifamily llm route results/ensemble held_out.jsonl --out routing.png", False),
         ("inspect", _inspect, "vifamily llm inspect results/ensemble", False),
+        ("configs", _configs, "vifamily llm sft --config mmlu-qwen2-1.5b", False),
         ("demo", _demo, "vifamily llm demo --out results/demo", False),
     ):
         settings = _FREE if free else None
@@ -73,16 +80,19 @@ def _sft(context: typer.Context, *, config: Config = None, debug: Debug = False)
     """Fine-tune an ensemble on answers.
 
     Flags are named as in TRL and PEFT: --model_name_or_path, --dataset_name, --num_members, --lora_r, --lora_alpha,
-    --lora_target_modules, --renyi_alpha, --unit, --group_column and all of transformers' TrainingArguments, such as
-    --output_dir, --learning_rate and --report_to. `vifamily llm sft --flags` lists ours with their defaults.
+    --lora_target_modules, --renyi_alpha, --routing_entropy (moves alpha to hold it), --reseed_below (members that
+    died are put beside live ones), --family (mean_field, dropout, laplace: baselines whose draws are members), --unit,
+    --group_column and all of transformers' TrainingArguments, such as --output_dir, --learning_rate and --report_to.
+    `vifamily llm sft --flags` lists ours with their defaults.
     """
     return _train("sft", context.args, config)
 
 
 def _dpo(context: typer.Context, *, config: Config = None, debug: Debug = False) -> int:
-    """Fine-tune an ensemble on preferences, against the base as reference.
+    """Fine-tune an ensemble on preferences, against the base as reference, or against a trained adapter.
 
-    Flags are those of `vifamily llm sft`, with --beta; --unit is sequence (a pair) or group.
+    Flags are those of `vifamily llm sft`, with --beta; --unit is sequence (a pair) or group. --reference_adapter names
+    the folder of a PEFT adapter that is the reference; --initial_adapter one that members start near, too.
     """
     return _train("dpo", context.args, config)
 
@@ -106,13 +116,16 @@ def _loaded(folder: Path, base: str | None) -> Any:
 
 
 def _eval(folder: Folder, data: Data, *, base: Base = None, split: str = "test", beta: float = 0.1,
-          as_json: Json = False, debug: Debug = False) -> int:  # fmt: skip
+          reference_adapter: Reference = None, as_json: Json = False, debug: Debug = False) -> int:  # fmt: skip
     """Score held-out answers or preferences under the mixture and under each member."""
     from vifamily.diagnostics.routing import mixture_log_score
 
     records, ensemble = read_records(data, split=split), _loaded(folder, base)
     pairs = "chosen" in records[0]
-    ll = ensemble.preference_log_likelihood(records, beta=beta) if pairs else ensemble.log_likelihood(records)
+    if pairs:
+        ll = ensemble.preference_log_likelihood(records, beta=beta, reference_adapter=reference_adapter)
+    else:
+        ll = ensemble.log_likelihood(records)
     score = mixture_log_score(ll, ensemble.log_weight)
     if as_json:
         typer.echo(json.dumps({**score.to_dict(), "member_scores": ll.mean(1).tolist()}, indent=1))
@@ -179,6 +192,20 @@ def _inspect(folder: Folder, *, as_json: Json = False, debug: Debug = False) -> 
     for name, value in sorted(manifest.training.items()):
         typer.echo(f"{name}: {value}")
     typer.echo("versions: " + ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))
+    return 0
+
+
+def _configs(
+    name: Annotated[str | None, typer.Argument(help="Print this one, to change a copy of it.")] = None,
+    *,
+    debug: Debug = False,
+) -> int:
+    """List the configurations that come with the package, for --config; or print one."""
+    if name is None:
+        for known, what in ready.configs().items():
+            typer.echo(f"{known}: {what}")
+    else:
+        typer.echo(ready.config_path(name).read_text("utf-8"), nl=False)
     return 0
 
 

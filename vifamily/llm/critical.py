@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vifamily.diagnostics.stability import Labelled, Stability, unit_stability
 from vifamily.errors import ConfigError, DataError
 from vifamily.llm._answers import batches, end_tokens, positive
-from vifamily.llm._decode import decode, picker
+from vifamily.llm._decode import decode, log_prob_at, picker
 from vifamily.llm._stacked import StackedCausalLM, completion_rows
+from vifamily.llm.adapter_files import swapped
 from vifamily.llm.rows import PairRow, Row, collate_pairs, collate_sft
 
 __all__ = ["adapter_stability"]
@@ -123,17 +124,16 @@ def adapter_stability(
 @contextlib.contextmanager
 def _only(model: StackedCausalLM, member: int) -> Iterator[list[Tensor]]:
     """Put one member's adapters in place of all, as leaves of their own; put back what was there."""
-    kept = [(layer, layer.lora_A, layer.lora_B) for _, layer in model.adapters()]
+    pairs = {
+        name: tuple(m.detach()[member : member + 1].clone() for m in (layer.lora_A, layer.lora_B))
+        for name, layer in model.adapters()
+    }
     was_training = model.training
     try:
         model.eval()
-        for layer, a, b in kept:
-            layer.lora_A = nn.Parameter(a.detach()[member : member + 1].clone())
-            layer.lora_B = nn.Parameter(b.detach()[member : member + 1].clone())
-        yield [p for layer, _, _ in kept for p in (layer.lora_A, layer.lora_B)]
+        with swapped(model, pairs, trained=True) as parameters:  # type: ignore[arg-type]
+            yield list(parameters)
     finally:
-        for layer, a, b in kept:
-            layer.lora_A, layer.lora_B = a, b
         model.train(was_training)
 
 
@@ -171,12 +171,7 @@ def _answers(model: StackedCausalLM, rows: Sequence[Row], unit: str, token: Tens
 
 def _next(model: StackedCausalLM, batch: dict[str, Tensor]) -> Tensor:
     """Log probabilities of what may follow at each token that is scored, ``(token, vocabulary)``."""
-    ids = batch["input_ids"]
-    with model.selection.using((0, 1), len(ids)):
-        hidden = model.base.base_model(  # type: ignore[operator]
-            input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state
-    return model.logits(hidden[:, :-1][batch["completion_mask"][:, 1:]]).log_softmax(-1)
+    return log_prob_at(model, batch, (0, 1))[0]
 
 
 def _every_token(model: StackedCausalLM, rows: Sequence[Row], unit: str, size: int) -> list[Labelled]:

@@ -20,12 +20,14 @@ from vifamily.llm._answers import (
     as_prompts,
     batches,
     choose_speakers,
+    group_sums,
     is_conversation,
     positive,
 )
 from vifamily.llm._decode import next_log_prob, picker
 from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.adapter_files import SavedAdapter
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
 from vifamily.llm.manifest import Manifest, read_manifest
 from vifamily.llm.rows import Ids, PairRow, Row, collate_pairs, collate_sft
@@ -130,22 +132,27 @@ class Ensemble:
             DataError: If records are not fit; see :func:`~vifamily.llm.data.prepare_sft`.
         """
         rows = self._rows(examples)
-        out = [
-            self._scored(collate_sft(rows[start : start + batch_size], self._pad), adapters=True)
-            for start in range(0, len(rows), batch_size)
-        ]
-        return torch.cat(out, 1)
+        parts = (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
+        return torch.cat([self._scored(collate_sft(part, self._pad)) for part in parts], 1)
 
-    def preference_log_likelihood(self, pairs: Examples, *, beta: float = 0.1, batch_size: int = 16) -> Tensor:
+    def preference_log_likelihood(
+        self,
+        pairs: Examples,
+        *,
+        beta: float = 0.1,
+        reference_adapter: str | os.PathLike[str] | None = None,
+        batch_size: int = 16,
+    ) -> Tensor:
         r"""Log probability under each member that the chosen answer is preferred.
 
         .. math:: \log \sigma\big(\beta\, [\log p_m(y^+) - \log p_0(y^+) - \log p_m(y^-) + \log p_0(y^-)]\big)
 
-        with the base, adapters off, as reference :math:`p_0`.
+        with the base, adapters off, as reference :math:`p_0`, or a trained adapter over it.
 
         Args:
             pairs: Records with ``prompt``, ``chosen`` and ``rejected``, or rows of pairs.
             beta: As in training.
+            reference_adapter: Folder of a PEFT adapter, as in training.
             batch_size: Pairs that all members score at once.
 
         Returns:
@@ -158,10 +165,11 @@ class Ensemble:
         if not beta > 0:
             raise ConfigError(f"beta must be positive, got {beta!r}.")
         rows = self._pairs(pairs)
+        adapter = "base" if reference_adapter is None else SavedAdapter(Path(reference_adapter), self.model)
         out = []
         for start in range(0, len(rows), batch_size):
             batch = collate_pairs(rows[start : start + batch_size], self._pad)
-            gain = self._scored(batch, adapters=True) - self._scored(batch, adapters=False)
+            gain = self._scored(batch) - self._scored(batch, adapter)
             chosen, rejected = gain.chunk(2, 1)
             out.append(logsigmoid(beta * (chosen - rejected)))
         return torch.cat(out, 1)
@@ -201,12 +209,7 @@ class Ensemble:
         ll = self.log_likelihood(rows, batch_size=batch_size)
         if not group:
             return responsibilities(ll, self.log_weight, alpha, unit="sequence")
-        names = [row.group for row in rows]
-        if None in names:
-            raise DataError("rows have no group: prepare them with group_column=, the column that names it.")
-        order = list(dict.fromkeys(str(name) for name in names))
-        index = torch.tensor([order.index(str(name)) for name in names])
-        summed = torch.zeros(len(ll), len(order), dtype=ll.dtype).index_add_(1, index, ll)
+        summed, order = group_sums(ll, rows)
         return responsibilities(summed, self.log_weight, alpha, unit="group", unit_names=order)
 
     # --- weights from a context ---
@@ -395,6 +398,10 @@ class Ensemble:
         return log_weight.detach().cpu().double().log_softmax(0)
 
     @torch.no_grad()
-    def _scored(self, batch: dict[str, Tensor], *, adapters: bool) -> Tensor:
-        where = {name: value.to(self.model.device) for name, value in batch.items()}
-        return self.model.row_log_prob(**where, adapters=adapters).double().cpu()
+    def _scored(self, batch: dict[str, Tensor], reference: SavedAdapter | str | None = None) -> Tensor:
+        """Scores of rows under members, or under a reference: "base", or an adapter."""
+        where: dict[str, Any] = {name: value.to(self.model.device) for name, value in batch.items()}
+        if isinstance(reference, SavedAdapter):
+            with reference.on(self.model):
+                return self.model.row_log_prob(**where, members=(0, 1)).double().cpu()
+        return self.model.row_log_prob(**where, adapters=reference is None).double().cpu()

@@ -20,7 +20,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def read_records(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *, split: str = "train") -> list[Record]:
+def read_records(
+    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *, split: str = "train", subset: str | None = None
+) -> list[Record]:
     """Read a data set as a list of dictionaries, one for each record.
 
     Args:
@@ -28,6 +30,7 @@ def read_records(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *
             or ``.parquet``; the name of a data set on the hub, such as ``"trl-lib/ultrafeedback_binarized"``; or
             records themselves, a list of dictionaries or a ``datasets.Dataset``.
         split: The part of a data set on the hub. Files and records are taken whole.
+        subset: Which of several data sets under one name on the hub, such as ``"or-bench-80k"``.
 
     Returns:
         The records, in their order.
@@ -41,7 +44,7 @@ def read_records(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *
         [{'prompt': '2 + 2 =', 'completion': ' 4'}]
     """
     if isinstance(source, (str, os.PathLike)):
-        records, name = _from_name(source, split), f"'{os.fspath(source)}'"
+        records, name = _from_name(source, split, subset), f"'{os.fspath(source)}'"
     else:
         records, name = _from_records(source), "the data set"
     if not records:
@@ -63,7 +66,7 @@ def _from_records(source: Iterable[Mapping[str, Any]]) -> list[Record]:
     return records
 
 
-def _from_name(source: str | os.PathLike[str], split: str) -> list[Record]:
+def _from_name(source: str | os.PathLike[str], split: str, subset: str | None) -> list[Record]:
     path = Path(source)
     if path.is_dir():
         raise DataError(f"'{path}' is a folder: name one file in it, ending in {', '.join(_SUFFIXES)}.")
@@ -78,7 +81,7 @@ def _from_name(source: str | os.PathLike[str], split: str) -> list[Record]:
     name = os.fspath(source)
     if path.suffix.lower() in _SUFFIXES or not _HUB_NAME.fullmatch(name):
         raise DataError(f"there is no file '{name}' (looked for from the folder '{Path.cwd()}').")
-    return _from_hub(name, split)
+    return _from_hub(name, split, subset)
 
 
 def _json_lines(path: Path) -> list[Record]:
@@ -126,10 +129,10 @@ def _parquet(path: Path) -> list[Record]:
     return records
 
 
-def _from_hub(name: str, split: str) -> list[Record]:
+def _from_hub(name: str, split: str, subset: str | None) -> list[Record]:
     datasets = require("datasets", f"reading '{name}', which is no file here and is taken for a name on the hub,")
     try:
-        found = datasets.load_dataset(name, split=split)
+        found = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library and what it stands on raise dozens of kinds
         raise DataError(
             f"there is no file '{name}' here, and split '{split}' of a data set of that name on the hub cannot be "

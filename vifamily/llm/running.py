@@ -11,10 +11,17 @@ from typing import Any
 from vifamily.errors import ConfigError, VifamilyError
 from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.cost import step_cost
+from vifamily.llm.laplace import adapter_laplace
+from vifamily.llm.named_sets import converted
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
+from vifamily.llm.ready import config_path, configs
+from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import base_size
+from vifamily.llm.stochastic import FAMILIES, StochasticCausalLM
+from vifamily.rng import generator
 
 __all__ = ["RunSettings", "flags", "parse", "run_training"]
 
@@ -28,6 +35,8 @@ class RunSettings:
         model_revision: Its branch, tag or commit.
         dtype: Its dtype: auto, float32, bfloat16 or float16.
         dataset_name: A file (.jsonl, .json, .parquet) or the name of a data set on the hub.
+        dataset_config: Which of several data sets under one name on the hub.
+        dataset_format: How records become ones of TRL: mmlu or or_bench; none is needed for TRL's formats.
         dataset_train_split: Split to train on, of a data set on the hub.
         dataset_test_split: Split to evaluate on, of the same.
         eval_file: A file to evaluate on.
@@ -37,12 +46,22 @@ class RunSettings:
         lora_alpha: Their scale is this over the rank.
         lora_target_modules: Layers that are adapted, separated by commas; all-linear takes every linear layer.
         use_rslora: Whether the scale is over the root of the rank.
+        shard_base: Whether processes share out the weights of the base.
+        initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
+            unless reference_adapter names another.
+        initial_noise: Size of the noise by which they differ there, relative to the adapter's matrices.
+        family: points (members of their own), or a baseline with one adapter whose draws are the members: mean_field
+            (Bayes by backprop), dropout (Monte-Carlo dropout on the adapter's inputs), laplace (a Gaussian fitted after
+            training). With these, renyi_alpha is 0 unless it is given.
+        lora_dropout: Probability for family dropout.
     """
 
     model_name_or_path: str = ""
     model_revision: str = "main"
     dtype: str = "auto"
     dataset_name: str = ""
+    dataset_config: str | None = None
+    dataset_format: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     eval_file: str | None = None
@@ -52,6 +71,11 @@ class RunSettings:
     lora_alpha: int = 32
     lora_target_modules: str = "all-linear"
     use_rslora: bool = False
+    shard_base: bool = False
+    initial_adapter: str | None = None
+    initial_noise: float = 0.1
+    family: str = "points"
+    lora_dropout: float = 0.1
 
 
 def flags() -> list[tuple[str, str]]:
@@ -73,7 +97,7 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
 
     Args:
         arguments: Flags with their values, such as ``["--num_members", "8"]``.
-        config: A YAML file of the same names.
+        config: A YAML file of the same names, or the name of one of :func:`~vifamily.llm.ready.configs`.
 
     Returns:
         Settings of the run, options of the ensemble, and ``transformers.TrainingArguments``.
@@ -105,6 +129,13 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
     for name in ("model_name_or_path", "dataset_name"):
         if not getattr(settings, name):
             raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
+    if settings.family not in ("points", "laplace", *FAMILIES):
+        raise ConfigError(f"--family must be points, laplace or one of {', '.join(FAMILIES)}, got {settings.family!r}.")
+    if settings.family != "points":
+        if settings.initial_adapter is not None:
+            raise ConfigError("--initial_adapter starts members of their own: leave it out, or use --family points.")
+        if not any(word.partition("=")[0] == "--renyi_alpha" for word in given):
+            options = dataclasses.replace(options, renyi_alpha=0.0)
     return settings, options, training
 
 
@@ -133,12 +164,12 @@ def run_training(
     """
     transformers, peft = require("transformers", "training an ensemble"), require("peft", "training an ensemble")
     trainer = require("vifamily.llm.trainer", "training an ensemble")
-    records = read_records(settings.dataset_name, split=settings.dataset_train_split)
+    records = _records(settings, settings.dataset_name, settings.dataset_train_split)
     held = None
     if settings.eval_file is not None:
-        held = read_records(settings.eval_file)
+        held = _records(settings, settings.eval_file, "train")
     elif settings.dataset_test_split is not None:
-        held = read_records(settings.dataset_name, split=settings.dataset_test_split)
+        held = _records(settings, settings.dataset_name, settings.dataset_test_split)
     name, revision = settings.model_name_or_path, settings.model_revision
     where = {} if Path(name).exists() else {"revision": revision}
     try:
@@ -154,7 +185,14 @@ def run_training(
         target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
         task_type="CAUSAL_LM",
     )
-    model = StackedCausalLM(base, config, settings.num_members, seed=settings.member_seed)
+    model = _stack(settings, base, config)
+    if settings.initial_adapter is not None:
+        start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
+        if kind == "dpo" and options.reference_adapter is None:
+            options = dataclasses.replace(options, reference_adapter=settings.initial_adapter)
+    if settings.shard_base:
+        _ = training.device  # processes meet when it is asked for
+        shard_base(model)
     maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
     run = maker(model, training, records, held, tokenizer, options=options)
     say(f"data: {run.prepared}")
@@ -162,6 +200,11 @@ def run_training(
     say(_cost(model, settings, options, training, longest, kind))
     again = training.resume_from_checkpoint
     run.train(resume_from_checkpoint=str(again).lower() == "true" or again if again else None)
+    if settings.family == "laplace":
+        source = generator(settings.member_seed, "llm/laplace")
+        found = adapter_laplace(model, list(run.prepared), generator=source, beta=options.beta)
+        say(str(found))
+        found.draw_members(model, settings.num_members, generator=source)
     if held is not None:
         run.evaluate()
     run.save_model(training.output_dir)
@@ -169,6 +212,26 @@ def run_training(
 
 
 # --- parts ---
+
+
+def _records(settings: RunSettings, name: str, split: str) -> list[dict[str, Any]]:
+    found = read_records(name, split=split, subset=settings.dataset_config)
+    return found if settings.dataset_format is None else converted(found, settings.dataset_format)
+
+
+def _stack(settings: RunSettings, base: Any, config: Any) -> StackedCausalLM:
+    """Members of their own, draws of one adapter, or the one member at which Laplace's approximation is made."""
+    if settings.family in FAMILIES:
+        return StochasticCausalLM(
+            base,
+            config,
+            settings.num_members,
+            family=settings.family,
+            dropout=settings.lora_dropout,
+            seed=settings.member_seed,
+        )
+    members = 1 if settings.family == "laplace" else settings.num_members
+    return StackedCausalLM(base, config, members, seed=settings.member_seed)
 
 
 def _cost(
@@ -186,10 +249,12 @@ def _cost(
                 batch_size=rows * (2 if kind == "dpo" else 1) * max(1, training.world_size),
                 length=max(2, longest),
                 target_modules=tuple(sorted({name.rpartition(".")[2] for name in model.target_names})),
+                gradient_checkpointing=bool(training.gradient_checkpointing),
                 route="two_pass" if options.route == "two_pass" else "stacked",
                 base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
                 preferences=kind == "dpo",
                 devices=max(1, training.world_size),
+                sharded=settings.shard_base,
             )
         )
     except VifamilyError as error:
@@ -199,6 +264,8 @@ def _cost(
 def _read_yaml(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
+    if not path.exists() and str(path) in configs():
+        path = config_path(str(path))
     try:
         content = require("yaml", "reading a configuration").safe_load(path.read_text("utf-8"))
     except OSError as error:

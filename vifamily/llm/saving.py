@@ -57,7 +57,7 @@ def save_members(model: StackedCausalLM, folder: str | Path, *, training: Mappin
         log_weights=tuple(model.log_weight.tolist()),
         base=str(getattr(model.config, "_name_or_path", "") or ""),
         revision=getattr(model.config, "_commit_hash", None),
-        base_digest=base_digest(model.base),
+        base_digest=model.known_digest or base_digest(model.base),
         files=files,
         training=dict(training or {}),
         versions=versions(),
@@ -84,7 +84,7 @@ def load_members(model: StackedCausalLM, folder: str | Path, *, check_base: bool
     manifest = read_manifest(folder)
     if manifest.num_members != model.num_members:
         raise CheckpointError(f"{folder} holds {manifest.num_members} members, the ensemble has {model.num_members}.")
-    if check_base and manifest.base_digest != base_digest(model.base):
+    if check_base and manifest.base_digest != (model.known_digest or base_digest(model.base)):
         raise CheckpointError(
             f"the members in {folder} were trained on another base ({manifest.base or 'without a name'}) than the one "
             f"that is loaded ({getattr(model.config, '_name_or_path', '') or 'without a name'}). Load that base."

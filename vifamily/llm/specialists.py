@@ -18,14 +18,17 @@ from torch import Tensor
 
 from vifamily.diagnostics import Stability
 from vifamily.diagnostics.routing import Responsibilities, mixture_log_score, responsibilities
+from vifamily.llm._decode import log_prob_at
 from vifamily.llm._extra import require
 from vifamily.llm._routed import pair_margin
-from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm._stacked import StackedCausalLM, completion_rows
 from vifamily.llm.corpora import Corpus, contradictory_pairs, contradictory_sft, ideal_nll, symbol_tasks
 from vifamily.llm.critical import adapter_stability
 from vifamily.llm.data import prepare_pairs, prepare_sft
+from vifamily.llm.ensemble import Ensemble
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import collate_pairs, collate_sft
+from vifamily.llm.stochastic import StochasticCausalLM
 from vifamily.llm.tiny import pretrain, tiny_model, tiny_tokenizer
 from vifamily.llm.uncertainty import split_uncertainty
 from vifamily.numerics.soft_routing import power_value
@@ -60,12 +63,14 @@ class Base:
     tokenizer: Any
     exact: float
 
-    def ensemble(self, members: int, rank: int, seed: int) -> StackedCausalLM:
-        """Members with adapters on queries and values over a copy of the base."""
+    def ensemble(self, members: int, rank: int, seed: int, family: str = "points") -> StackedCausalLM:
+        """Members with adapters on queries and values over a copy of the base, or draws of one such adapter."""
         config = require("peft", "an ensemble of adapters").LoraConfig(
             r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"]
         )
-        return StackedCausalLM(copy.deepcopy(self.model), config, members, seed=seed)
+        if family == "points":
+            return StackedCausalLM(copy.deepcopy(self.model), config, members, seed=seed)
+        return StochasticCausalLM(copy.deepcopy(self.model), config, members, family=family, seed=seed)
 
 
 def symbol_base(
@@ -111,6 +116,8 @@ class Settings:
         learn_weights: Whether weights of members are learned.
         ramp: Steps over which alpha rises from 0.01; 0 starts at alpha.
         warmup: Steps over which the step size rises.
+        family: Members of their own ("points"), or draws of one adapter ("dropout", "mean_field").
+        prior_weight: Weight of the prior per token; mean field needs it.
         seed: Root seed.
     """
 
@@ -125,6 +132,8 @@ class Settings:
     learn_weights: bool = False
     ramp: int = 0
     warmup: int = 0
+    family: str = "points"
+    prior_weight: float = 0.0
     seed: int = 0
 
 
@@ -151,7 +160,7 @@ def train(base: Base, corpus: Corpus, settings: Settings) -> StackedCausalLM:
     """
     home = require("vifamily.llm.trainer", "training an ensemble")
     transformers = require("transformers", "training an ensemble")
-    model = base.ensemble(settings.members, settings.rank, settings.seed)
+    model = base.ensemble(settings.members, settings.rank, settings.seed, settings.family)
     pairs = "chosen" in corpus[0]
     options = EnsembleOptions(
         renyi_alpha=settings.alpha,
@@ -161,6 +170,7 @@ def train(base: Base, corpus: Corpus, settings: Settings) -> StackedCausalLM:
         group_column="group" if settings.unit == "group" else None,
         beta=settings.beta,
         learn_weights=settings.learn_weights,
+        prior_weight=settings.prior_weight,
         micro_batch_rows=10_000,  # all at once: the model is small, and so is the memory
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -184,6 +194,8 @@ def train(base: Base, corpus: Corpus, settings: Settings) -> StackedCausalLM:
         trainer = maker(model, arguments, list(corpus), processing_class=base.tokenizer, options=options)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
+    if isinstance(model, StochasticCausalLM):
+        model.redraw()
     return model.eval()
 
 
@@ -246,7 +258,7 @@ def measure(model: StackedCausalLM, base: Base, held: Corpus, alpha: float) -> S
     rules = [record["rule"] for record, apart in zip(held, torn.tolist(), strict=True) if apart]
     names = list(dict.fromkeys(rules))
     routed = responsibilities(ll[:, torn], weight, 1.0, unit="answer")  # one power for all, whatever trained
-    first = split_uncertainty(_next_log_prob(model, [row.prompt_ids for row in rows]), weight).epistemic
+    first = split_uncertainty(Ensemble(model).next_log_prob(list(rows)), weight).epistemic
     exact = _exact(model, rows, pad)
     said = [exact[:, torn][:, torch.tensor([rule == name for rule in rules])].double().mean(1) for name in names]
     leans = torch.stack([ll[:, torn][:, torch.tensor([r == n for r in rules])].mean(1) for n in names]).argmax(0)
@@ -343,28 +355,11 @@ def _exact(model: StackedCausalLM, rows: Sequence[Any], pad: int) -> Tensor:
     That is whether the member's greedy answer is the row's.
     """
     batch = collate_sft(list(rows), pad)
-    best = _all_logits(model, batch["input_ids"], batch["attention_mask"])[:, :, :-1].argmax(-1)
-    hit = (best == batch["input_ids"][:, 1:]) | ~batch["completion_mask"][:, 1:]
-    return hit.all(-1)
-
-
-@torch.no_grad()
-def _next_log_prob(model: StackedCausalLM, prompts: Sequence[tuple[int, ...]]) -> Tensor:
-    """Log probabilities after prompts of one length or several, ``(member, prompt, vocabulary)``."""
-    out: list[Tensor] = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out.append(_all_logits(model, ids, torch.ones_like(ids))[:, :, -1].double().log_softmax(-1))
-    return torch.cat(out, 1)
-
-
-def _all_logits(model: StackedCausalLM, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Logits at every position, ``(member, row, position, vocabulary)``: for small models."""
-    count = model.num_members
-    with model.selection.using((0, count), len(input_ids)):
-        asked = {"input_ids": input_ids.repeat(count, 1), "attention_mask": attention_mask.repeat(count, 1)}
-        logits: Tensor = model.base(**asked, use_cache=False).logits
-    return logits.reshape(count, -1, *logits.shape[1:])
+    best = log_prob_at(model, batch, (0, model.num_members)).argmax(-1)
+    hit = best == batch["input_ids"][:, 1:][batch["completion_mask"][:, 1:]]
+    row = completion_rows(batch["completion_mask"])
+    missed = torch.zeros(model.num_members, len(batch["input_ids"]), dtype=torch.long)
+    return missed.index_add(1, row, (~hit).long()) == 0
 
 
 def critical_alpha(

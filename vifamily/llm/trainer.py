@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,32 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import CheckpointError, ConfigError, NonFiniteLossError, VifamilyWarning
+from vifamily.errors import ConfigError, NonFiniteLossError
+from vifamily.llm._after_step import AfterStep, step_callback
+from vifamily.llm._arguments import check_arguments, check_draws, check_engines, check_reference
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
+from vifamily.llm._checkpoints import check_complete, last_checkpoint
 from vifamily.llm._extra import require
 from vifamily.llm._passes import PaddedRows, stacked_pass, two_pass
+from vifamily.llm._prior import normal_prior
+from vifamily.llm._ranks import own_members, ranks_pass, whole_batch
 from vifamily.llm._routed import Tally, pair_loss, supervised_loss
 from vifamily.llm._stacked import StackedCausalLM
+from vifamily.llm.adapter_files import SavedAdapter
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft
-from vifamily.llm.manifest import read_manifest
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.rows import Rows
-from vifamily.llm.saving import load_members, save_members
+from vifamily.llm.saving import save_members
 from vifamily.rng import scoped
 
 __all__ = ["DPOEnsembleTrainer", "SFTEnsembleTrainer", "last_checkpoint"]
 
 _transformers = require("transformers", "training an ensemble")
 
-_DEAD = 0.1
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-_REFUSED = {
-    "packing": "rows must stay apart to be routed",
-    "padding_free": "rows must stay apart to be routed",
-    "use_liger_kernel": "token log probabilities are computed in parts already",
-    "label_smoothing_factor": "the loss is a likelihood",
-    "neftune_noise_alpha": "members must see the same inputs",
-}
 
 
 class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-defined]
@@ -63,8 +59,9 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
                 "StackedCausalLM(base, peft_config, num_members)."
             )
         args = args if args is not None else _transformers.TrainingArguments("trainer_output")
-        _check_arguments(args)
+        check_arguments(args)
         self.options = options or EnsembleOptions()
+        check_draws(model, self.options)
         if self.pairs and self.options.unit not in ("sequence", "group"):
             raise ConfigError(f"preferences are routed by 'sequence' or 'group', got unit={self.options.unit!r}.")
         tokenizer = check_tokenizer(processing_class)
@@ -72,8 +69,10 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         train = self._prepared(train_dataset, tokenizer, "train")
         evaluation = self._prepared(eval_dataset, tokenizer, "eval")
         self._tally = {"train": Tally(), "eval": Tally()}
-        self._step_tally = Tally()
-        self._warned: set[int] = set()
+        check_reference(self.options, pairs=self.pairs, known=bool(self._reference))
+        folder = self.options.reference_adapter
+        self._reference_adapter = None if folder is None else SavedAdapter(folder, model)
+        self._after_step = AfterStep(self.options, model.num_members, args.seed)
         with scoped(args.seed):
             super().__init__(
                 model=model,
@@ -84,9 +83,8 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
                 data_collator=Collator(int(tokenizer.pad_token_id), self.pairs, self._reference.get("train")),
                 **more,
             )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ConfigError("ensembles are trained data-parallel: leave DeepSpeed and FSDP out.")
-        self.add_callback(_weights_callback(self))
+        check_engines(self, sharded=model.known_digest is not None, options=self.options)
+        self.add_callback(step_callback(self._act_after_step))
 
     # --- data ---
 
@@ -139,7 +137,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
 
     def _loss_of(self, inputs: Inputs, scale: float, tally: Tally, score: Any) -> Any:
         """The loss of some rows, as the passes call it."""
-        alpha = self.options.alpha_at(self.state.global_step)
+        alpha = self._after_step.alpha.at(self.state.global_step)
         log_weight = self._ensemble.log_weight
 
         def loss(log_prob: Tensor, index: Tensor) -> Tensor:
@@ -169,7 +167,11 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     def _reference_of(self, inputs: Inputs, part: PaddedRows, index: Tensor, score: Any) -> Tensor:
         if inputs.reference is not None:
             return inputs.reference[index]
-        value = score(part, None, adapters=False)
+        if self._reference_adapter is None:
+            value = score(part, None, adapters=False)
+        else:
+            with self._reference_adapter.on(self._ensemble):
+                value = score(part, (0, 1))
         out: Tensor = value.new_zeros(len(part)).index_add(0, part.token_row, value[0])
         return out
 
@@ -192,6 +194,9 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     ) -> Tensor:
         """Walk over a batch, with a call of ``backward`` for each part."""
         inputs = Inputs.from_dict(batch, pairs=self.pairs)
+        members, processes = self._ensemble.num_members, self.args.world_size if route == "ranks" else 1
+        if processes > 1:
+            inputs = whole_batch(inputs, self.accelerator.gather)
         count = inputs.items() if items is None else float(items)
         # gradients are averaged over processes, and the count is over all of them
         scale = (self.args.world_size if items is not None else 1) / max(count, 1)
@@ -201,18 +206,26 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
             return found
 
         loss_of = self._loss_of(inputs, scale, tally, score)
-        size = self.options.micro_batch_rows or max(1, len(inputs.group) // self._ensemble.num_members)
+        # each process has its part of the members on all rows, or all members on its part of the rows
+        at_once = len(inputs.group) // processes // math.ceil(members / processes)
+        size = self.options.micro_batch_rows or max(1, at_once)
         blocks, fits = blocks_of(inputs.group, size, whole_groups=self.options.unit == "group")
         if route == "two_pass" or (route == "auto" and not fits):
             item = torch.arange(len(inputs.group), device=inputs.group.device)
             # of preferences, the two answers must stand in one part, and all parts in the order of the whole
-            parts = [inputs.model_rows(item)] if self.pairs else list(item.split(size * self._ensemble.num_members))
-            return two_pass(score, inputs.rows, parts, loss_of, backward, num_members=self._ensemble.num_members)
-        return stacked_pass(score, inputs.rows, [inputs.model_rows(block) for block in blocks], loss_of, backward)
+            parts = [inputs.model_rows(item)] if self.pairs else list(item.split(size * members))
+            return two_pass(score, inputs.rows, parts, loss_of, backward, num_members=members)
+        indices = [inputs.model_rows(block) for block in blocks]
+        if processes > 1:
+            own = own_members(members, self.args.process_index, processes)
+            reduce = functools.partial(self.accelerator.reduce, reduction="sum")
+            return ranks_pass(score, inputs.rows, indices, loss_of, backward, own, members, reduce) / processes
+        return stacked_pass(score, inputs.rows, indices, loss_of, backward)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Add the gradient of one batch, in micro-batches; see transformers."""
         model.train()
+        self._after_step.draw(self._ensemble, self.state.global_step)
         batch = self._prepare_inputs(inputs)
         tally = Tally()
         with self.compute_loss_context_manager():
@@ -221,7 +234,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
             )
         if self.options.prior_weight:
             steps = getattr(self, "current_gradient_accumulation_steps", 1)
-            prior = self._prior() / steps
+            prior = normal_prior(self._ensemble, self.options) / steps
             self.accelerator.backward(prior)
             loss = loss + prior.detach().to(loss)
         if not math.isfinite(float(loss)):
@@ -232,7 +245,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
                 term="loss",
             )
         self._tally["train"].add(tally)
-        self._step_tally.add(tally)
+        self._after_step.add(tally)
         return loss.detach()
 
     def compute_loss(
@@ -260,12 +273,6 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
-    def _prior(self) -> Tensor:
-        """Cross term of the divergence from a normal prior, averaged over members."""
-        square = torch.stack([p.float().square().sum() for p in self._ensemble.adapter_parameters()]).sum()
-        scale = self.options.prior_weight / (2 * self.options.prior_sd**2 * self._ensemble.num_members)
-        return square * scale
-
     # --- optimiser ---
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -278,20 +285,11 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
             g.mul_(factor.to(g)[:, None, None])
         return norm.max()
 
-    def update_weights(self) -> None:
-        """Move the members' weights towards their mean responsibilities of this step, where they are learned."""
-        tally, self._step_tally = self._step_tally, Tally()
-        if not self.options.learn_weights or tally.usage is None:
-            return
-        log_weight = self._ensemble.log_weight
-        counts = torch.cat([tally.usage, torch.tensor([tally.units], dtype=torch.float64)]).to(log_weight)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "sum")
-        usage = counts[:-1] / counts[-1]
-        rate = self.options.weight_rate
-        weight = (1 - rate) * log_weight.exp() + rate * usage
-        weight = weight.clamp(min=1e-3 / len(weight))
-        log_weight.copy_((weight / weight.sum()).log())
+    def _act_after_step(self) -> None:
+        """Move weights and alpha, and reseed members, as the options say."""
+        several = self.args.world_size > 1
+        reduce = (lambda value: self.accelerator.reduce(value, "sum")) if several else None
+        self._after_step.act(self._ensemble, self.optimizer, reduce, self.state.global_step)
 
     # --- log ---
 
@@ -301,25 +299,16 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         means = self._tally[mode].means()
         self._tally[mode] = Tally()
         if mode == "train" and means and "loss" in logs:
-            means["renyi_alpha"] = self.options.alpha_at(self.state.global_step)
+            means["renyi_alpha"] = self._after_step.alpha.at(self.state.global_step)
             if self.options.learn_weights:
                 weights = self._ensemble.log_weight.exp().tolist()
                 means |= {f"routing/weight_{k}": w for k, w in enumerate(weights)}
-            self._warn_of_dead(means)
+            if self.options.reseed_below is not None:
+                means["routing/reseeded"] = float(self._after_step.reseeded)
+            usage = [means[f"routing/usage_{k}"] for k in range(self._ensemble.num_members)]
+            self._after_step.dead.tell(usage, self.state.global_step)
         prefix = "eval_" if mode == "eval" else ""
         super().log({**logs, **{prefix + key: value for key, value in means.items()}}, start_time)
-
-    def _warn_of_dead(self, means: dict[str, float]) -> None:
-        members = self._ensemble.num_members
-        dead = [k for k in range(members) if means[f"routing/usage_{k}"] < _DEAD / members and k not in self._warned]
-        if dead:
-            self._warned.update(dead)
-            warnings.warn(
-                f"members {dead} explain less than a tenth of an equal share at step {self.state.global_step}: they "
-                "are dying. Lower renyi_alpha, ramp it up from a small value, or use fewer members.",
-                VifamilyWarning,
-                stacklevel=2,
-            )
 
     # --- running, saving ---
 
@@ -333,12 +322,13 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(self.args.output_dir))
         elif resume_from_checkpoint:
-            _check_complete(Path(str(resume_from_checkpoint)))
+            check_complete(Path(str(resume_from_checkpoint)))
         with scoped(self.args.seed):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; see transformers. Returned with the routed figures of the log."""
+        self._after_step.draw(self._ensemble, None)
         with scoped(self.args.seed):
             found: dict[str, float] = super().evaluate(*args, **kwargs)
         last = self.state.log_history[-1] if self.state.log_history else {}
@@ -347,15 +337,17 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         training = {"objective": "dpo" if self.pairs else "sft", "step": self.state.global_step, **self.options.plain()}
+        training |= {"family": getattr(self._ensemble, "family", "points"), "routing_state": self._after_step.plain()}
+        self._after_step.save(self._ensemble, folder)
         save_members(self._ensemble, folder, training=training)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_members(self._ensemble, resume_from_checkpoint)
+        self._after_step.load(self._ensemble, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        load_members(self._ensemble, self.state.best_model_checkpoint)
+        self._after_step.load(self._ensemble, Path(str(self.state.best_model_checkpoint)), state=False)
 
 
 class SFTEnsembleTrainer(_EnsembleTrainer):
@@ -382,8 +374,9 @@ class SFTEnsembleTrainer(_EnsembleTrainer):
 class DPOEnsembleTrainer(_EnsembleTrainer):
     """Direct preference optimisation of an ensemble, with the arguments of ``Trainer``.
 
-    Data are TRL's: ``prompt``, ``chosen`` and ``rejected``. The reference is the base without adapters, shared by all
-    members, or what columns ``ref_chosen_logps`` and ``ref_rejected_logps`` say. The loss is the mean over pairs; with
+    Data are TRL's: ``prompt``, ``chosen`` and ``rejected``. The reference is shared by all members: the base without
+    adapters, or a trained adapter (``EnsembleOptions(reference_adapter=folder)``), or what columns
+    ``ref_chosen_logps`` and ``ref_rejected_logps`` say. The loss is the mean over pairs; with
     one member it is TRL's DPO loss.
 
     Args:
@@ -401,59 +394,3 @@ class DPOEnsembleTrainer(_EnsembleTrainer):
     """
 
     pairs = True
-
-
-def last_checkpoint(folder: str | Path) -> Path:
-    """Newest complete checkpoint in a folder of a run; one whose writing was broken off is passed over.
-
-    Args:
-        folder: The run's ``output_dir``.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        ConfigError: If there is none.
-        CheckpointError: If there are only incomplete ones.
-    """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    if not found:
-        raise ConfigError(f"{folder} holds no checkpoint to go on from: start without resuming.")
-    for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
-        try:
-            _check_complete(path)
-        except CheckpointError:
-            continue
-        return path
-    raise CheckpointError(f"the checkpoints in {folder} are all half-written: start anew.")
-
-
-def _check_complete(folder: Path) -> None:
-    """Refuse a checkpoint that lacks what is written last, or whose members are not those that were saved."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint, or is half-written. Use an earlier one.") from error
-    read_manifest(folder)
-
-
-def _check_arguments(args: Any) -> None:
-    for name, reason in _REFUSED.items():
-        value = getattr(args, name, None)
-        if value:
-            raise ConfigError(f"{name}={value!r} cannot be used for an ensemble: {reason}. Leave it out.")
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"{args.n_gpu} devices in one process cannot be used: start one process each, with torchrun or accelerate "
-            "launch."
-        )
-
-
-def _weights_callback(trainer: _EnsembleTrainer) -> Any:
-    class Weights(_transformers.TrainerCallback):  # type: ignore[misc, name-defined]
-        """Updates weights after each step of the optimiser."""
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            trainer.update_weights()
-
-    return Weights()

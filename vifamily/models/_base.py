@@ -431,6 +431,12 @@ class Model(nn.Module, abc.ABC):
         """
         return None
 
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where a fit that begins at these moments, ``(dim,)`` each, is known to get nowhere.
+
+        It is asked about starts from outside: a given point, or the prior.
+        """
+
     @property
     def own_batch_size(self) -> int | None:
         """Size of the batches in which the data arrive; None where all data can be had at once."""

@@ -110,6 +110,13 @@ class DataSource(abc.ABC):
 
     own_batch_size: int | None = None
     """Size of the batches in which the data come, where they cannot be had at once."""
+    check: Callable[[Any], None] | None = None
+    """What a model asks of data that it has not seen; called with what a dataset or loader gives, as it comes."""
+
+    def _seen(self, arrived: tuple[Any, int]) -> tuple[Any, int]:
+        if self.check is not None:
+            self.check(arrived[0])
+        return arrived
 
     @abc.abstractmethod
     def whole(self) -> Any:
@@ -180,7 +187,7 @@ class _Items(DataSource):
         # items may draw at random (augmentation) and know no generator
         with rng.scoped(rng.split(0, "items", *positions[:2])):
             items = default_collate([self._dataset[i] for i in positions])
-        return _arrived(items, self._dtype, self._device)[0]
+        return self._seen(_arrived(items, self._dtype, self._device))[0]
 
     def whole(self) -> Any:
         if self._whole is None:
@@ -225,7 +232,7 @@ class _Loader(DataSource):
                     got = next(running)
                 except StopIteration:
                     return
-            yield _arrived(got, self._dtype, self._device)
+            yield self._seen(_arrived(got, self._dtype, self._device))
             position += 1
 
     def whole(self) -> Any:

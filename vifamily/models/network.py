@@ -129,7 +129,13 @@ class Network(Model):
             outputs = self.weights(x[:4], z)
             self.likelihood.check(y, outputs.shape[2:])
             self.likelihood.log_prob(outputs, y[:4])
+        self._output_shape = outputs.shape[2:]
+        self.source.check = self._check_targets
         return y, z
+
+    def _check_targets(self, data: Any) -> None:
+        """Check what a dataset or loader gives later as the first of it was checked."""
+        self.likelihood.check(self._pair(data)[1], self._output_shape)
 
     def _some(self) -> Any:
         """All data where they are at hand, a first batch of a stream."""
@@ -223,7 +229,8 @@ class Network(Model):
         .. math:: \lambda^2 = \operatorname{mean}_k\,
                   \big[\operatorname{Var}_q z_k + (\mathbb{E}_q z_k - m_k)^2\big] / s_k^2
 
-        One step of empirical Bayes: the maximum of the bound in the scale for a Gaussian ``q`` held fixed.
+        One step of empirical Bayes: the maximum of the bound in the scale for a ``q`` held fixed, in closed form
+        where marginal variances are enough and by 4000 draws otherwise.
 
         Args:
             posterior: A posterior of this model.
@@ -238,18 +245,22 @@ class Network(Model):
         if posterior.dim != self.dim:
             raise ShapeError(f"the posterior has {posterior.dim} coordinates, the model {self.dim}.")
         with torch.no_grad():
-            if Capability.GAUSSIAN in family.capabilities:
-                mean, variance = family.marginals()
-            else:
+            moments = family.marginals() if Capability.GAUSSIAN in family.capabilities else None
+            independent = Capability.FACTORISED_GAUSSIAN in family.capabilities
+            if moments is None or self.weights.cross_entropy(*moments, independent=independent) is None:
                 z = posterior.draws(4000)
-                mean, variance = z.mean(0), z.var(0)
-            found: dict[str, float] = self.weights.fit_prior(mean, variance)
+                moments = z, torch.zeros_like(z)
+            found: dict[str, float] = self.weights.fit_prior(*moments)
         return found
 
     def initial_gaussian(self, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviations where a fit should begin: those of the weights entry."""
         mean, sd = self.weights.initial(generator)
         return mean, sd
+
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn of starts from which the layers would put out nearly nothing."""
+        self.weights.check_start(mean, sd)
 
     # -- randomness and data -------------------------------------------------------------------------------------------
     def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:

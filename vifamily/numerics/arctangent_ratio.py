@@ -23,7 +23,15 @@ from torch import Tensor
 
 from vifamily.errors import DataError, ShapeError
 
-__all__ = ["auc_range", "extended_cosine", "extended_sine", "logit_terms", "population_curve", "sine_bound"]
+__all__ = [
+    "auc_range",
+    "extended_cosine",
+    "extended_sine",
+    "largest_variance",
+    "logit_terms",
+    "population_curve",
+    "sine_bound",
+]
 
 RIGHT_ANGLE = math.pi / 2
 SHORTEST, LONGEST = math.sqrt(2.0), 2.0
@@ -168,3 +176,22 @@ def auc_range(length: float) -> tuple[float, float]:
     half = float(optimize.brentq(lambda a: a - length / SHORTEST * math.sin(a), 1e-9, math.pi / 4 + 1e-9))
     radius = 1 / (SHORTEST * math.sin(half))
     return lower, 0.5 + radius**2 * (half - math.sin(half) * math.cos(half))
+
+
+def largest_variance(length: float) -> float:
+    r"""The largest variance that the terms of the length can have together, given the length.
+
+    .. math:: \operatorname{Var}_p[\sin u^*] + \operatorname{Var}_q[\cos u^*] \le 3 - \frac{4}{L^2} - \frac{L^2}{2}
+
+    Zero at both ends, and sharp to first order near equality. With :math:`t = \sin u^* + \cos u^*` the second moments
+    sum to :math:`3 - \tfrac12 \int \rho t^3`, where :math:`\rho / L` is a density under which t has the mean
+    :math:`2 / L`, and the squared means to at least :math:`L^2 / 2`. Derived here.
+
+    Args:
+        length: Arc length, in ``[sqrt(2), 2]``.
+
+    Example:
+        >>> round(largest_variance(1.546469), 4)  # two normals a unit apart have 0.0997
+        0.1317
+    """
+    return max(3 - 4 / length**2 - length**2 / 2, 0.0)

@@ -20,12 +20,13 @@ from vifamily.errors import ShapeError
 
 __all__ = ["dyadic_convolution", "hadamard", "next_power_of_two", "split_powers_of_two"]
 
-_DENSE = 7
-"""Up to size ``2^7`` one product with the whole matrix is fastest, but for the largest in many rows."""
-_MANY_ROWS = 64
-"""From so many rows on it costs more to multiply by 128 than to make two products of its factors."""
-_LARGEST_FACTOR = 5
-"""Above that, factors of at most ``2^5``: their products take longer in larger ones, and in more calls otherwise."""
+_DENSE = {False: 8, True: 6}
+"""Up to that power one product with the whole matrix is fastest, for few numbers and for many."""
+_MANY = 2**13
+"""From so many numbers on the products take longer than the calls, and smaller factors pay."""
+_LARGEST_FACTOR = {False: 6, True: 5}
+"""Powers of the largest factors, for few numbers and for many."""
+_LARGEST_PLANNED = 20
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -39,7 +40,7 @@ def _signs(power: int) -> np.ndarray:
 
 def _tables(scale: Callable[[int, torch.dtype], float]) -> dict[torch.dtype, tuple[Tensor, ...]]:
     """The matrices of all powers, scaled, in every dtype."""
-    signs = [torch.from_numpy(_signs(power)) for power in range(_DENSE + 1)]
+    signs = [torch.from_numpy(_signs(power)) for power in range(max(_DENSE.values()) + 1)]
     kinds = (torch.float64, torch.float32, *_HALVES)
     return {kind: tuple((scale(p, kind) * matrix).to(kind) for p, matrix in enumerate(signs)) for kind in kinds}
 
@@ -50,13 +51,40 @@ _SIGNS = _tables(lambda power, kind: 1.0)
 _UNIT = _tables(lambda power, kind: 2.0 ** -(power // 2 if kind in _HALVES else power / 2))
 
 
-def _factors(power: int, rows: int) -> tuple[int, ...]:
+def _factors(power: int, *, many: bool) -> tuple[int, ...]:
     """Powers of the Kronecker factors, outermost first, as equal as they can be."""
-    if power < _DENSE or (power == _DENSE and rows < _MANY_ROWS):
+    if power <= _DENSE[many]:
         return (power,)
-    count = -(-power // _LARGEST_FACTOR)
+    count = -(-power // _LARGEST_FACTOR[many])
     least, more = divmod(power, count)
     return (least,) * (count - more) + (least + 1,) * more
+
+
+def _plan(power: int, kind: torch.dtype, *, many: bool, orthonormal: bool) -> tuple[Tensor, ...]:
+    """The matrices of the factors of a size, outermost first."""
+    tables = _UNIT if orthonormal else _SIGNS
+    factors = _factors(power, many=many)
+    if kind in tables:
+        return tuple(tables[kind][factor] for factor in factors)
+    return tuple(tables[torch.float64][factor].to(kind) for factor in factors)
+
+
+# to be looked up: for a few short rows, finding the factors anew takes as long as the products
+_PLANS = {
+    (power, kind, many, orthonormal): _plan(power, kind, many=many, orthonormal=orthonormal)
+    for power in range(_LARGEST_PLANNED + 1)
+    for kind in _SIGNS
+    for many in (False, True)
+    for orthonormal in (False, True)
+}
+
+
+def _matrices(x: Tensor, size: int, *, orthonormal: bool) -> tuple[Tensor, ...]:
+    power, many = size.bit_length() - 1, x.numel() >= _MANY
+    found = _PLANS.get((power, x.dtype, many, orthonormal))
+    if found is None:
+        found = _plan(power, x.dtype, many=many, orthonormal=orthonormal)
+    return found if x.device.type == "cpu" else tuple(matrix.to(x.device) for matrix in found)
 
 
 def hadamard(x: Tensor, *, orthonormal: bool = True) -> Tensor:
@@ -89,21 +117,26 @@ def hadamard(x: Tensor, *, orthonormal: bool = True) -> Tensor:
             f"a Walsh-Hadamard transform needs a power of two along the last axis, got shape {tuple(x.shape)}: pad it "
             f"with zeros to {next_power_of_two(max(size, 1))}, or cut it into blocks of powers of two."
         )
-    power = size.bit_length() - 1
-    factors = _factors(power, x.numel() // size)
-    tables = _UNIT if orthonormal else _SIGNS
-    matrices = tables.get(x.dtype) or tuple(matrix.to(x.dtype) for matrix in tables[torch.float64])
+    matrices = _matrices(x, size, orthonormal=orthonormal)
     # the last factor acts along the last axis, each other one on an axis of its own with those that are done behind it
-    last, after = factors[-1], 2 ** factors[-1]
-    rows = x if len(factors) == 1 else x.reshape(-1, after)
-    out = functional.linear(rows, matrices[last].to(x.device))
-    for factor in reversed(factors[:-1]):
-        out = out.reshape(-1, 2**factor, after)
-        out = torch.bmm(matrices[factor].to(x.device).expand(out.shape[0], -1, -1), out)
-        after *= 2**factor
-    out = out.reshape(x.shape)
-    odd = sum(factor % 2 for factor in factors) if x.dtype in _HALVES else 0
-    return out * 2.0 ** (-odd / 2) if orthonormal and odd else out
+    if len(matrices) == 1:
+        out = functional.linear(x, matrices[0])
+    else:
+        after = matrices[-1].shape[0]
+        out = functional.linear(x.reshape(-1, after), matrices[-1])
+        for matrix in matrices[-2::-1]:
+            factor = matrix.shape[0]
+            blocks = x.numel() // (factor * after)
+            if blocks == 1:
+                out = torch.mm(matrix, out.reshape(factor, after))
+            else:
+                out = torch.bmm(matrix.expand(blocks, factor, factor), out.reshape(blocks, factor, after))
+            after *= factor
+        out = out.reshape(x.shape)
+    if x.dtype not in _HALVES or not orthonormal:
+        return out
+    odd = sum(matrix.shape[0].bit_length() % 2 == 0 for matrix in matrices)
+    return out * 2.0 ** (-odd / 2) if odd else out
 
 
 def dyadic_convolution(a: Tensor, b: Tensor) -> Tensor:

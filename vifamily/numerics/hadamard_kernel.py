@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from vifamily.errors import ConfigError, NotAvailableError
 from vifamily.numerics.hadamard import hadamard as torch_hadamard
@@ -27,6 +28,7 @@ KERNELS = ("auto", "torch", "compiled")
 
 _LOADED: dict[torch.dtype, Any] = {}
 """Functions of the compiled library by dtype, once it is loaded."""
+_DAO_INSTALLED = importlib.util.find_spec("fast_hadamard_transform") is not None
 _DAO_LARGEST = 2**15
 
 
@@ -75,16 +77,26 @@ def _on_dao(x: Tensor, scale: float) -> Tensor:
 _WAYS = {"processor": _on_processor, "dao": _on_dao}
 
 
-class _Transform(torch.autograd.Function):
+# torch has no public name for these questions; where it has dropped them, the slower way serves everything
+_nested = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_observed = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+def _lowest(x: Tensor, scale: float, way: str) -> Tensor:
+    """The transform of a tensor below all derivatives; with its name where a tracer watches, or there is no memory."""
+    if not _observed():
+        try:
+            x.data_ptr()
+        except RuntimeError:  # many gradients at once, `is_grads_batched`, come as a tensor without memory of its own
+            pass
+        else:
+            return _WAYS[way](x, scale)
+    named: Tensor = _operation(x, scale, way)
+    return named
+
+
+class _Linear(torch.autograd.Function):
     """The transform and its derivatives: it is linear and symmetric, so each of them is the transform again."""
-
-    @staticmethod
-    def forward(x: Tensor, scale: float, way: str) -> Tensor:
-        return _WAYS[way](x, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: Tensor) -> None:
-        ctx.scale, ctx.way = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -94,18 +106,44 @@ class _Transform(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return _apply(tangents[0], ctx.scale, ctx.way)
 
+
+class _Plain(_Linear):
+    """Without what `torch.func` asks for, which takes longer than the transform of a small batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, way: str) -> Tensor:
+        ctx.scale, ctx.way = scale, way
+        return _lowest(x, scale, way)
+
+
+class _Nested(_Linear):
+    """Under the transforms of `torch.func`."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float, way: str) -> Tensor:
+        return _lowest(x, scale, way)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, str], output: Tensor) -> None:
+        ctx.scale, ctx.way = inputs[1:]
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, scale: float, way: str) -> tuple[Tensor, int]:
         return _apply(x.movedim(in_dims[0] or 0, 0), scale, way), 0
 
 
 def _apply(x: Tensor, scale: float, way: str) -> Tensor:
-    out: Tensor = _Transform.apply(x, scale, way)  # type: ignore[no-untyped-call]
+    """The transform with its derivatives, by the least work between Python and the kernel that the occasion allows."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, Parameter):
+        named: Tensor = _operation(x, scale, way)
+        return named
+    function = _Nested if _nested() else _Plain
+    out: Tensor = function.apply(x, scale, way)  # type: ignore[no-untyped-call]
     return out
 
 
-# A compiled graph cannot look into a C function: there it is one operation with a name. Without a graph the function
-# above does the same with less work between Python and the kernel.
+# A compiled graph, a tracer or a counter of operations cannot look into a C function: for them it is one operation with
+# a name. Without any the functions above do the same with less work between Python and the kernel.
 @torch.library.custom_op("vifamily::hadamard", mutates_args=())
 def _operation(x: Tensor, scale: float, way: str) -> Tensor:
     return _WAYS[way](x, scale)
@@ -144,8 +182,7 @@ def _way(device: str, dtype: torch.dtype, size: int, kernel: str) -> str | None:
         handled = dtype in (torch.float32, torch.float64)
         return "processor" if handled and (kernel == "compiled" or _LOADED) else None
     if device == "cuda":
-        found = importlib.util.find_spec
-        if dtype != torch.float64 and size <= _DAO_LARGEST and found("fast_hadamard_transform"):
+        if dtype != torch.float64 and size <= _DAO_LARGEST and _DAO_INSTALLED:
             return "dao"
         if kernel == "auto" or dtype != torch.float32:
             return None
@@ -170,7 +207,7 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
         orthonormal: Whether to divide by ``sqrt(D)``.
         kernel: ``"torch"`` for the transform of `vifamily.numerics.hadamard`; ``"compiled"`` for a kernel, which is
             compiled on its first use; ``"auto"`` for a kernel where `compile_kernel` was called or, on a CUDA device,
-            ``fast_hadamard_transform`` is installed, and torch otherwise.
+            ``fast_hadamard_transform`` is installed, and torch otherwise and where a tracer watches.
 
     Returns:
         ``(..., D)`` in the dtype of ``x``.
@@ -189,11 +226,10 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
     if kernel not in KERNELS:
         raise ConfigError(f"kernel is one of {', '.join(KERNELS)}, got {kernel!r}.")
     size = x.shape[-1] if x.dim() else 0
-    way = _way(x.device.type, x.dtype, size, kernel)
+    # a tracer that is not asked for the kernel is shown products, which it can take apart
+    traced = kernel == "auto" and not torch.compiler.is_compiling() and _observed()
+    way = None if traced else _way(x.device.type, x.dtype, size, kernel)
     if way is None:
         return torch_hadamard(x, orthonormal=orthonormal)
     scale = float(size) ** -0.5 if orthonormal else 1.0
-    if torch.compiler.is_compiling():
-        named: Tensor = _operation(x, scale, way)
-        return named
     return _apply(x, scale, way)

@@ -3,7 +3,8 @@ r"""The arctangent likelihood ratio of two samples, fitted with a Gaussian kerne
 .. math:: \max_u \; \sum_i w_i\, S(u(x_i)) + \sum_j v_j\, C(u(x'_j)) - \lambda \|u\|^2
 
 with u a kernel expansion plus a constant, weights that sum to one within each class, and S, C the concave extensions of
-sine and cosine (:mod:`vifamily.numerics.arctangent_ratio`): a concave problem without constraints.
+sine and cosine (:mod:`vifamily.numerics.arctangent_ratio`): a concave problem without constraints, solved in
+:mod:`vifamily.numerics.penalised_angle`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 from scipy.spatial.distance import cdist, pdist
 
-from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
+from vifamily.numerics.penalised_angle import ClassFeatures, LinearAngle, best_penalty, fit_linear_angle
 
 __all__ = [
     "KernelAngle",
@@ -31,6 +31,7 @@ __all__ = [
 
 Array = NDArray[np.float64]
 _ROWS = 8192
+_CHOSEN_ON = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,9 @@ class KernelAngle:
         coefficients: ``(center,)``.
         intercept: Constant.
         alpha: Penalty.
-        steps: Iterations of L-BFGS.
+        steps: Newton steps.
+        shortfall: Estimate of how far noise of the fit brings the length of fresh points below the arc length; see
+            :mod:`vifamily.numerics.penalised_angle`.
     """
 
     features: KernelFeatures
@@ -158,6 +161,7 @@ class KernelAngle:
     intercept: float
     alpha: float
     steps: int
+    shortfall: float = 0.0
 
     def __call__(self, x: Array) -> Array:
         """Return u at points ``(sample, feature)``, ``(sample,)``."""
@@ -209,7 +213,8 @@ def kernel_angle(
         weight_neg: ``(negative,)``, likewise.
         num_centers: Largest number of centres, drawn from the distinct points of both classes.
         bandwidth: Bandwidth in multiples of the median distance between centres.
-        alpha: Penalty; None is ``0.05 / sqrt(n)``, n the harmonic mean of the class sizes.
+        alpha: Penalty; None chooses one by leaving points out, in units of ``1 / sqrt(n)``, n the harmonic mean of the
+            class sizes; on at most 5,000 points of each class.
         robust: Whether features are scaled by :func:`robust_scale`.
 
     Example:
@@ -222,14 +227,27 @@ def kernel_angle(
     if weight_pos is not None and weight_neg is not None:
         weight = np.concatenate([weight_pos, weight_neg])
     features = kernel_features(x, source, weight=weight, num_centers=num_centers, bandwidth=bandwidth, robust=robust)
-    phi = features(x)
-    sizes = [
-        len(part) if given is None else float(given.sum()) for part, given in ((x_pos, weight_pos), (x_neg, weight_neg))
+    phi = np.column_stack([np.ones(len(x)), features(x)])
+    pos, neg = (
+        ClassFeatures(part, class_mean_weights(given, len(part)), float(len(part) if given is None else given.sum()))
+        for part, given in ((phi[: len(x_pos)], weight_pos), (phi[len(x_pos) :], weight_neg))
+    )
+    found = _at_chosen_penalty(pos, neg, source) if alpha is None else fit_linear_angle(pos, neg, alpha)
+    at = found.coefficients
+    return KernelAngle(features, features.whitening @ at[1:], float(at[0]), found.alpha, found.steps, found.shortfall)
+
+
+def _at_chosen_penalty(pos: ClassFeatures, neg: ClassFeatures, source: np.random.Generator) -> LinearAngle:
+    """The fit at the penalty that is best on a part of the points, in units of the inverse root of their number."""
+    parts = [
+        each if len(each.phi) <= _CHOSEN_ON else each.rows(source.choice(len(each.phi), _CHOSEN_ON, replace=False))
+        for each in (pos, neg)
     ]
-    penalty = 0.05 / math.sqrt(balanced_size(*sizes)) if alpha is None else alpha
-    weights = class_mean_weights(weight_pos, len(x_pos)), class_mean_weights(weight_neg, len(x_neg))
-    found, steps = _maximise(phi[: len(x_pos)], phi[len(x_pos) :], *weights, penalty)
-    return KernelAngle(features, features.whitening @ found[1:], float(found[0]), penalty, steps)
+    some, every = balanced_size(parts[0].size, parts[1].size), balanced_size(pos.size, neg.size)
+    chosen = best_penalty(parts[0], parts[1], some)
+    if parts[0] is pos and parts[1] is neg:
+        return chosen
+    return fit_linear_angle(pos, neg, chosen.alpha * math.sqrt(some / every), chosen.coefficients)
 
 
 def _centers(z: Array, count: int, source: np.random.Generator) -> Array:
@@ -240,25 +258,3 @@ def _centers(z: Array, count: int, source: np.random.Generator) -> Array:
         return distinct
     out: Array = distinct[np.sort(source.permutation(len(distinct))[:count])]
     return out
-
-
-def _extended_sine(u: Array) -> tuple[Array, Array]:
-    """The concave extension of sine (see there for the tensor form) and its slope, both by hand: a fit is short."""
-    inside = np.clip(u, 0.0, RIGHT_ANGLE)
-    return np.sin(inside) + np.minimum(u, 0.0), np.where(u > RIGHT_ANGLE, 0.0, np.cos(inside))
-
-
-def _maximise(phi_p: Array, phi_q: Array, w_p: Array, w_q: Array, alpha: float) -> tuple[Array, int]:
-    """Intercept and coefficients of the largest penalised mean, and the number of iterations."""
-
-    def loss(at: Array) -> tuple[float, Array]:
-        sine, rise = _extended_sine(phi_p @ at[1:] + at[0])
-        cosine, fall = _extended_sine(RIGHT_ANGLE - phi_q @ at[1:] - at[0])
-        up, down = w_p * rise, w_q * fall
-        slope = np.append(down.sum() - up.sum(), 2 * alpha * at[1:] + down @ phi_q - up @ phi_p)
-        return float(alpha * at[1:] @ at[1:] - w_p @ sine - w_q @ cosine), slope
-
-    start = np.concatenate([[RIGHT_ANGLE / 2], np.zeros(phi_p.shape[1])])
-    options = {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-7}
-    found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
-    return found.x, max(int(found.nit), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,14 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import integrate, stats
 
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE, SHORTEST
 from vifamily.numerics.kernel_angle import kernel_angle
 from vifamily.numerics.kernels import median_bandwidth, square_distances
 from vifamily.roc import ArcLengthRatio, arc_length, arc_length_from_angles, arc_length_test
 
-__all__ = ["PAIRS", "SHIFTED", "convergence", "coverage", "efficiency", "errors_of_table", "power"]
+__all__ = [
+    "PAIRS",
+    "SHIFTED",
+    "convergence",
+    "coverage",
+    "efficiency",
+    "efficiency_outside",
+    "errors_of_table",
+    "level",
+    "outside_pairs",
+    "power",
+]
 
 Array = NDArray[np.float64]
 _NORMAL = stats.norm()
@@ -66,8 +78,86 @@ def errors_of_table(size: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+# -- beside the true ratio ---------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Outside:
+    """A pair that no setting was chosen by.
+
+    Attributes:
+        draw: From a generator and a size to positives and negatives, ``(size, feature)``.
+        log_ratio: log p / q of points.
+        length: Arc length.
+    """
+
+    draw: Callable[[np.random.Generator, int], tuple[Array, Array]]
+    log_ratio: Callable[[Array], Array]
+    length: float
+
+
+def _on_line(positive: Any, negative: Any) -> Outside:
+    """A pair in one dimension; the length by quadrature over levels of both laws."""
+
+    def at(level: float) -> float:
+        # the mean over negatives and that over positives of sqrt(p^2 + q^2) / (p + q) sum to the length
+        total = 0.0
+        for law in (positive, negative):
+            x = law.ppf(level)
+            p, q = positive.pdf(x), negative.pdf(x)
+            total += math.hypot(p, q) / float(p + q)
+        return total
+
+    length = integrate.quad(at, 0, 1, limit=400, epsabs=1e-9)[0]
+    return Outside(
+        lambda rng, n: (positive.rvs((n, 1), random_state=rng), negative.rvs((n, 1), random_state=rng)),
+        lambda x: positive.logpdf(x[:, 0]) - negative.logpdf(x[:, 0]),
+        length,
+    )
+
+
+def _scaled_normals(dim: int, scale: float, length: float) -> Outside:
+    return Outside(
+        lambda rng, n: (scale * rng.normal(size=(n, dim)), rng.normal(size=(n, dim))),
+        lambda x: 0.5 * (1 - 1 / scale**2) * (x**2).sum(1) - dim * math.log(scale),
+        length,
+    )
+
+
+def _moved_normals(dim: int) -> Outside:
+    def draw(rng: np.random.Generator, n: int) -> tuple[Array, Array]:
+        a, b = rng.normal(size=(n, dim)), rng.normal(size=(n, dim))
+        a[:, 0] += 1
+        return a, b
+
+    return Outside(draw, lambda x: x[:, 0] - 0.5, SHIFTED[1.0])
+
+
+def outside_pairs() -> dict[str, Outside]:
+    """Pairs beyond the table: heavier tails, bounded and skewed laws, and several dimensions."""
+    return {
+        "Cauchy of scale 3, Cauchy": _on_line(stats.cauchy(scale=3), stats.cauchy()),
+        "t1.5 + 3, t1.5": _on_line(stats.t(1.5, 3), stats.t(1.5)),
+        "Gamma(3), Exp(1)": _on_line(stats.gamma(3), stats.expon()),
+        "Beta(2, 5), uniform": _on_line(stats.beta(2, 5), stats.uniform()),
+        "log-normals, shift 1": _on_line(stats.lognorm(1, scale=math.e), stats.lognorm(1)),
+        "N(1, 1), two dimensions": _moved_normals(2),
+        "scale 1.5, two dimensions": _scaled_normals(2, 1.5, 1.497840),
+        "N(1, 1), five dimensions": _moved_normals(5),
+        "scale 1.5, five dimensions": _scaled_normals(5, 1.5, 1.595039),
+    }
+
+
+def _beside(off: list[tuple[float, float]]) -> dict[str, float]:
+    both = np.array(off)
+    mine, oracle = np.sqrt(np.mean(both**2, axis=0)).tolist()
+    bias = float((both[:, 0] - both[:, 1]).mean())
+    return {"repeats": len(off), "rmse": mine, "oracle": oracle, "ratio": mine / oracle, "bias": bias}
+
+
 def efficiency(size: int, repeats: int, seed: int) -> list[dict[str, Any]]:
-    """Root mean squared errors of the estimate and of the means at the true ratio, on the same draws."""
+    """Root mean squared errors of the estimate and of the means at the true ratio, on the same draws.
+
+    The bias is the mean difference of the two, of which the second has none.
+    """
     rows = []
     for name, (positive, negative, length, _) in PAIRS.items():
         off = []
@@ -75,11 +165,21 @@ def efficiency(size: int, repeats: int, seed: int) -> list[dict[str, Any]]:
             a, b = drawn(name, size, seed + k)
             u = (np.arctan2(positive.pdf(x[:, 0]), negative.pdf(x[:, 0])) for x in (a, b))
             truth = arc_length_from_angles(*u).value
-            off.append((arc_length(a, b, interval="wald", seed=seed + k).value - length, truth - length))
-        mine, oracle = np.sqrt(np.mean(np.square(off), axis=0))
-        rows.append({
-            "pair": name, "size": size, "repeats": repeats, "rmse": mine, "oracle": oracle, "ratio": mine / oracle,
-        })  # fmt: skip
+            off.append((arc_length(a, b, seed=seed + k).value - length, truth - length))
+        rows.append({"pair": name, "size": size, **_beside(off)})
+    return rows
+
+
+def efficiency_outside(size: int, repeats: int, seed: int) -> list[dict[str, Any]]:
+    """The same on pairs beyond the table."""
+    rows = []
+    for name, pair in outside_pairs().items():
+        off = []
+        for k in range(repeats):
+            a, b = pair.draw(np.random.default_rng(seed + k), size)
+            truth = arc_length_from_angles(*(np.arctan(np.exp(np.minimum(pair.log_ratio(x), 700))) for x in (a, b)))
+            off.append((arc_length(a, b, seed=seed + k).value - pair.length, truth.value - pair.length))
+        rows.append({"pair": name, "size": size, **_beside(off)})
     return rows
 
 
@@ -116,19 +216,32 @@ def convergence(dim: int, sizes: tuple[int, ...], repeats: int, seed: int) -> li
     return rows
 
 
-def coverage(shift: float, size: int, repeats: int, seed: int, interval: str = "wald") -> dict[str, Any]:
-    """How often intervals and bounds of two normals a shift apart hold."""
+def coverage(shift: float, size: int, repeats: int, seed: int) -> dict[str, Any]:
+    """How often intervals and bounds of two normals a shift apart hold: the default interval, and that of Wald."""
     length, area = SHIFTED[shift], float(stats.norm.cdf(shift / math.sqrt(2)))
     held = []
     for k in range(repeats):
-        found = arc_length(*_shifted(1, size, seed + k, shift), interval=interval, num_permutations=39, seed=k)
-        low, high = found.interval
-        held.append((low <= length + 1e-12 <= high + 2e-12, found.lower_bound <= length, found.auc_lower_bound <= area))
-    two, one, auc = np.mean(held, axis=0)
+        found = arc_length(*_shifted(1, size, seed + k, shift), seed=k)
+        width = float(stats.norm.ppf(0.975)) * found.standard_error
+        wald = np.clip((found.value - width, found.value + width), SHORTEST, 2.0)
+        held.append((
+            *(low <= length + 1e-12 and length - 1e-12 <= high for low, high in (found.interval, wald)),
+            found.lower_bound <= length + 1e-12, found.auc_lower_bound <= area + 1e-12,
+        ))  # fmt: skip
+    two, plain, one, auc = np.mean(held, axis=0)
     return {
-        "shift": shift, "size": size, "repeats": repeats, "kind": interval,
-        "interval": float(two), "lower_bound": float(one), "auc_lower_bound": float(auc),
+        "shift": shift, "size": size, "repeats": repeats, "interval": float(two), "wald": float(plain),
+        "lower_bound": float(one), "auc_lower_bound": float(auc),
     }  # fmt: skip
+
+
+def level(size: int, repeats: int, seed: int, permutations: int = 19) -> dict[str, Any]:
+    """How often the permutation test rejects at 5 % where both samples are normal."""
+    rejected = [
+        arc_length_test(*_shifted(1, size, seed + k, 0.0), num_permutations=permutations, seed=k).p_value <= 0.05
+        for k in range(repeats)
+    ]
+    return {"size": size, "repeats": repeats, "permutations": permutations, "level": float(np.mean(rejected))}
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------

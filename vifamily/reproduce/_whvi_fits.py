@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from vifamily import rng
+from vifamily.errors import VifamilyWarning
 from vifamily.fit import fit
 from vifamily.models import Network
 from vifamily.reproduce import _network_baselines as baselines
@@ -84,7 +86,9 @@ def collapsed(folder: Path, name: str, budget: baselines.Budget) -> dict[str, fl
         for layer_name, parameter in model.named_parameters():
             if layer_name.endswith((".left", ".right")):
                 parameter.copy_(0.01 * torch.randn(parameter.shape, generator=rng.generator(0, layer_name)))
-    draws = _fitted(model, budget, 0, init=torch.zeros(model.dim))
+    with warnings.catch_warnings():  # that this start goes nowhere is what is shown
+        warnings.simplefilter("ignore", VifamilyWarning)
+        draws = _fitted(model, budget, 0, init=torch.zeros(model.dim))
     found = _whvi_prediction(model, draws, data.x_test)
     constant = float((data.y_test - data.y.mean()).square().mean().sqrt()) * data.scale
     return baselines.score(found, data.y_test, data.scale) | {"constant": constant}
@@ -149,6 +153,8 @@ class _Cosine(nn.Module):
 def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
     """A curve seen in two stretches, with noise of variance exp(-3): posterior mean and both parts of the spread.
 
+    The layers are random features: cosines with phases drawn at random, as points of the model.
+
     Returns:
         ``x``, ``y`` (data), ``grid``, ``mean``, ``epistemic`` and ``total`` (standard deviations on the grid).
     """
@@ -156,12 +162,15 @@ def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
     half = torch.rand(64, generator=source)
     x = torch.cat([half[:32] * 0.8 - 1.0, half[32:] * 0.8 + 0.2])[:, None]
     y = torch.sin(4 * x) + 0.5 * x + math.exp(-1.5) * torch.randn(x.shape, generator=source)
-    model = Network(
-        dense_net([1, *budget.hidden, 1], _Cosine, seed), f"gaussian(sd={math.exp(-1.5)})", (x, y),
-        "walsh_hadamard(gain=linear)", seed=seed,
-    )  # fmt: skip
+    net = dense_net([1, *budget.hidden, 1], _Cosine, seed)
+    with torch.no_grad():
+        for layer in list(net)[:-1:2]:  # with phases of zero every draw of the weights has the same slope at zero
+            if isinstance(layer, nn.Linear):
+                layer.bias.copy_(2 * math.pi * torch.rand(layer.bias.shape, generator=source))
+    # diagonals that are points would take up the spread of the prior: here they are latent
+    model = Network(net, f"gaussian(sd={math.exp(-1.5)})", (x, y), "walsh_hadamard(scales=latent)", seed=seed)
     draws = _fitted(model, budget, seed)
-    grid = torch.linspace(-2, 2, 201)[:, None]
+    grid = torch.linspace(-3, 3, 301)[:, None]
     found = model.predict(draws, grid)
     return {
         "x": x[:, 0], "y": y[:, 0], "grid": grid[:, 0], "mean": found.mean[:, 0],

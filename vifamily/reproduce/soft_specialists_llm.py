@@ -13,6 +13,14 @@ from vifamily.llm.specialists import Base, PairFigures, Settings, Specialisation
 from vifamily.plots import _style as style
 from vifamily.plots import responsibilities as responsibility_map
 from vifamily.reproduce._report import Claim, Options, Paper, Reproduction
+from vifamily.reproduce._soft_specialists_baselines import (
+    INDEPENDENT,
+    SOFT,
+    Baseline,
+    baseline_claims,
+    baselines,
+    compare,
+)
 
 __all__ = ["PAPER", "run"]
 
@@ -36,18 +44,24 @@ def run(options: Options) -> Reproduction:
     base = lab.symbol_base(seed=options.seed, say=options.say)
     corpus, held = lab.conflict(seed=options.seed), lab.conflict(200, 100, seed=options.seed + 1)
     found: list[tuple[int, Specialisation]] = []
+    compared: list[Baseline] = []
     for seed in range(seeds):
         for alpha in alphas:
             settings = Settings(alpha, ramp=200 if alpha >= _RAMPED else 0, seed=options.seed + seed)
-            measured = lab.measure(lab.train(base, corpus, settings), base, held, alpha)
+            model = lab.train(base, corpus, settings)
+            measured = lab.measure(model, base, held, alpha)
+            if not seed and alpha in (0.0, _HIGH):
+                compared.append(compare(SOFT if alpha else INDEPENDENT, model, base, held))
             options.say(f"answers, alpha {alpha:g}, seed {seed}: {_line(measured)}")
             found.append((seed, measured))
+    options.say("baselines ...")
+    compared = [*baselines(base, corpus, held, Settings(_HIGH, seed=options.seed), options.say), *compared]
     options.say("the critical alpha at one member ...")
     predicted = lab.critical_alpha(base, corpus, Settings(0.0, seed=options.seed))
     pairs = [_preferences(base, size, alpha, options) for size, alpha in (_QUICK_PAIRS if options.quick else _PAIRS)]
     shown = max((s for _, s in found if s.alpha == _HIGH), key=lambda s: -s.mixture_nll)
     return Reproduction(
-        [*_answer_claims(found), _threshold_claim(found, predicted), *_pair_claims(pairs)],
+        [*_answer_claims(found), _threshold_claim(found, predicted), *_pair_claims(pairs), *baseline_claims(compared)],
         figures={
             "transition": _transition(found, predicted.alpha_star),
             "routing": responsibility_map(shown.routing.weight.numpy(), unit="answer", title="alpha 0.8"),
@@ -55,6 +69,7 @@ def run(options: Options) -> Reproduction:
         tables={
             "answers": [{"seed": seed, **s.plain()} for seed, s in found],
             "preferences": [p.plain() for p in pairs],
+            "baselines": [b.plain() for b in compared],
             "damping": [{"damping": d, "alpha_star": a} for d, a in predicted.sweep],
         },
     )

@@ -13,7 +13,7 @@ from sklearn.base import clone
 
 from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.numerics.arctangent_ratio import LONGEST, RIGHT_ANGLE, SHORTEST, auc_range
-from vifamily.numerics.cross_fit import AngleFit, OutOfFold, cross_fit, permuted_values
+from vifamily.numerics.cross_fit import AngleFit, FittedAngle, OutOfFold, cross_fit, length_of, permuted_values
 from vifamily.rng import check_seed
 from vifamily.roc._ratio import ArcLengthRatio
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ArcLength", "arc_length", "arc_length_from_angles"]
 
 Array = NDArray[np.float64]
-_INTERVALS = ("auto", "wald", "permutation", "bootstrap")
+_INTERVALS = ("auto", "score", "wald", "permutation", "bootstrap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,12 @@ class ArcLength:
     """An estimated arc length, and what follows from it on the area.
 
     Attributes:
-        value: Cross-fitted estimate; in expectation at most the arc length. May fall a little below ``sqrt(2)``.
+        value: Cross-fitted estimate, noise of the kernel's fits made up for. May fall a little below ``sqrt(2)``.
         standard_error: From the influence function.
         interval: Two-sided interval, clipped to ``[sqrt(2), 2]``.
-        interval_kind: ``"wald"``, ``"permutation"`` or ``"bootstrap"``.
-        lower_bound: One-sided lower bound at the same level, clipped likewise.
+        interval_kind: ``"score"``, ``"wald"``, ``"permutation"`` or ``"bootstrap"``.
+        lower_bound: One-sided lower bound at the same level, clipped likewise; from the held-out length alone, which is
+            in expectation at most the arc length.
         auc: Held-out area under the ROC curve of the fitted score.
         auc_standard_error: Its standard error.
         auc_lower_bound: One-sided lower bound on the maximal AUC; see :attr:`certificate`. 1/2 unless the bound of the
@@ -106,7 +107,7 @@ class ArcLength:
             f"{self.auc_standard_error:.4f}), area over the diagonal {self.surface_area:.4f}",
         ]
         if self.near_equality:
-            lines.append("near equality, where Wald intervals cover too rarely: arc_length_test has an exact level")
+            lines.append("near equality: arc_length_test has an exact level, and so tells whether they differ")
         if self.train_value - self.value > 3 * self.standard_error + 0.01 * (LONGEST - SHORTEST):
             lines.append(
                 f"the fits follow noise: at their own points the length is {self.train_value:.4f}; a stronger penalty, "
@@ -139,9 +140,14 @@ def arc_length(
     :math:`\cos u` over negatives. The error in the length is quadratic in that of u. Derived here, as is all of the
     inference; the length and its variational form are the source's.
 
-    Near equality both variances vanish and a Wald interval covers too rarely. ``"auto"`` then widens it to hold the
-    interval that comes of refitting on permuted labels, whose level is exact at equality. ``"bootstrap"`` resamples the
-    held-out angles within classes, without refits, and is no better there.
+    Noise of a fit shortens that. The kernel's is estimated and added to the value; what its penalty hides is not. Other
+    models are taken as they are, so that their values err downwards. The one-sided bounds take nothing added.
+
+    A ``"score"`` interval goes by the standard error that there would be at each length, which vanishes at both ends of
+    the range, and keeps its level near equality, where a ``"wald"`` interval covers too rarely. ``"permutation"``
+    widens that of Wald to hold the interval that comes of refitting on permuted labels, whose level is exact at
+    equality. ``"bootstrap"`` resamples the held-out angles within classes, without refits, and is no better there than
+    Wald's. ``"auto"`` is the score interval, and permutations for models other than the kernel near equality.
 
     Args:
         x_pos: ``(positive, feature)``.
@@ -149,7 +155,7 @@ def arc_length(
         ratio: Estimator of the angle; by default the kernel.
         folds: Number of folds, at least 2.
         level: Level of the interval and of the bounds.
-        interval: ``"auto"``, ``"wald"``, ``"permutation"`` or ``"bootstrap"``.
+        interval: ``"auto"``, ``"score"``, ``"wald"``, ``"permutation"`` or ``"bootstrap"``.
         num_permutations: Refits (times ``folds``) of a permutation interval.
         num_bootstrap: Resamples of a bootstrap interval.
         seed: Seed of folds, permutations and resamples, and of a ratio that has none.
@@ -172,7 +178,8 @@ def arc_length(
     if interval not in _INTERVALS:
         raise ConfigError(f"interval must be one of {', '.join(_INTERVALS)}, got {interval!r}.")
     tail = math.floor((num_permutations + 1) * (1 - level) / 2 + 1e-9)
-    if interval in ("auto", "permutation") and tail < 1:
+    other = ratio is not None and ratio.model != "kernel"
+    if (interval == "permutation" or (interval == "auto" and other)) and tail < 1:
         raise ConfigError(
             f"{num_permutations} permutations are too few for level {level}: take at least "
             f"{math.ceil(2 / (1 - level)) - 1}, or interval='wald'."
@@ -182,17 +189,19 @@ def arc_length(
     a, b = two_samples(x_pos, x_neg, 2 * folds, f"for {folds} folds")
     source, fit = np.random.default_rng(check_seed(seed)), angle_fit(ratio, seed)
     found = summarise(cross_fit(a, b, fit, folds, source), level, folds)
-    if interval == "permutation" or (interval == "auto" and found.near_equality):
+    wald = _wald(found)
+    if interval == "permutation" or (interval == "auto" and other and found.near_equality):
         off = np.sort(permuted_values(a, b, fit, folds, num_permutations, source)) - SHORTEST
         # at equality the value is one more of them: whatever is subtracted is of its law
         ends = found.value - off[-tail], found.value - off[tail - 1]
-        ends = min(found.interval[0], ends[0]), max(found.interval[1], ends[1])
+        kind, ends = "permutation", (min(wald[0], ends[0]), max(wald[1], ends[1]))
     elif interval == "bootstrap":
         drawn = _resampled(found.out_of_fold, num_bootstrap, source)
-        ends = float(np.quantile(drawn, (1 - level) / 2)), float(np.quantile(drawn, (1 + level) / 2))
+        kind, ends = interval, (float(np.quantile(drawn, (1 - level) / 2)), float(np.quantile(drawn, (1 + level) / 2)))
+    elif interval == "wald":
+        kind, ends = interval, wald
     else:
         return found
-    kind = "bootstrap" if interval == "bootstrap" else "permutation"
     inside = float(np.clip(ends[0], SHORTEST, LONGEST)), float(np.clip(ends[1], SHORTEST, LONGEST))
     return dataclasses.replace(found, interval=inside, interval_kind=kind)
 
@@ -250,27 +259,32 @@ def angle_fit(ratio: ArcLengthRatio | None, seed: int) -> AngleFit:
         template.set_params(random_state=int(seed) % 2**31)
 
     def fit(a: Array, b: Array) -> Any:
-        return clone(template).fit(np.concatenate([a, b]), np.repeat([1, 0], [len(a), len(b)])).angle
+        fitted = clone(template).fit(np.concatenate([a, b]), np.repeat([1, 0], [len(a), len(b)]))
+        return FittedAngle(fitted.angle, fitted.shortfall_)
 
     return fit
 
 
 def summarise(angles: OutOfFold, level: float, folds: int) -> ArcLength:
-    """The result with a Wald interval."""
+    """The result with a score interval."""
     (value, error), (area, area_error) = angles.length(), angles.auc()
     # fits that share points make the area vary more than its error says where there is nothing to find: it is trusted
     # only once the length, whose bound holds there, is above that of equal distributions
     certified = folds == 1 or angles.length_bound(level) > SHORTEST
     area_bound = angles.auc_bound(level) if certified else 0.5
-    two = stats.norm.ppf((1 + level) / 2)
-    # the lower end of a two-sided interval is a one-sided bound at the higher level
-    ends = angles.length_bound((1 + level) / 2), float(np.clip(value + two * error, SHORTEST, LONGEST))
     return ArcLength(
-        value, error, ends, "wald", angles.length_bound(level), area, area_error, area_bound, area - 0.5,
-        level, angles.train_value, folds, angles,
+        value, error, angles.length_interval(level), "score", angles.length_bound(level), area, area_error, area_bound,
+        area - 0.5, level, angles.train_value, folds, angles,
     )  # fmt: skip
+
+
+def _wald(found: ArcLength) -> tuple[float, float]:
+    width = float(stats.norm.ppf((1 + found.level) / 2)) * found.standard_error
+    # told apart without error, the standard error is zero: the bound of as many trials without a failure stays
+    return min(found.value - width, found.interval[0]) if width == 0 else found.value - width, found.value + width
 
 
 def _resampled(angles: OutOfFold, count: int, source: np.random.Generator) -> Array:
     sine, cosine = np.sin(angles.angle_pos), np.cos(angles.angle_neg)
-    return np.array([sum(x[source.integers(len(x), size=len(x))].mean() for x in (sine, cosine)) for _ in range(count)])
+    means = [sum(x[source.integers(len(x), size=len(x))].mean() for x in (sine, cosine)) for _ in range(count)]
+    return np.array(means) + angles.length()[0] - length_of(angles.angle_pos, angles.angle_neg)[0]

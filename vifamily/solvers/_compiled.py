@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,15 +175,32 @@ def carried(run: AdamRun) -> list[Tensor]:
     return [*out, run.gradient_sum, run.gradient_square]
 
 
-class _Whole(nn.Module):
-    """Family and model as one module, so that parameters can be put in for both."""
+@contextlib.contextmanager
+def exchanged(roots: Iterable[Any], values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters, by the parameter's ``id``, and the parameters back at the end.
 
-    def __init__(self, family: Any, model: Any) -> None:
-        super().__init__()
-        self.family, self.model = family, model
+    Every place that holds a parameter is visited once. ``torch.func.functional_call`` goes by names: a layer that is
+    registered under two of them is exchanged twice, and what it puts back at the end is then the tensor, not the
+    parameter, so that the fit goes on with a parameter that nothing reads.
 
-    def forward(self, function: Callable[[Any, Any], Any]) -> Any:
-        return function(self.family, self.model)
+    Args:
+        roots: Modules; what is no module has no parameters.
+        values: ``id`` of a parameter to what stands in for it.
+    """
+    modules = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}
+    places = [
+        (module._parameters, key, held)
+        for module in modules.values()
+        for key, held in module._parameters.items()
+        if held is not None and id(held) in values
+    ]
+    try:
+        for where, key, held in places:
+            where[key] = values[id(held)]  # type: ignore[assignment]
+        yield
+    finally:
+        for where, key, held in places:
+            where[key] = held
 
 
 class _Pure:
@@ -190,27 +208,22 @@ class _Pure:
 
     def __init__(self, run: AdamRun, *, batched: bool) -> None:
         self.run, self.batched = run, batched
-        self.whole = _Whole(run.task.family, run.task.model)
-        known = {id(p): name for name, p in self.whole.named_parameters()}
-        self.names = [[known[id(p)] for p in group.parameters] for group in run.groups]
+        self.roots = (run.task.family, run.task.model)
         self.shapes = [[tuple(p.shape) for p in group.parameters] for group in run.groups]
         self.terms: list[str] = []
 
-    def _named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _placed(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
         out = {}
-        for group, names, shapes, value in zip(self.run.groups, self.names, self.shapes, values, strict=True):
-            for name, shape, part in zip(names, shapes, value.split(group.sizes, dim=1), strict=True):
-                out[name] = part.reshape(shape)
+        for group, shapes, value in zip(self.run.groups, self.shapes, values, strict=True):
+            for held, shape, part in zip(group.parameters, shapes, value.split(group.sizes, dim=1), strict=True):
+                out[id(held)] = part.reshape(shape)
         return out
 
     def _loss(self, values: Sequence[Tensor], noise: Tensor, index: Tensor | None) -> Loss:
         task = self.run.task
-
-        def evaluate(family: Any, model: Any) -> Loss:
-            batch: Batch | None = None if index is None else model.batch_at(index)
-            return task.objective_loss(family, model, noise, batch, None)
-
-        out: Loss = torch.func.functional_call(self.whole, self._named(values), (evaluate,))
+        with exchanged(self.roots, self._placed(values)):
+            batch: Batch | None = None if index is None else task.model.batch_at(index)
+            out: Loss = task.objective_loss(task.family, task.model, noise, batch, None)
         if out.state is not None:
             raise ValueError("the objective carries a state from step to step")
         return out
@@ -241,12 +254,9 @@ class _Pure:
     def watch(self, *state: Tensor) -> list[Tensor]:
         """The watched quantities of a state."""
         values = [state[4 * i] for i in range(len(self.run.groups))]
-        noise = self.run.task.monitor_noise
-
-        def evaluate(family: Any, model: Any) -> Tensor:
-            return watched(family, noise, values[0])
-
-        return [torch.func.functional_call(self.whole, self._named(values), (evaluate,))]
+        task = self.run.task
+        with exchanged(self.roots, self._placed(values)):
+            return [watched(task.family, task.monitor_noise, values[0])]
 
 
 def compile_adam(run: AdamRun) -> AdamLoop | str:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import NonFiniteLossError
-from vifamily.solvers._base import Run, StepReport, Task
+from vifamily.solvers._base import StepReport, Task
+from vifamily.solvers._history import History, RunWithHistory, number, plain
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
 from vifamily.solvers._trail import Trail
 from vifamily.types import Capability
@@ -44,7 +45,7 @@ def factor_of(matrix: Tensor) -> Tensor:
     return lifted_factor
 
 
-class GaussianRun(Run):
+class GaussianRun(RunWithHistory):
     """A run over means ``(restart, dim)`` and matrices in the family's standardised coordinates, in float64.
 
     Subclasses advance ``mean`` and ``matrix`` (never in place) and say what the matrix is.
@@ -69,9 +70,7 @@ class GaussianRun(Run):
         self.snapshots: list[tuple[int, tuple[Tensor, Tensor]]] = [(0, self.sums)]
         self.previous: Tensor | None = None
         self.change, self.previous_error = float("nan"), float("inf")
-        self._losses: list[list[float]] = []
-        self._step_sizes: list[float] = []
-        self._terms: dict[str, list[float]] = {}
+        self.history = History(task.restarts)
         self.notes: list[str] = []
         if Capability.POINT_PARAMETERS in frozenset(getattr(task.model, "capabilities", ())):
             self.notes.append("the model's own parameters stay as they are: this solver moves the family only")
@@ -130,10 +129,7 @@ class GaussianRun(Run):
         self._check_finite(loss, terms, before)
         now = self._watched()
         self.step_count += 1
-        self._losses.append(loss.tolist())
-        self._step_sizes.append(used)
-        for name, term in terms.items():
-            self._terms.setdefault(name, []).append(float(term.mean()))
+        self.history.add(loss.tolist(), used, {name: float(term.mean()) for name, term in terms.items()})
         self.sums = (self.sums[0] + self.mean, self.sums[1] + self.matrix)
         self._judge(now, float(((now - row).abs() / self._unit(now)).max()))
         return self._report()
@@ -153,11 +149,10 @@ class GaussianRun(Run):
         )
 
     def _report(self) -> StepReport:
-        loss = self._losses[-1] if self._losses else [math.nan] * self.task.restarts
+        history = self.history
         phase = f"stage {self.stage + 1}" + (", averaging" if self.monitor.stationary_from is not None else "")
-        terms = {name: column[-1] for name, column in self._terms.items()}
-        used = self._step_sizes[-1] if self._step_sizes else self.step_size
-        return StepReport(self.step_count, tuple(loss), terms, used, self.finished, phase)
+        used = self.step_size if history.last_step_size is None else history.last_step_size
+        return StepReport(self.step_count, history.last_losses, history.last_terms, used, self.finished, phase)
 
     # -- stages --------------------------------------------------------------------------------------------------------
     def _stage_rule(self) -> StoppingRule:
@@ -271,22 +266,21 @@ class GaussianRun(Run):
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state (see :class:`~vifamily.solvers._base.Run`)."""
         out = {"mean": self.mean, "matrix": self.matrix, "sum/mean": self.sums[0], "sum/matrix": self.sums[1],
-               "losses": self.losses, "step_sizes": self.step_sizes, **self.extra_tensors()}  # fmt: skip
+               **self.history.tensors(), **self.extra_tensors()}  # fmt: skip
         for i, (_, (mean, matrix)) in enumerate(self.snapshots):
             out[f"snapshot/{i}/mean"], out[f"snapshot/{i}/matrix"] = mean, matrix
         if self.monitor.rows is not None:
             out["monitor"] = self.monitor.rows.tensor()
         if self.previous is not None:
             out["previous"] = self.previous
-        out.update({f"term/{name}": column for name, column in self.terms.items()})
         values = {
             "step": self.step_count, "stage": self.stage, "still": self.still,
             "slowness": self.slowness, "step_size": self.step_size,
-            "change": _plain(self.change), "previous_error": _plain(self.previous_error), "notes": list(self.notes),
+            "change": plain(self.change), "previous_error": plain(self.previous_error), "notes": list(self.notes),
             "finished": self.finished, "snapshots": [at for at, _ in self.snapshots],
             "first_step": self.monitor.first_step, "goal": self.monitor.goal,
-            "stationary_from": self.monitor.stationary_from, "rhat": _plain(self.monitor.rhat),
-            "error": _plain(self.monitor.error),
+            "stationary_from": self.monitor.stationary_from, "rhat": plain(self.monitor.rhat),
+            "error": plain(self.monitor.error),
         }  # fmt: skip
         return {name: tensor.clone().contiguous() for name, tensor in out.items()}, values
 
@@ -301,7 +295,7 @@ class GaussianRun(Run):
             values["finished"],
         )
         self.slowness = float(values["slowness"])
-        self.change, self.previous_error = _number(values["change"]), _number(values["previous_error"])
+        self.change, self.previous_error = number(values["change"]), number(values["previous_error"])
         self.mean, self.matrix = tensors["mean"].clone(), tensors["matrix"].clone()
         self.sums = (tensors["sum/mean"].clone(), tensors["sum/matrix"].clone())
         self.snapshots = [
@@ -310,34 +304,9 @@ class GaussianRun(Run):
         ]
         self.monitor = StageMonitor(self._stage_rule(), int(values["first_step"]), float(values["goal"]))
         self.monitor.stationary_from = values["stationary_from"]
-        self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
+        self.monitor.rhat, self.monitor.error = number(values["rhat"]), number(values["error"])
         self.monitor.rows = Trail.of(tensors["monitor"]) if "monitor" in tensors else None
         self.previous = tensors.get("previous")
-        self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
-        self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}
+        self.history.restore(tensors)
         self.renew()
         self.take_extra(tensors)
-
-    @property
-    def losses(self) -> Tensor:
-        """Loss of every step so far, ``(step, restart)``."""
-        return torch.tensor(self._losses, dtype=torch.float64).reshape(len(self._losses), self.task.restarts)
-
-    @property
-    def step_sizes(self) -> Tensor:
-        """Step size of every step so far, ``(step,)``."""
-        return torch.tensor(self._step_sizes, dtype=torch.float64)
-
-    @property
-    def terms(self) -> Mapping[str, Tensor]:
-        """Parts of the loss of every step so far."""
-        return {name: torch.tensor(column, dtype=torch.float64) for name, column in self._terms.items()}
-
-
-def _plain(value: float) -> float | str | None:
-    """Write NaN as None and infinity as a word: JSON has neither."""
-    return "inf" if value == math.inf else None if math.isnan(value) else value
-
-
-def _number(value: float | str | None) -> float:
-    return float("nan") if value is None else float(value)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.registry import register
-from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._base import Solver, StepReport, Task
 from vifamily.solvers._compiled import AdamLoop, compile_adam
 from vifamily.solvers._flat import FlatParameters
+from vifamily.solvers._history import History, RunWithHistory, number, plain
 from vifamily.solvers._stopping import StageMonitor, StoppingRule
 from vifamily.solvers._trail import Trail
 from vifamily.solvers._watch import bad_parameter, units, watched
@@ -72,16 +73,7 @@ class Adam(Solver):
         return AdamRun(task, rule, self.step_size or task.step_size, self.model_step_size)
 
 
-def _plain(value: float) -> float | str | None:
-    """Write NaN as None and infinity as a word: JSON has neither."""
-    return "inf" if value == math.inf else None if value != value else value
-
-
-def _number(value: float | str | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-class AdamRun(Run):
+class AdamRun(RunWithHistory):
     """One run of :class:`Adam`."""
 
     def __init__(self, task: Task, rule: StoppingRule, step_size: float, model_factor: float) -> None:
@@ -108,9 +100,7 @@ class AdamRun(Run):
         self.change, self.previous_error = float("nan"), float("inf")
         self.gradient_sum, self.gradient_square = torch.zeros_like(self.flat.value), torch.zeros_like(self.flat.value)
         self.gradient_count = 0
-        self._losses = Trail(task.restarts)
-        self._step_sizes: list[float] = []
-        self._terms: dict[str, Trail] = {}
+        self.history = History(task.restarts)
         self.notes: list[str] = []
         self.finished: str | None = None
         if task.compiled:
@@ -191,10 +181,7 @@ class AdamRun(Run):
 
     def record(self, losses: np.ndarray, terms: Mapping[str, np.ndarray]) -> None:
         """Note what some steps gave: losses ``(step, restart)`` and each term, ``(step, 1)``."""
-        self._losses.extend(losses)
-        self._step_sizes += [self.step_size] * len(losses)
-        for name, column in terms.items():
-            self._terms.setdefault(name, Trail(1)).extend(column)
+        self.history.extend(losses, self.step_size, terms)
 
     def _check_finite(self, loss: Loss, values: list[float], packed: list[Tensor]) -> None:
         if all(abs(v) < float("inf") for v in values) and all(bool(torch.isfinite(g).all()) for g in packed):
@@ -217,10 +204,8 @@ class AdamRun(Run):
 
     def _record(self, loss: Loss, values: list[float], gradient: Tensor) -> None:
         self.step_count += 1
-        self._losses.add(values)
-        self._step_sizes.append(self.step_size)
-        for name, term in loss.terms.items():
-            self._terms.setdefault(name, Trail(1)).add([float(term.double().mean())])
+        means = {name: float(term.double().mean()) for name, term in loss.terms.items()}
+        self.history.add(values, self.step_size, means)
         for total, group in zip(self.sums, self.groups, strict=True):
             total += group.value
         self.gradient_sum += gradient
@@ -230,7 +215,7 @@ class AdamRun(Run):
     def _report(self, values: list[float], *, watch: bool) -> StepReport:
         step, used = self.step_count, self.step_size
         since = step - self.monitor.first_step
-        terms = {name: float(column.rows[-1, 0]) for name, column in self._terms.items()}
+        terms = self.history.last_terms
         if since <= 0:
             if since == 0:
                 self._forget()
@@ -385,7 +370,7 @@ class AdamRun(Run):
     # -- writing down --------------------------------------------------------------------------------------------------
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state (see :class:`~vifamily.solvers._base.Run`)."""
-        out: dict[str, Tensor] = {"losses": self.losses, "step_sizes": self.step_sizes}
+        out = self.history.tensors()
         for i, (group, total, held) in enumerate(zip(self.groups, self.sums, self.optimiser.param_groups, strict=True)):
             out[f"value/{i}"], out[f"sum/{i}"] = group.value.clone(), total.clone()
             for key, value in self.optimiser.state[held["params"][0]].items():
@@ -397,15 +382,14 @@ class AdamRun(Run):
             out["monitor"] = self.monitor.rows.tensor()
         if self.previous is not None:
             out["previous"] = self.previous.clone()
-        out.update({f"term/{name}": column for name, column in self.terms.items()})
         values = {
             "step": self.step_count, "stage": self.stage, "step_size": self.step_size,
-            "change": _plain(self.change), "previous_error": _plain(self.previous_error), "notes": list(self.notes),
+            "change": plain(self.change), "previous_error": plain(self.previous_error), "notes": list(self.notes),
             "finished": self.finished, "gradient_count": self.gradient_count,
             "snapshots": [at for at, _ in self.snapshots],
             "first_step": self.monitor.first_step, "goal": self.monitor.goal,
-            "stationary_from": self.monitor.stationary_from, "rhat": _plain(self.monitor.rhat),
-            "error": _plain(self.monitor.error),
+            "stationary_from": self.monitor.stationary_from, "rhat": plain(self.monitor.rhat),
+            "error": plain(self.monitor.error),
         }  # fmt: skip
         if isinstance(self.objective_state, Tensor):
             out["objective_state"] = self.objective_state.clone()
@@ -418,12 +402,12 @@ class AdamRun(Run):
             int(values["stage"]),
             float(values["step_size"]),
         )
-        self.change, self.notes, self.finished = _number(values["change"]), list(values["notes"]), values["finished"]
+        self.change, self.notes, self.finished = number(values["change"]), list(values["notes"]), values["finished"]
         self.gradient_count = int(values["gradient_count"])
-        self.previous_error = _number(values["previous_error"])
+        self.previous_error = number(values["previous_error"])
         self._begin_watch(int(values["first_step"]), float(values["goal"]))
         self.monitor.stationary_from = values["stationary_from"]
-        self.monitor.rhat, self.monitor.error = _number(values["rhat"]), _number(values["error"])
+        self.monitor.rhat, self.monitor.error = number(values["rhat"]), number(values["error"])
         self.monitor.rows = Trail.of(tensors["monitor"]) if "monitor" in tensors else None
         self.previous = tensors.get("previous")
         self.gradient_sum, self.gradient_square = tensors["gradient/sum"].clone(), tensors["gradient/square"].clone()
@@ -441,22 +425,5 @@ class AdamRun(Run):
             (int(at), [tensors[f"snapshot/{j}/{i}"].clone() for i in range(len(self.groups))])
             for j, at in enumerate(values["snapshots"])
         ]
-        self._losses, self._step_sizes = Trail.of(tensors["losses"]), tensors["step_sizes"].tolist()
-        columns = {k.removeprefix("term/"): v for k, v in tensors.items() if k.startswith("term/")}
-        self._terms = {name: Trail.of(column.unsqueeze(-1)) for name, column in columns.items()}
+        self.history.restore(tensors)
         self.objective_state = tensors.get("objective_state", self.objective_state)
-
-    @property
-    def losses(self) -> Tensor:
-        """Loss of every step so far, ``(step, restart)``."""
-        return self._losses.tensor()
-
-    @property
-    def step_sizes(self) -> Tensor:
-        """Step size of every step so far, ``(step,)``."""
-        return torch.tensor(self._step_sizes, dtype=torch.float64)
-
-    @property
-    def terms(self) -> Mapping[str, Tensor]:
-        """Parts of the loss of every step so far."""
-        return {name: column.tensor()[:, 0] for name, column in self._terms.items()}

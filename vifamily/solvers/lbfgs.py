@@ -14,9 +14,10 @@ from torch import Tensor
 from vifamily.errors import ConfigError, IncompatibleError, ModelError, NonFiniteLossError
 from vifamily.numerics.newton import is_numerical
 from vifamily.registry import register
-from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._base import Solver, StepReport, Task
 from vifamily.solvers._fixed_draws import FixedLoss, Grouped, balanced_draws, independent_draws, part_size, stream
 from vifamily.solvers._flat import FlatParameters
+from vifamily.solvers._history import History, RunWithHistory, plain
 from vifamily.solvers._quasi_newton import Descent, FirstGuess, NotFinite, first_guess
 from vifamily.solvers._stragglers import PATIENCE, hopeless, only_stragglers
 from vifamily.solvers._watch import bad_parameter, has_moments, meetings, units, watched
@@ -139,12 +140,7 @@ def _fewest_draws(family: Any) -> int | None:
     return None if fewest is None else fewest()
 
 
-def _plain(value: float) -> float | str | None:
-    """Write NaN as None and infinity as a word: JSON has neither."""
-    return "inf" if value == math.inf else None if math.isnan(value) else value
-
-
-class LbfgsRun(Run):
+class LbfgsRun(RunWithHistory):
     """One run of :class:`Lbfgs`."""
 
     def __init__(self, task: Task, tolerance: float, most_draws: int) -> None:
@@ -174,9 +170,7 @@ class LbfgsRun(Run):
         self.checked: list[Tensor] = []
         self.change, self.error = float("nan"), float("nan")
         self.mean_errors: list[list[float]] = []
-        self._losses: list[list[float]] = []
-        self._step_sizes: list[float] = []
-        self._terms: dict[str, list[float]] = {}
+        self.history = History(task.restarts)
         self.at_minimum = False
         self.left: list[np.ndarray] = []
         self.left_values: list[float] = []
@@ -293,12 +287,10 @@ class LbfgsRun(Run):
                 raise self._failure(values, terms, packed) from error
             self._set(descent.x)
         self.step_count += 1
-        self._losses.append(self._spread_out(descent.value.tolist()))
-        self._step_sizes.append(taken)
-        for name, term in terms.items():
-            column = self._terms.setdefault(name, [])
-            # a trial beyond a wall is not where the fit stands
-            column.append(term if math.isfinite(term) or not column else column[-1])
+        # a trial beyond a wall is not where the fit stands
+        last = self.history.last_terms
+        terms = {name: term if math.isfinite(term) else last.get(name, term) for name, term in terms.items()}
+        self.history.add(self._spread_out(descent.value.tolist()), taken, terms)
         waits = not descent.finished and self.step_count - self.level_from < _MOST_EVALUATIONS
         if not self.checked and (not waits or self._only_stragglers()):
             # a minimum that is not waited for is judged with the others, on the draws of the checks
@@ -322,14 +314,13 @@ class LbfgsRun(Run):
         return np.full(self.rows, np.inf), nothing, {}
 
     def _report(self) -> StepReport:
-        terms = {name: column[-1] for name, column in self._terms.items()}
-        step_size = self._step_sizes[-1] if self._step_sizes else 1.0
+        step_size = self.history.last_step_size
         phase = f"{self.counts[self.level]} fixed draws" + (", checking" if self.checked else "")
         return StepReport(
             self.step_count,
             tuple(self._spread_out(self.descent.value.tolist())),
-            terms,
-            step_size,
+            self.history.last_terms,
+            1.0 if step_size is None else step_size,
             self.finished,
             phase,
         )
@@ -521,8 +512,7 @@ class LbfgsRun(Run):
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state (see :class:`~vifamily.solvers._base.Run`)."""
         out = {f"descent/{name}": torch.from_numpy(array) for name, array in self.descent.arrays().items()}
-        out["losses"], out["step_sizes"] = self.losses, self.step_sizes
-        out.update({f"term/{name}": column for name, column in self.terms.items()})
+        out |= self.history.tensors()
         if self.previous is not None:
             out["previous"] = self.previous.clone()
         if self.left:
@@ -531,10 +521,10 @@ class LbfgsRun(Run):
             out["checked"] = torch.stack(self.checked)
         values = {
             "step": self.step_count, "level": self.level, "level_from": self.level_from, "finished": self.finished,
-            "change": _plain(self.change), "error": _plain(self.error), "notes": list(self.notes),
+            "change": plain(self.change), "error": plain(self.error), "notes": list(self.notes),
             "at_minimum": self.at_minimum, "place": self.place, "mean_errors": self.mean_errors,
             "left_values": list(self.left_values),
-            "gaps": [[_plain(v) for v in row] for row in self.gaps],
+            "gaps": [[plain(v) for v in row] for row in self.gaps],
         }  # fmt: skip
         return out, values
 
@@ -558,22 +548,6 @@ class LbfgsRun(Run):
         self.at_minimum, self.mean_errors = bool(values["at_minimum"]), values["mean_errors"]
         self.previous = tensors.get("previous")
         self.checked = list(tensors["checked"]) if "checked" in tensors else []
-        self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
-        self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}
+        self.history.restore(tensors)
         self._set(self.descent.x)
         self._fix()
-
-    @property
-    def losses(self) -> Tensor:
-        """Loss of every restart where it stands after every evaluation, ``(step, restart)``."""
-        return torch.tensor(self._losses, dtype=torch.float64).reshape(len(self._losses), self.task.restarts)
-
-    @property
-    def step_sizes(self) -> Tensor:
-        """Length of every trial of the line search, as a part of the quasi-Newton step, ``(step,)``."""
-        return torch.tensor(self._step_sizes, dtype=torch.float64)
-
-    @property
-    def terms(self) -> Mapping[str, Tensor]:
-        """Parts of the loss of every step so far."""
-        return {name: torch.tensor(column, dtype=torch.float64) for name, column in self._terms.items()}

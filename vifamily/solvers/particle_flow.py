@@ -13,7 +13,8 @@ from torch import Tensor
 from vifamily.errors import ConfigError, IncompatibleError, NonFiniteLossError
 from vifamily.numerics.newton import value_and_gradient
 from vifamily.registry import entry_name, register
-from vifamily.solvers._base import Run, Solver, StepReport, Task
+from vifamily.solvers._base import Solver, StepReport, Task
+from vifamily.solvers._history import History, RunWithHistory
 
 __all__ = ["ParticleFlow"]
 
@@ -97,7 +98,7 @@ class ParticleFlow(Solver):
         return ParticleRun(task, self.step_size or task.step_size, self.method, self.tolerance)
 
 
-class ParticleRun(Run):
+class ParticleRun(RunWithHistory):
     """One run of :class:`ParticleFlow`; its state is ``points`` ``(restart, particle, dim)``, in float64."""
 
     def __init__(self, task: Task, step_size: float, method: str, tolerance: float) -> None:
@@ -110,9 +111,7 @@ class ParticleRun(Run):
         self.sums = self._empty_sums()
         self.before: Tensor | None = None
         self.last_stage: Tensor | None = None
-        self._losses: list[list[float]] = []
-        self._step_sizes: list[float] = []
-        self._terms: dict[str, list[float]] = {}
+        self.history = History(task.restarts)
         self.notes: list[str] = []
         caution = task.objective.caution(*self.points.shape[-2:])
         if caution is not None:
@@ -154,10 +153,8 @@ class ParticleRun(Run):
         }  # fmt: skip
         self._check_finite(value, score, flow)
         self.points = self.points + self._move(flow.direction)
-        self._losses.append(flow.discrepancy.tolist())
-        self._step_sizes.append(self.step_size)
-        for name, term in terms.items():
-            self._terms.setdefault(name, []).append(float(term.mean()))
+        means = {name: float(term.mean()) for name, term in terms.items()}
+        self.history.add(flow.discrepancy.tolist(), self.step_size, means)
         self.step_count += 1
         if self.step_count > self.task.objective.annealing_steps:
             self._watch(flow.direction / flow.strength.clamp_min(1e-12).unsqueeze(-1))
@@ -188,12 +185,11 @@ class ParticleRun(Run):
             )
 
     def _report(self) -> StepReport:
-        loss = self._losses[-1] if self._losses else [math.nan] * self.task.restarts
+        history = self.history
         annealing = self.step_count <= self.task.objective.annealing_steps and self.task.objective.annealing_steps > 0
         phase = "annealing" if annealing else f"stage {self.stage + 1}"
-        used = self._step_sizes[-1] if self._step_sizes else self.step_size
-        terms = {name: column[-1] for name, column in self._terms.items()}
-        return StepReport(self.step_count, tuple(loss), terms, used, self.finished, phase)
+        used = self.step_size if history.last_step_size is None else history.last_step_size
+        return StepReport(self.step_count, history.last_losses, history.last_terms, used, self.finished, phase)
 
     # -- stages --------------------------------------------------------------------------------------------------------
     def _unit(self) -> Tensor:
@@ -263,13 +259,12 @@ class ParticleRun(Run):
         out = {
             "points": self.points, "memory/first": self.memory[0], "memory/second": self.memory[1],
             "sum/position": self.sums[0], "sum/left": self.sums[1], "sum/square": self.sums[2],
-            "losses": self.losses, "step_sizes": self.step_sizes,
+            **self.history.tensors(),
         }  # fmt: skip
         out = {name: tensor.clone() for name, tensor in out.items()}
         for name, tensor in (("before", self.before), ("last_stage", self.last_stage)):
             if tensor is not None:
                 out[name] = tensor.clone()
-        out.update({f"term/{name}": column for name, column in self.terms.items()})
         values = {
             "step": self.step_count, "stage": self.stage, "stage_step": self.stage_step, "quiet": self.quiet,
             "step_size": self.step_size, "left": None if math.isnan(self.left) else self.left,
@@ -295,20 +290,4 @@ class ParticleRun(Run):
             values["finished"],
         )
         self.left = float("nan") if values["left"] is None else float(values["left"])
-        self._losses, self._step_sizes = tensors["losses"].tolist(), tensors["step_sizes"].tolist()
-        self._terms = {k.removeprefix("term/"): v.tolist() for k, v in tensors.items() if k.startswith("term/")}
-
-    @property
-    def losses(self) -> Tensor:
-        """Discrepancy before every step so far, ``(step, restart)``."""
-        return torch.tensor(self._losses, dtype=torch.float64).reshape(len(self._losses), self.task.restarts)
-
-    @property
-    def step_sizes(self) -> Tensor:
-        """Step size of every step so far, ``(step,)``."""
-        return torch.tensor(self._step_sizes, dtype=torch.float64)
-
-    @property
-    def terms(self) -> Mapping[str, Tensor]:
-        """Parts of the loss of every step so far."""
-        return {name: torch.tensor(column, dtype=torch.float64) for name, column in self._terms.items()}
+        self.history.restore(tensors)

@@ -219,7 +219,7 @@ class TwoPlayerRun(AdamRun):
         if tau is None or not self.settings.audit:
             return False
         kept = self.model_flat.value.clone(), copy.deepcopy(self.optimiser.state)
-        before = torch.from_numpy(self._losses.rows[-_RECENT:].copy())
+        before = torch.from_numpy(self.history.losses.rows[-_RECENT:].copy())
         found = self._audit(self.flat.value.clone(), keep=True)["value"].double()
         error = torch.hypot(before.std(0) / math.sqrt(len(before)), found.std(0) / math.sqrt(len(found)))
         least = _LARGE * self.task.family.latent.dim / (4 * tau)

@@ -60,26 +60,53 @@ class LayerWeights(nn.Module, abc.ABC):
     def prior(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the independent normal prior of the slice, ``(dim,)`` each."""
 
-    def log_prior(self, z: Tensor) -> Tensor:
-        """Log prior density of the slice, ``(..., dim) -> (...)``; independent normal unless an entry differs."""
+    def log_prior(self, z: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """Log prior density of the slice, ``(..., dim) -> (...)``; independent normal unless an entry differs.
+
+        Args:
+            z: ``(..., dim)``.
+            scale: Multiplies the standard deviations of the prior.
+        """
         mean, sd = self.prior()
-        density: Tensor = torch.distributions.Normal(mean, sd, validate_args=False).log_prob(z)
+        density: Tensor = torch.distributions.Normal(mean, sd * scale, validate_args=False).log_prob(z)
         return density.sum(-1)
 
-    def cross_entropy(self, mean: Tensor, variance: Tensor, *, independent: bool = False) -> Tensor | None:
+    def cross_entropy(
+        self, mean: Tensor, variance: Tensor, *, independent: bool = False, scale: Tensor | float = 1.0
+    ) -> Tensor | None:
         """Cross entropy of a normal law with the prior, ``E_q[-log p(z)]``, in closed form.
 
         Args:
             mean: ``(..., dim)``.
             variance: Marginal variances, ``(..., dim)``; enough where the precision of the prior is diagonal.
             independent: Whether the coordinates of the law are independent, which other priors need.
+            scale: Multiplies the standard deviations of the prior.
 
         Returns:
             ``(...)``, or None where marginal variances are not enough.
         """
         prior_mean, sd = self.prior()
+        sd = sd * scale
         quadratic = ((mean - prior_mean).square() + variance) / sd.square()
-        return 0.5 * (quadratic + 2 * sd.log() + torch.log(sd.new_tensor(2 * torch.pi))).sum(-1)
+        return 0.5 * (quadratic + (2 * torch.pi * sd.square()).log()).sum(-1)
+
+    def best_scale(self, mean: Tensor, variance: Tensor) -> Tensor:
+        r"""Square of the ``scale`` that makes :meth:`cross_entropy` least.
+
+        .. math:: \lambda^2 = \mathbb{E}_q[(z - m)^\top S^{-1} (z - m)] / \text{dim}
+
+        Args:
+            mean: ``(..., dim)``.
+            variance: ``(..., dim)``, of independent coordinates where the prior's are not; zero for single points.
+
+        Returns:
+            ``(...)``; its mean over draws, as points, estimates that of any law.
+        """
+        prior_mean, sd = self.prior()
+        return (((mean - prior_mean).square() + variance) / sd.square()).mean(-1)
+
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where a fit that begins at these moments, ``(dim,)`` each, is known to get nowhere."""
 
     @abc.abstractmethod
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,10 @@ class NetworkWeights(nn.Module):
                     module.register_buffer(key, value.detach().clone(), persistent=full not in made)
         for name, layer in layers.items():
             if isinstance(getattr(layer, "module", None), nn.Module):
-                layer.module = self.net.get_submodule(name)  # the net's own: one set of points for both
+                # the net's own, one set of points for both; under one name only: whoever exchanges parameters by names
+                # (torch.func.functional_call) would exchange and put back those of a module with two of them twice
+                del layer.module
+                layer.__dict__["module"] = self.net.get_submodule(name)
 
     def train(self, mode: bool = True) -> NetworkWeights:  # noqa: FBT001, FBT002 - torch's own signature
         """Set the mode of this module; the network inside stays in eval mode."""
@@ -188,22 +191,15 @@ class NetworkWeights(nn.Module):
 
     def prior(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the prior, ``(dim,)`` each."""
-        pairs = [self._prior_of(i, layer) for i, layer in enumerate(self._layers())]
-        return torch.cat([mean for mean, _ in pairs]), torch.cat([sd for _, sd in pairs])
-
-    def _prior_of(self, index: int, layer: LayerWeights) -> tuple[Tensor, Tensor]:
-        mean, sd = layer.prior()
-        return mean, sd if _own_prior(layer) else sd * self.scales[index]
+        pairs = [layer.prior() for layer in self._layers()]
+        sds = [sd * scale for (_, sd), scale in zip(pairs, self.scales, strict=True)]
+        return torch.cat([mean for mean, _ in pairs]), torch.cat(sds)
 
     def log_prior(self, z: Tensor) -> Tensor:
         """Log prior density, ``(..., dim) -> (...)``."""
         total = z.new_zeros(z.shape[:-1])
-        for i, (layer, part) in enumerate(zip(self._layers(), self.slices(z), strict=True)):
-            if _own_prior(layer):
-                total = total + layer.log_prior(part)
-            else:
-                normal = torch.distributions.Normal(*self._prior_of(i, layer), validate_args=False)
-                total = total + normal.log_prob(part).sum(-1)
+        for layer, part, scale in zip(self._layers(), self.slices(z), self.scales, strict=True):
+            total = total + layer.log_prior(part, scale)
         return total
 
     def cross_entropy(self, mean: Tensor, variance: Tensor, *, independent: bool = False) -> Tensor | None:
@@ -218,16 +214,11 @@ class NetworkWeights(nn.Module):
             ``(...)``, or None where the moments are not enough.
         """
         total = mean.new_zeros(mean.shape[:-1])
-        moments = zip(self._layers(), self.slices(mean), self.slices(variance), strict=True)
-        for i, (layer, centre, spread) in enumerate(moments):
-            if _own_prior(layer):
-                part = layer.cross_entropy(centre, spread, independent=independent)
-                if part is None:
-                    return None
-            else:
-                prior_mean, sd = self._prior_of(i, layer)
-                quadratic = ((centre - prior_mean).square() + spread) / sd.square()
-                part = 0.5 * (quadratic + (2 * torch.pi * sd.square()).log()).sum(-1)
+        moments = zip(self._layers(), self.slices(mean), self.slices(variance), self.scales, strict=True)
+        for layer, centre, spread, scale in moments:
+            part = layer.cross_entropy(centre, spread, independent=independent, scale=scale)
+            if part is None:
+                return None
             total = total + part
         return total
 
@@ -236,22 +227,25 @@ class NetworkWeights(nn.Module):
 
         .. math:: \lambda^2 = \operatorname{mean}_k\, [v_k + (m_k - m^0_k)^2] / s_k^2
 
+        for independent normal priors; for others the quadratic form of their precision takes the place of the sum.
+
         Args:
-            mean: Posterior means, ``(dim,)``.
-            variance: Marginal posterior variances, ``(dim,)``.
+            mean: Posterior means, ``(dim,)``; or draws, ``(draw, dim)``, with variances of zero.
+            variance: Posterior variances, of the same shape; of independent coordinates where the prior's are not.
 
         Returns:
-            Layer name to its new scale; layers with a prior of their own kind are left out.
+            Layer name to its new scale.
         """
-        out: dict[str, float] = {}
         moments = zip(self._layers(), self.slices(mean), self.slices(variance), strict=True)
-        for i, (layer, centre, spread) in enumerate(moments):
-            if not _own_prior(layer):
-                prior_mean, sd = layer.prior()
-                square = (((centre - prior_mean).square() + spread) / sd.square()).mean().detach()
-                self.scales[i] = square.sqrt()
-                out[self.layer_names[i] or "net"] = float(self.scales[i])
-        return out
+        with torch.no_grad():
+            found = [layer.best_scale(centre, spread).mean().sqrt() for layer, centre, spread in moments]
+            self.scales.copy_(torch.stack(found))
+        return {name or "net": float(scale) for name, scale in zip(self.layer_names, self.scales, strict=True)}
+
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where a fit that begins at these moments, ``(dim,)`` each, is known to get nowhere."""
+        for layer, centre, spread in zip(self._layers(), self.slices(mean), self.slices(sd), strict=True):
+            layer.check_start(centre, spread)
 
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation from which a fit should begin, ``(dim,)`` each."""

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vifamily.errors import VifamilyWarning
+from vifamily.numerics.hadamard import hadamard
 from vifamily.numerics.walsh_hadamard import (
     isotropic_cross_entropy,
     isotropic_log_prior,
+    isotropic_spectrum,
     walsh_matrix,
     walsh_product,
 )
@@ -187,22 +189,28 @@ class WalshLayer(LayerWeights):
             mean[self.cores : self.structured] = _signs((2 * self.cores,), generator, mean)
             for moment in (mean, sd):
                 moment[2 * self.cores : self.structured] *= self.right_sd
-        elif not self.residual:
-            self._warn_if_collapsed(mean)
+        self.check_start(mean, sd)
         if self.latent_bias and isinstance(self.start_bias, Tensor):
             mean[self.structured :] = self.start_bias
         return mean, sd
 
-    def _warn_if_collapsed(self, mean: Tensor) -> None:
-        weight = self._weight(mean.detach())
-        share = float(weight.detach().square().mean().sqrt()) / self.weight_sd
+    def check_start(self, mean: Tensor, sd: Tensor) -> None:
+        """Warn where the layer would put out nearly nothing; see :meth:`LayerWeights.check_start`."""
+        if self.residual or self.latent_scales:
+            return
+        left, core, right = (t.detach() for t in self._diagonals(mean))
+        spread = self._diagonals(sd.detach())[1].square().mean(-1, keepdim=True) / self.blocks.size
+        size = walsh_matrix(left, core, right).square()
+        size = size + (left.square() * spread).unsqueeze(-1) * right.square().unsqueeze(-2)
+        share = float(self.blocks.assemble(size).mean().sqrt()) / self.weight_sd
         if share < _SMALLEST:
             warnings.warn(
                 f"the weights of {self.names[0]!r} start at {share:.1e} of their usual spread: the layer puts out "
                 "nearly nothing, its gradients vanish, and a fit tends to stay at the mean prediction. Let the "
-                "diagonals left and right start at their own values (1 and sqrt(P gain / fan-in), with random signs).",
+                "diagonals left and right start at their own values (1 and sqrt(P gain / fan-in), with random signs), "
+                "and the latent too (init='auto').",
                 VifamilyWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
 
 
@@ -217,13 +225,15 @@ class IsotropicWalshLayer(WalshLayer):
     def _tau(self) -> float:
         return self.scale * self.right_sd
 
-    def log_prior(self, z: Tensor) -> Tensor:
-        """Log prior density, ``(..., dim) -> (...)``."""
+    def log_prior(self, z: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """Log prior density, ``(..., dim) -> (...)``; ``scale`` multiplies ``tau`` and other standard deviations."""
         left, core, right = self._diagonals(z)
-        blocks = isotropic_log_prior(core, left, right, self._tau).sum(-1)
-        return blocks - self._rest_entropy(z.square())
+        blocks = isotropic_log_prior(core, left, right, self._tau * scale).sum(-1)
+        return blocks - self._rest_entropy(z.square(), scale)
 
-    def cross_entropy(self, mean: Tensor, variance: Tensor, *, independent: bool = False) -> Tensor | None:
+    def cross_entropy(
+        self, mean: Tensor, variance: Tensor, *, independent: bool = False, scale: Tensor | float = 1.0
+    ) -> Tensor | None:
         """Cross entropy with the prior; None unless ``independent``, since its precision is not diagonal.
 
         It is None too where ``a`` and ``b`` are latent, which the precision depends on.
@@ -232,15 +242,25 @@ class IsotropicWalshLayer(WalshLayer):
             mean: ``(..., dim)``.
             variance: ``(..., dim)``.
             independent: Whether the coordinates of the law are independent, as in mean field: then it is exact.
+            scale: Multiplies ``tau`` and the other standard deviations.
         """
         if not independent or self.latent_scales:
             return None
         left, core, right = self._diagonals(mean)
         spread = self._diagonals(variance)[1]
-        blocks = isotropic_cross_entropy(core, left, right, self._tau, variance=spread)
-        return blocks.sum(-1) + self._rest_entropy(mean.square() + variance)
+        blocks = isotropic_cross_entropy(core, left, right, self._tau * scale, variance=spread)
+        return blocks.sum(-1) + self._rest_entropy(mean.square() + variance, scale)
 
-    def _rest_entropy(self, square: Tensor) -> Tensor:
+    def best_scale(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Square of the scale that makes the cross entropy least; see :meth:`LayerWeights.best_scale`."""
+        left, core, right = self._diagonals(mean)
+        spectrum = isotropic_spectrum(left, right)
+        trace = self._diagonals(variance)[1].sum(-1) * spectrum.mean(-1)
+        blocks = (trace + (hadamard(core).square() * spectrum).sum(-1)).sum(-1) / self._tau**2
+        rest = (mean.square() + variance)[..., self.cores :] / self.prior()[1][self.cores :].square()
+        return (blocks + rest.sum(-1)) / self.dim
+
+    def _rest_entropy(self, square: Tensor, scale: Tensor | float) -> Tensor:
         """Cross entropy of what comes after ``g`` in the latent, from its second moments."""
-        sd = self.prior()[1][self.cores :]
+        sd = self.prior()[1][self.cores :] * scale
         return 0.5 * (square[..., self.cores :] / sd.square() + torch.log(2 * math.pi * sd.square())).sum(-1)

@@ -46,8 +46,7 @@ class WalshHadamard(WeightsEntry):
     Args:
         include: Patterns on parameter or layer names, separated by commas.
         exclude: Patterns of what stays as it is.
-        prior: ``"latent"``, independent normal on ``g``, or ``"isotropic"``, on ``W`` (closed form in mean field). What
-            multiplies priors for a whole network acts on the first alone.
+        prior: ``"latent"``, independent normal on ``g``, or ``"isotropic"``, on ``W`` (closed form in mean field).
         scale: Prior standard deviation, relative to that of weights which keep the size of outputs.
         scales: ``"point"``, or ``"latent"``: the diagonals belong to the latent too, with normal priors. ``W`` is then
             no longer normal.

@@ -36,7 +36,7 @@ def optimise(
     import jax.numpy as jnp
 
     jax.clear_caches()
-    clock = Clock()
+    clock = Clock(job["clock"])
     trajectory = Trajectory(setting["name"], clock)
     clock.go()
     state, step = begin()

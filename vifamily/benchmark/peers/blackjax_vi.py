@@ -46,7 +46,7 @@ def _pathfinder(job: Job, log_density: Any, setting: dict[str, Any]) -> Trajecto
     from blackjax.vi import pathfinder
 
     jax.clear_caches()
-    clock = Clock()
+    clock = Clock(job["clock"])
     trajectory = Trajectory(setting["name"], clock)
     key, start = jax.random.PRNGKey(job["seed"]), jnp.zeros(job["dim"])
     clock.go()

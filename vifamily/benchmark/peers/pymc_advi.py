@@ -18,7 +18,7 @@ def _run(job: Job, log_density: Any, setting: dict[str, Any]) -> Trajectory:
     import pytensor
 
     dim = job["dim"]
-    clock = Clock()
+    clock = Clock(job["clock"])
     trajectory = Trajectory(setting["name"], clock)
     clock.go()
     with pm.Model() as model:

@@ -19,7 +19,7 @@ def _run(job: Job, log_density: Any, setting: dict[str, Any]) -> Trajectory:
     dim, mean_field = job["dim"], job["family"] == "mean_field"
     pyro.clear_param_store()
     pyro.set_rng_seed(job["seed"])
-    clock = Clock()
+    clock = Clock(job["clock"])
     trajectory = Trajectory(setting["name"], clock)
     clock.go()
 

@@ -40,7 +40,7 @@ def _fit(job: Job, setting: dict[str, Any], problem: Any) -> Trajectory:
     from vifamily.plan import make_plan
     from vifamily.progress import FitProgress
 
-    clock = Clock()
+    clock = Clock(job["clock"])
     trajectory = Trajectory(setting["name"], clock)
     restarts = int(setting.get("restarts", 1))
     evaluated = [0]
@@ -70,7 +70,7 @@ def _fit(job: Job, setting: dict[str, Any], problem: Any) -> Trajectory:
             before = evaluated[0]
             trajectory.add(report.step, before, *_gaussian(run))
             evaluated[0] = before
-        over = bool(clock.wall > job["budget"])
+        over = bool(clock.counted > job["budget"])
         clock.go()
         return over
 
