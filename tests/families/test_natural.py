@@ -97,3 +97,8 @@ def test_options_are_checked(options):
 def test_the_contracts_of_a_discrete_law():
     passed = set(testing.check_family("natural(kind=categorical)").passed)
     assert {"integral", "gradients", "stack", "conditional", "draws_follow_density"} <= passed
+
+
+def test_the_contracts_of_splines():
+    passed = set(testing.check_family("natural(kind=spline, basis=8)").passed)
+    assert {"integral", "gradients", "stack", "conditional", "start", "draws_follow_density"} <= passed

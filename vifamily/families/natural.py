@@ -20,12 +20,13 @@ from vifamily.numerics.exponential_families import (
     FullGaussian,
     VonMises,
 )
+from vifamily.numerics.spline_density import SplineDensity
 from vifamily.registry import register
 from vifamily.types import Capability, Draw, LatentSpec, NoiseSpec, Space
 
 __all__ = ["Natural", "NaturalFamily"]
 
-_KINDS = ("diagonal", "full", "von_mises", "categorical")
+_KINDS = ("diagonal", "full", "von_mises", "categorical", "spline")
 _LINKS = ("softplus", "identity")
 _BASIC = frozenset(
     {Capability.DRAWS, Capability.LOG_Q, Capability.CHEAP_LOG_Q, Capability.CONDITIONAL, Capability.NATURAL}
@@ -45,6 +46,8 @@ class Natural(FamilyEntry):
     Kinds: ``diagonal`` normal laws with raw numbers ``(mean times precision, raw precision)``; ``full`` normal laws
     with ``(b, L)``, ``L`` the lower factor of the precision; ``von_mises`` laws of angles, for models on the circle;
     ``categorical`` laws of discrete parameters, with logits against the first category (Bernoulli laws for two).
+    ``spline`` densities of independent coordinates of any shape on a fixed basis
+    (:class:`~vifamily.numerics.spline_density.SplineDensity`), convex and with as many modes as there are splines for.
     The mathematics is in :mod:`vifamily.numerics.exponential_families`.
 
     Args:
@@ -52,6 +55,8 @@ class Natural(FamilyEntry):
         link: From raw numbers to what must be positive: ``softplus``, defined everywhere, or ``identity``, convex on
             its domain and infinite outside. A law of angles needs none.
         hidden: Widths of the network from a context to the raw numbers; empty for a linear map.
+        basis: Splines of each coordinate, for ``spline``.
+        degree: Their degree.
 
     Raises:
         ConfigError: If an option is unknown.
@@ -69,6 +74,8 @@ class Natural(FamilyEntry):
     kind: str = "diagonal"
     link: str = "softplus"
     hidden: Sequence[int] = ()
+    basis: int = 16
+    degree: int = 2
     capabilities = _BASIC | {Capability.REPARAMETERISED}
 
     def __post_init__(self) -> None:
@@ -83,6 +90,8 @@ class Natural(FamilyEntry):
         if self.kind == "categorical":
             object.__setattr__(self, "capabilities", _BASIC)
             object.__setattr__(self, "space", Space.DISCRETE)
+        if self.kind == "spline":
+            SplineDensity(1, self.basis, self.degree)
         if self.kind == "diagonal":
             object.__setattr__(self, "restrict_scale", True)
 
@@ -96,6 +105,8 @@ class Natural(FamilyEntry):
             if latent.num_categories is None:
                 raise ConfigError("a categorical law needs the number of categories of each coordinate.")
             law = Categorical(latent.dim, latent.num_categories)
+        elif self.kind == "spline":
+            law = SplineDensity(latent.dim, self.basis, self.degree)
         elif self.kind == "full":
             law = FullGaussian(latent.dim, self.link)
         else:
@@ -119,9 +130,9 @@ class NaturalFamily(Family):
         super().__init__(latent)
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.law = law
-        self.real = latent.space is Space.REAL
-        self.capabilities = _BASIC | {Capability.REPARAMETERISED} if self.real else _BASIC
-        self.noise_spec = NoiseSpec((latent.dim,), "normal" if self.real else "uniform")
+        self.normal = isinstance(law, (DiagonalGaussian, FullGaussian))
+        self.capabilities = _BASIC | {Capability.REPARAMETERISED} if latent.space is Space.REAL else _BASIC
+        self.noise_spec = NoiseSpec((latent.dim,), "normal" if self.normal else "uniform")
         self.output = nn.Parameter(self._start(**options))
         self.head: nn.Module | None = None
         if latent.context_dim is not None:
@@ -129,7 +140,7 @@ class NaturalFamily(Family):
 
     def _start(self, **options: Any) -> Tensor:
         out = torch.zeros(self.law.num_outputs, **options)
-        if self.real:
+        if self.normal:
             # a precision of one, the inverse of softplus at one
             one = 1.0 if self.convex_in_output else math.log(math.e - 1)
             out[self.dim : 2 * self.dim] = one
@@ -171,6 +182,8 @@ class NaturalFamily(Family):
         raw = self.raw(context)
         if isinstance(self.law, VonMises):
             u = _angle_quantile(noise, self.law.natural(raw).detach())
+        elif isinstance(self.law, SplineDensity):
+            u = self.law.quantile(noise, self.law.natural(raw))
         elif isinstance(self.law, Categorical):
             u = _category_quantile(noise, self.law.log_odds(self.law.natural(raw)).detach())
         elif isinstance(self.law, FullGaussian):
@@ -200,7 +213,7 @@ class NaturalFamily(Family):
 
     def standard_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and covariance in standardised coordinates of an unconditional normal law."""
-        if not self.real or self.head is not None:
+        if not self.normal or self.head is not None:
             return super().standard_moments()
         mean = self.law.mean(self.natural_parameters())
         if isinstance(self.law, FullGaussian):
@@ -212,10 +225,13 @@ class NaturalFamily(Family):
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:
         """Take over the mean and the (marginal) variances of a normal law."""
-        if not self.real:
+        if self.latent.space is not Space.REAL:
             super().start_at(mean, scale)
         mean, scale = mean.to(self.shift), scale.to(self.shift)
         covariance = torch.diag(scale.square()) if scale.dim() == 1 else scale @ scale.mT
+        if isinstance(self.law, SplineDensity):
+            self.output.copy_(self.law.near_normal(mean, covariance.diagonal().sqrt()))
+            return
         if not isinstance(self.law, FullGaussian):
             precision = 1 / covariance.diagonal()
             self.output.copy_(torch.cat([mean * precision, self._inverse_link(precision)]))
