@@ -154,6 +154,8 @@ def _measure(
         except BenchmarkError as error:
             found.append(str(error))
             continue
+        wall, cpu = answer.training
+        options.say(f"  {wall:.0f} s, {cpu:.0f} of them of the processor, {answer.epochs} epochs; judging")
         judged = tuple(
             c2st(place.draws[: shape[1]], draws, seed=number).value
             for place, draws in zip(case.places, answer.draws, strict=True)

@@ -34,9 +34,10 @@ def rational_spline(x: Tensor, parameters: Tensor, *, bound: float = 5.0, slope:
         The images and the logarithms of the derivatives, both of the shape of ``x``.
 
     Example:
-        >>> y, log_slope = rational_spline(torch.tensor([0.5, 7.0]), torch.zeros(2, 11))
-        >>> y.tolist(), log_slope.abs().max().item() < 1e-6
-        ([0.5, 7.0], True)
+        >>> x = torch.tensor([0.5, 7.0])
+        >>> y, log_slope = rational_spline(x, torch.zeros(2, 11))  # all bins alike: the identity
+        >>> bool((y - x).abs().max() < 1e-5), bool(log_slope.abs().max() < 1e-5)
+        (True, True)
     """
     if torch.compiler.is_compiling() or _transformed():
         parts = _evaluate(x, parameters, bound, slope)
