@@ -106,7 +106,7 @@ class AfterStep:
         if isinstance(model, StochasticCausalLM):
             model.load_posterior(folder)
             manifest = read_manifest(folder)
-            if manifest.base_digest != base_digest(model.base):
+            if manifest.base_digest != (model.known_digest or base_digest(model.base)):
                 raise CheckpointError(f"the adapter in {folder} was trained on another base. Load that base.")
         else:
             manifest = load_members(model, folder)
