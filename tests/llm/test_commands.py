@@ -123,6 +123,9 @@ def test_help_and_flags():
         (["sft", "--dataset_name", "x.jsonl"], "--model_name_or_path is missing"),
         (["sft", "--model_name_or_path", "x"], "--dataset_name is missing"),
         (["sft", "--unit", "word"], "unit must be one of"),
+        (["sft", "--packing", "true"], "--packing cannot be used for an ensemble: rows must stay apart"),
+        (["sft", "--use_dora", "true"], "DoRA rescales the merged weight of each member"),
+        (["dpo", "--lora_modules_to_save=lm_head"], "a copy of it for each member"),
         (["inspect", "nowhere"], "holds no ensemble.json"),
     ],
 )
@@ -136,3 +139,5 @@ def test_a_file_with_an_unknown_key(tmp_path):
     (tmp_path / "run.yaml").write_text("renyi_alfa: 0.5\n")
     done = call("sft", "--config", tmp_path / "run.yaml")
     assert done.exit_code == 2 and "Did you mean 'renyi_alpha'" in done.stderr
+    (tmp_path / "run.yaml").write_text("packing: true\n")
+    assert "rows must stay apart" in call("sft", "--config", tmp_path / "run.yaml").stderr

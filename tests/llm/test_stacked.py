@@ -116,6 +116,13 @@ def test_every_route_gives_the_gradients_of_peft(kind, dtype, tolerance):
     assert_same(gradients(model), expected, tolerance)
     two_pass(score, rows, blocks_of(rows, 4), loss, torch.Tensor.backward, num_members=K)
     assert_same(gradients(model), expected, tolerance)
+    # checkpointed, against the models without it
+    model.gradient_checkpointing_enable()
+    model.train()
+    stacked_pass(score, rows, blocks_of(rows, 2), loss, torch.Tensor.backward)
+    assert_same(gradients(model), expected, tolerance)
+    two_pass(score, rows, blocks_of(rows, 4), loss, torch.Tensor.backward, num_members=K)
+    assert_same(gradients(model), expected, tolerance)
 
 
 def test_checkpointed_layers_are_computed_again_under_the_members_of_their_forward_pass():

@@ -14,6 +14,7 @@ from vifamily.llm import ready, running
 from vifamily.llm._extra import require
 from vifamily.llm.manifest import read_manifest
 from vifamily.llm.reading import read_records
+from vifamily.llm.serving import vllm_command
 from vifamily.report import png, write_bytes
 from vifamily.rng import generator
 
@@ -181,8 +182,18 @@ def _route(
     return 0
 
 
-def _inspect(folder: Folder, *, as_json: Json = False, debug: Debug = False) -> int:
+def _inspect(
+    folder: Folder,
+    *,
+    as_json: Json = False,
+    vllm: Annotated[bool, typer.Option("--vllm", help="Print the command that serves the members with vLLM.")] = False,
+    base: Base = None,
+    debug: Debug = False,
+) -> int:
     """Show what a saved ensemble says of itself, and check its files; loads no model."""
+    if vllm:
+        typer.echo(vllm_command(folder, base=base))
+        return 0
     manifest = read_manifest(folder)
     if as_json:
         typer.echo(manifest.to_json(), nl=False)

@@ -25,6 +25,15 @@ from vifamily.rng import generator
 
 __all__ = ["RunSettings", "flags", "parse", "run_training"]
 
+_FOREIGN = {
+    "packing": "rows must stay apart to be routed",
+    "padding_free": "rows must stay apart to be routed",
+    "use_dora": "DoRA rescales the merged weight of each member, which stacked adapters do not form",
+    "modules_to_save": "a module trained whole would be a copy of it for each member",
+    "lora_modules_to_save": "a module trained whole would be a copy of it for each member",
+}
+"""Flags of TRL that are refused, each with the reason."""
+
 
 @dataclasses.dataclass
 class RunSettings:
@@ -112,11 +121,13 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
     )
     merged: list[str] = []
     for name, value in _read_yaml(config).items():
+        _refuse_foreign([f"--{name}"])
         if name not in known:
             raise ConfigError(f"{config} has an unknown key {name!r}.{_nearest(name, known)}")
         if value is not None:
             merged += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
     given = [*merged, *arguments]
+    _refuse_foreign(given)
     unknown = [word for word in given if word.startswith("--") and word.partition("=")[0] not in known]
     if unknown:
         raise ConfigError(f"unknown flag {unknown[0]}.{_nearest(unknown[0], known)}")
@@ -259,6 +270,14 @@ def _cost(
         )
     except VifamilyError as error:
         return f"cost of a step: not counted. {error}"
+
+
+def _refuse_foreign(given: Sequence[str]) -> None:
+    """Say why a flag that TRL has is not here, where it stands for what an ensemble cannot do."""
+    for word in given:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in _FOREIGN:
+            raise ConfigError(f"--{name} cannot be used for an ensemble: {_FOREIGN[name]}. Leave it out.")
 
 
 def _read_yaml(path: Path | None) -> dict[str, Any]:
