@@ -92,7 +92,12 @@ class OutOfFold:
         # without the shortfall: the bound is to hold whatever the fit is
         value, error = length_of(self.angle_pos, self.angle_neg)
         most = max(LONGEST * self._most_certain(level), SHORTEST)
-        return float(np.clip(value - stats.norm.ppf(level) * error, SHORTEST, most))
+        quantile = float(stats.norm.ppf(level))
+        low = value - quantile * error
+        if quantile > 0:
+            # near 2 the error falls with the length: a value that is too high has an error that is too small
+            low = min(low, _score_ends(value, error, quantile**2, self._size())[0])
+        return float(np.clip(low, SHORTEST, most))
 
     def length_interval(self, level: float) -> tuple[float, float]:
         """Return the two-sided score interval of the arc length at a level, in ``[sqrt(2), 2]``.
@@ -103,8 +108,7 @@ class OutOfFold:
         """
         value, error = self.length()
         quantile = float(stats.norm.ppf((1 + level) / 2))
-        size = 2 / (1 / len(self.angle_pos) + 1 / len(self.angle_neg))
-        low, high = _score_ends(value, error, quantile**2, size)
+        low, high = _score_ends(value, error, quantile**2, self._size())
         most = max(LONGEST * self._most_certain((1 + level) / 2), SHORTEST)
         return float(np.clip(min(low, value - quantile * error), SHORTEST, most)), high
 
@@ -113,6 +117,9 @@ class OutOfFold:
         value, error = self.auc()
         most = max(self._most_certain(level), 0.5)
         return float(np.clip(value - stats.norm.ppf(level) * error, 0.5, most))
+
+    def _size(self) -> float:
+        return 2 / (1 / len(self.angle_pos) + 1 / len(self.angle_neg))
 
     def _most_certain(self, level: float) -> float:
         """The exact lower bound of a rate at which as many independent trials as there are pairs did not fail once.
