@@ -326,13 +326,18 @@ def benchmark_command(
     problems: Annotated[str | None, typer.Option(help="Problems of the suite, separated by commas.")] = None,
     families: Annotated[str | None, typer.Option(help="mean_field, full_rank or both.")] = None,
     solvers: Annotated[str | None, typer.Option(help="Solvers of this package, separated by commas.")] = None,
-    peers: Annotated[str | None, typer.Option(help="Of numpyro,blackjax,pathfinder,pymc,pyro, or none.")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="Of numpyro,blackjax,pathfinder,pymc,pyro; sbi,sbi_maf; or none.")
+    ] = None,
     peers_dir: Annotated[Path | None, typer.Option(help="Folder of the peers' environments.")] = None,
     install_peers: Annotated[bool, typer.Option("--install-peers", help="Create missing environments.")] = False,
     repeats: Annotated[int | None, typer.Option(min=1, help="Rounds over all sides; 3 by default.")] = None,
     budget: Annotated[float | None, typer.Option(min=0.01, help="Most seconds of steps of a run, by --clock.")] = None,
     clock: Annotated[str, typer.Option(help="wall, or cpu on a busy machine.")] = "wall",
     quick: Annotated[bool, typer.Option("--quick", help="Two problems, one round, what is installed.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder with reference posteriors, for npe.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of npe, separated by commas.")] = None,
+    simulations: Annotated[int | None, typer.Option(min=20, help="Simulations of npe; 10,000 by default.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the picture, PNG.")] = None,
     quiet: Quiet = False,
@@ -348,7 +353,7 @@ def benchmark_command(
 
     options = Options(
         _words(problems), _words(families), _words(solvers), _words(peers), peers_dir, install_peers, repeats, budget,
-        clock, quick, say,
+        clock, quick, say, data, _words(tasks), simulations,
     )  # fmt: skip
     report = benchmark_named(name).run(options)
     console = _console(quiet=quiet)

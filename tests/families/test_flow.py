@@ -130,3 +130,24 @@ def test_validation_of_torch_stays_as_found(before, state):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [state]
+
+
+@pytest.mark.parametrize("context_dim", [None, 3])
+def test_density_of_a_spline_flow_is_that_of_the_layers(context_dim):
+    source = torch.Generator().manual_seed(0)
+    latent = LatentSpec(4, context_dim=context_dim)
+    family = Flow(transforms=2, hidden=[16], direction="density").build(latent, generator=source)
+    assert family.spline_first
+    with torch.no_grad():
+        for p in family.layers.parameters():
+            p.mul_(1.7)  # away from the identity
+    context = None if context_dim is None else torch.randn(5, context_dim, generator=source, dtype=torch.float64)
+    z = 2 * torch.randn(6, 5, 4, generator=source, dtype=torch.float64)
+    found = family.log_prob(z, context)
+    family.spline_first = False
+    assert (found - family.log_prob(z, context)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("options", [{"kind": "maf", "direction": "density"}, {"kind": "nsf"}])
+def test_other_flows_keep_their_own_pass(options):
+    assert not built(**options).spline_first

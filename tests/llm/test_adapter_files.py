@@ -144,5 +144,5 @@ def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="leave it out for answers"):
         SFTEnsembleTrainer(
             model, transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
-            processing_class=None, options=EnsembleOptions(reference_adapter="x"),
+            processing_class=tiny_tokenizer(["a b"], kind="word"), options=EnsembleOptions(reference_adapter="x"),
         )  # fmt: skip

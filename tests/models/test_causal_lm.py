@@ -7,6 +7,7 @@ import torch
 
 import vifamily as vf
 from tests.llm.conftest import spread_members, tiny_base
+from vifamily.diagnostics.routing import mixture_log_score
 from vifamily.errors import ConfigError, DataError
 from vifamily.numerics.soft_routing import power_value
 from vifamily.rng import scoped
@@ -163,6 +164,19 @@ def test_other_laws_of_adapters_fit_too():
     draws = found.draws(20)
     base = model.log_likelihood(torch.zeros(1, model.dim, dtype=torch.float64)).sum()
     assert float(model.log_likelihood(draws).sum(1).mean()) > float(base)
+
+
+def test_walsh_hadamard_adapters_begin_at_the_base_and_their_draws_are_scored_as_a_mixture():
+    weights = "walsh_hadamard(residual=True, include='*q_proj, *v_proj')"
+    model, low_rank = (CausalLM(tiny_base(), ROWS[:2], weights=w) for w in (weights, WEIGHTS))
+    assert model.dim == 4 * 16  # the side of each of four layers, where a rank costs 32 or 24
+    zero = [torch.zeros(1, m.dim, dtype=torch.float64) for m in (model, low_rank)]
+    assert torch.allclose(model.log_likelihood(zero[0]), low_rank.log_likelihood(zero[1]), atol=1e-12)
+    found = vf.fit(model, family="mean_field", objective="elbo", seed=0, steps=30, progress=False)
+    ll = model.log_likelihood(found.draws(20))
+    assert float(ll.sum(1).mean()) > float(model.log_likelihood(zero[0]).sum())
+    score = mixture_log_score(ll, torch.zeros(20, dtype=torch.float64))
+    assert score.mixture_mean >= score.member_mean
 
 
 def test_bad_arguments_are_refused():

@@ -12,6 +12,7 @@ from vifamily.numerics import hadamard_kernel
 from vifamily.numerics.hadamard import hadamard as torch_hadamard
 from vifamily.numerics.hadamard_kernel import compile_kernel, hadamard
 from vifamily.numerics.native import _library
+from vifamily.numerics.walsh_hadamard import walsh_product
 from vifamily.rng import scoped
 
 
@@ -80,6 +81,22 @@ def test_a_tracer_sees_one_operation(kernel):
     torch.testing.assert_close(gradient(2 * x), 4 * x, rtol=0, atol=1e-10)
 
 
+def test_a_tracer_that_does_not_ask_for_the_kernel_is_shown_products(kernel):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x = normal(2, 64)
+    code = make_fx(lambda v: hadamard(v))(x).code
+    assert "aten.mm" in code and "vifamily" not in code
+    assert "vifamily.hadamard" in make_fx(lambda v: hadamard(v, kernel=kernel))(x).code
+
+
+def test_layers_use_the_kernel_once_it_is_there(kernel):
+    x, left, core, right = normal(3, 64), normal(64), normal(64), normal(64)
+    found = walsh_product(x, left, core, right)
+    wanted = left * torch_hadamard(core * torch_hadamard(right * x))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
 def test_a_parameter_and_a_subclass(kernel):
     class Own(torch.Tensor):
         pass
@@ -107,6 +124,16 @@ def test_compiled_graph(kernel):
     y = x.clone().requires_grad_()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(y).backward()
     torch.testing.assert_close(y.grad, found, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.usefixtures("validation")
+@pytest.mark.parametrize("loaded", [True, False])
+def test_compiled_graph_of_a_layer(kernel, monkeypatch, loaded):
+    if not loaded:
+        monkeypatch.setattr(hadamard_kernel, "_LOADED", {})
+    x, left, core, right = normal(3, 32), normal(32), normal(32), normal(32)
+    found = torch.compile(walsh_product, fullgraph=True, backend="aot_eager")(x, left, core, right)
+    torch.testing.assert_close(found, walsh_product(x, left, core, right), rtol=1e-12, atol=1e-10)
 
 
 def test_layouts(kernel):
@@ -142,9 +169,9 @@ def test_errors(monkeypatch):
 
 def test_the_installed_cuda_kernel_is_chosen_and_called(monkeypatch):
     fake = types.ModuleType("fast_hadamard_transform")
-    fake.__spec__ = types.SimpleNamespace(name="fast_hadamard_transform")  # type: ignore[assignment]
     fake.hadamard_transform = lambda x, scale: torch_hadamard(x, orthonormal=False) * scale  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fast_hadamard_transform", fake)
+    monkeypatch.setattr(hadamard_kernel, "_DAO_INSTALLED", True)
     assert hadamard_kernel._way("cuda", torch.float32, 256, "auto") == "dao"
     assert hadamard_kernel._way("cuda", torch.float64, 256, "auto") is None
     assert hadamard_kernel._way("cuda", torch.float32, 256, "torch") is None

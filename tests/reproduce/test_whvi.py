@@ -61,7 +61,7 @@ def test_digits_are_told_apart():
 
 def test_bands_are_those_of_the_data():
     found = toy_bands(Budget(steps=200, hidden=(32,), draws=64), 0)
-    assert found["mean"].shape == found["total"].shape == (201,)
+    assert found["mean"].shape == found["total"].shape == (301,)
     assert bool((found["total"] > found["epistemic"]).all())
 
 

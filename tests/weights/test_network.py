@@ -422,6 +422,24 @@ def test_prior_and_cross_entropy_are_those_of_independent_normals():
     assert made.gaussian_prior
 
 
+def test_parameters_exchanged_by_name_are_put_back():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    for spec in ("dense", "walsh_hadamard"):
+        made = convert(net, spec, include="*.weight")
+        x, z = torch.ones(2, 3, dtype=torch.float64), torch.ones(1, made.dim, dtype=torch.float64)
+        own = {name: p for name, p in made.named_parameters() if p.requires_grad}
+        other = {name: p.detach() + 1 for name, p in own.items()}
+        before = made(x, z).detach()
+        assert not torch.allclose(functional_call(made, other, (x, z)), before)
+        torch.testing.assert_close(made(x, z), before)
+        after = dict(made.named_parameters())
+        assert all(after[name] is p for name, p in own.items())
+        again = copy.deepcopy(made)
+        with torch.no_grad():
+            dict(again.named_parameters())["net.2.bias"].add_(1)
+        torch.testing.assert_close(again(x, z), before + 1)
+
+
 def test_fitted_prior_is_the_best_scale():
     made = convert(initialised(mlp()))
     source = seeded(3)

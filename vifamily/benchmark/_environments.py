@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vifamily.errors import BenchmarkError, ConfigError
 
-__all__ = ["LAYER_PEERS", "PEERS", "Peer", "default_folder", "install", "interpreter"]
+__all__ = ["LAYER_PEERS", "NPE_PEERS", "PEERS", "Peer", "default_folder", "install", "interpreter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,10 @@ _LAYERS = Peer(
 )
 LAYER_PEERS: dict[str, Peer] = {"bayesian_torch": _LAYERS, "torchbnn": _LAYERS, "blitz": _LAYERS}
 """Libraries of layers with random weights, in one environment."""
-_ALL = {**PEERS, **LAYER_PEERS}
+_SBI = Peer("sbi_npe", "sbi", ("torch==2.13.0", "sbi==0.27.0"))
+NPE_PEERS: dict[str, Peer] = {"sbi": _SBI, "sbi_maf": _SBI}
+"""Neural posterior estimation of sbi: with the neural spline flow of published tables, and with its own default."""
+_ALL = {**PEERS, **LAYER_PEERS, **NPE_PEERS}
 
 
 def default_folder() -> Path:

@@ -32,6 +32,9 @@ class Options:
         clock: ``"wall"`` or ``"cpu"``.
         quick: Two problems, one round, a small budget.
         say: Called with a line on what is being done.
+        data: Folder with reference data, where a benchmark needs some.
+        tasks: Names of tasks.
+        simulations: Number of simulations.
     """
 
     problems: tuple[str, ...] | None = None
@@ -45,6 +48,9 @@ class Options:
     clock: str = "wall"
     quick: bool = False
     say: Callable[[str], None] = print
+    data: Path | None = None
+    tasks: tuple[str, ...] | None = None
+    simulations: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

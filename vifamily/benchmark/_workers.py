@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vifamily.errors import BenchmarkError
 
-__all__ = ["Answer", "Run", "ask", "ask_rows", "read_answer"]
+__all__ = ["Answer", "Run", "ask", "ask_and_read", "ask_rows", "read_answer", "read_files"]
 
 _FOLDER = Path(__file__).resolve().parent
 _MOST_BYTES = 2**31
+_OWN = ("vifamily_fit", "vifamily_npe", "pyro_svi")
+"""Workers that run in this interpreter and import this package."""
+_Read = TypeVar("_Read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +90,29 @@ def ask(
     Raises:
         BenchmarkError: If it cannot be started, fails, takes too long or answers something that cannot be used.
     """
+    read = functools.partial(read_answer, dim=int(job["dim"]), settings=len(job["settings"]))
+    return ask_and_read(interpreter, script, job, data, limit=limit, folder=folder, read=read)
+
+
+def ask_and_read(
+    interpreter: Path,
+    script: str,
+    job: dict[str, Any],
+    data: dict[str, np.ndarray],
+    *,
+    limit: float,
+    folder: Path,
+    read: Callable[[Path], _Read],
+) -> _Read:
+    """Run a worker, and read what it left in its folder by ``read``; as :func:`ask` otherwise.
+
+    Raises:
+        BenchmarkError: As :func:`ask`.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         place = Path(scratch)
         _work(interpreter, script, job, data, limit, place)
-        return read_answer(place, dim=int(job["dim"]), settings=len(job["settings"]))
+        return read(place)
 
 
 def ask_rows(
@@ -129,7 +153,7 @@ def _work(
     named = f"import sys; sys.path.append({str(_FOLDER)!r}); from peers.{script} import main; main(sys.argv[1])"
     command = [str(interpreter), *([script] if script.endswith(".py") else ["-c", named]), str(place / "job.json")]
     environment = _environment()
-    if script not in ("vifamily_fit", "pyro_svi"):
+    if script not in _OWN:
         environment.pop("PYTHONPATH")  # the peers' interpreters need nothing of this one's
     try:
         done = subprocess.run(
@@ -144,20 +168,29 @@ def _work(
         raise BenchmarkError(f"the worker {script} failed: {last[0][:300]}")
 
 
-def read_answer(folder: Path, *, dim: int, settings: int) -> Answer:
-    """Read and check a worker's answer.
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Read the two files of an answer: plain values and arrays.
 
     Raises:
-        BenchmarkError: If a file is missing or damaged, or shapes, numbers or their order cannot be right.
+        BenchmarkError: If a file is missing, damaged or too large.
     """
     try:
         content = json.loads((folder / "answer.json").read_text("utf-8"))
         if (folder / "answer.npz").stat().st_size > _MOST_BYTES:
             raise BenchmarkError("the worker's answer is larger than 2 GB.")
         with (folder / "answer.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
+            return content, {key: stored[key] for key in stored.files}
     except (OSError, ValueError, EOFError, KeyError, RecursionError, zipfile.BadZipFile) as error:
         raise BenchmarkError(f"the worker's answer cannot be read: {error}.") from error
+
+
+def read_answer(folder: Path, *, dim: int, settings: int) -> Answer:
+    """Read and check a worker's answer.
+
+    Raises:
+        BenchmarkError: If a file is missing or damaged, or shapes, numbers or their order cannot be right.
+    """
+    content, arrays = read_files(folder)
     try:
         runs = content["runs"]
         if not isinstance(runs, list) or len(runs) != settings:

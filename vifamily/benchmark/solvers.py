@@ -91,6 +91,9 @@ def _sides(options: Options, folder: Path) -> dict[str, tuple[Path | None, str]]
     own = options.solvers or ("auto", "lbfgs", "adam")
     sides: dict[str, tuple[Path | None, str]] = {f"vifamily {s}": (Path(sys.executable), "vifamily_fit") for s in own}
     wanted = tuple(PEERS) if options.peers is None else options.peers
+    for name in wanted:
+        if name not in PEERS:
+            raise ConfigError(f"there is no peer {name!r} here: choose among {', '.join(PEERS)}, or none.")
     if options.install_peers:
         install(wanted, folder)
     for name in wanted:

@@ -15,6 +15,7 @@ from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
 from vifamily.families._foreign import load
 from vifamily.families._nets import check_positive, check_widths
 from vifamily.families._planar import Planar
+from vifamily.families._spline_pass import is_spline_stack, spline_pass
 from vifamily.families.full_rank import strict_lower, whiten
 from vifamily.registry import register
 from vifamily.rng import scoped
@@ -189,6 +190,7 @@ class FlowFamily(Family):
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.layers = layers
         self.density_first = entry.direction == "density"
+        self.spline_first = self.density_first and is_spline_stack(layers)
         self.full = entry.affine == "full" or (entry.affine == "auto" and dim <= _LARGEST_FULL)
         self.capabilities = entry.capabilities
         # zuko inverts Bernstein polynomials by calls of autograd that vmap does not allow
@@ -227,11 +229,14 @@ class FlowFamily(Family):
         v = (u - self.loc) * (-self.log_diagonal).exp()
         if self.full:
             v = whiten(strict_lower(self.lower, self.position), v)
-        layers = self.layers(context)
-        if self.density_first:
-            base, inverse = layers.call_and_ladj(v)
+        if self.spline_first:
+            base, inverse = spline_pass(self.layers, v, context)
+            log_jacobian = -inverse
+        elif self.density_first:
+            base, inverse = self.layers(context).call_and_ladj(v)
             log_jacobian = -inverse
         else:
+            layers = self.layers(context)
             base = layers.inv(v)
             _, log_jacobian = layers.call_and_ladj(base)
         out: Tensor = _standard_normal(base) - log_jacobian - self.log_diagonal.sum(-1)

@@ -13,7 +13,8 @@ from torch import Tensor
 from vifamily.errors import ConfigError
 from vifamily.families._base import uniform_log_weight
 from vifamily.families._elliptical import EllipticalEntry, EllipticalFamily, Radial
-from vifamily.numerics.hadamard import dyadic_convolution, hadamard, split_powers_of_two
+from vifamily.numerics.hadamard import dyadic_convolution, split_powers_of_two
+from vifamily.numerics.hadamard_kernel import hadamard
 from vifamily.registry import register
 from vifamily.types import Draw, LatentSpec, NoiseSpec
 

@@ -23,6 +23,7 @@ __all__ = [
     "batches",
     "choose_speakers",
     "end_tokens",
+    "group_sums",
     "is_conversation",
     "positive",
 ]
@@ -145,6 +146,21 @@ def answer_prompts(
             after = done.log_weight[:, k] if one is None else None
             found[i] = Answer(i // num_answers, text, said, one, after, float(done.mixture_log_prob[k]))
     return [found[i] for i in range(len(ids))]
+
+
+def group_sums(log_likelihood: Tensor, rows: Sequence[Row]) -> tuple[Tensor, list[str]]:
+    """Sums over the rows of each group, ``(member, group)``, with the names of the groups in the order of the rows.
+
+    Raises:
+        DataError: If a row has no group.
+    """
+    names = [row.group for row in rows]
+    if None in names:
+        raise DataError("rows have no group: prepare them with group_column=, the column that names it.")
+    order = list(dict.fromkeys(str(name) for name in names))
+    index = torch.tensor([order.index(str(name)) for name in names])
+    summed = torch.zeros(len(log_likelihood), len(order), dtype=log_likelihood.dtype)
+    return summed.index_add_(1, index, log_likelihood), order
 
 
 def end_tokens(model: StackedCausalLM, tokenizer: Any) -> frozenset[int]:

@@ -9,7 +9,7 @@ from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.stochastic import StochasticCausalLM
 
-__all__ = ["check_arguments", "check_draws", "check_engines"]
+__all__ = ["check_arguments", "check_draws", "check_engines", "check_reference"]
 
 _REFUSED = {
     "packing": "rows must stay apart to be routed",
@@ -54,6 +54,27 @@ def check_draws(model: StackedCausalLM, options: EnsembleOptions) -> None:
         raise ConfigError(
             "without a prior the standard deviations of mean field shrink to nothing: give prior_weight=, for the ELBO "
             "one over the number of scored tokens, or of pairs."
+        )
+
+
+def check_reference(options: EnsembleOptions, *, pairs: bool, known: bool) -> None:
+    """Refuse an adapter as reference where there is none to have, or where another is known.
+
+    Args:
+        options: The ensemble's options.
+        pairs: Whether preferences are trained on.
+        known: Whether records say log probabilities under a reference.
+
+    Raises:
+        ConfigError: If it cannot be the reference.
+    """
+    folder = options.reference_adapter
+    if folder is not None and not pairs:
+        raise ConfigError("reference_adapter= is the reference policy of preferences: leave it out for answers.")
+    if folder is not None and known:
+        raise ConfigError(
+            f"the records have ref_chosen_logps and ref_rejected_logps, and reference_adapter={folder!r} is another "
+            "reference: leave one of them out."
         )
 
 

@@ -20,6 +20,7 @@ from vifamily.llm._answers import (
     as_prompts,
     batches,
     choose_speakers,
+    group_sums,
     is_conversation,
     positive,
 )
@@ -208,12 +209,7 @@ class Ensemble:
         ll = self.log_likelihood(rows, batch_size=batch_size)
         if not group:
             return responsibilities(ll, self.log_weight, alpha, unit="sequence")
-        names = [row.group for row in rows]
-        if None in names:
-            raise DataError("rows have no group: prepare them with group_column=, the column that names it.")
-        order = list(dict.fromkeys(str(name) for name in names))
-        index = torch.tensor([order.index(str(name)) for name in names])
-        summed = torch.zeros(len(ll), len(order), dtype=ll.dtype).index_add_(1, index, ll)
+        summed, order = group_sums(ll, rows)
         return responsibilities(summed, self.log_weight, alpha, unit="group", unit_names=order)
 
     # --- weights from a context ---

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.llm._after_step import AfterStep, step_callback
-from vifamily.llm._arguments import check_arguments, check_draws, check_engines
+from vifamily.llm._arguments import check_arguments, check_draws, check_engines, check_reference
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
 from vifamily.llm._checkpoints import check_complete, last_checkpoint
 from vifamily.llm._extra import require
@@ -64,19 +64,13 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
         check_draws(model, self.options)
         if self.pairs and self.options.unit not in ("sequence", "group"):
             raise ConfigError(f"preferences are routed by 'sequence' or 'group', got unit={self.options.unit!r}.")
-        if self.options.reference_adapter is not None and not self.pairs:
-            raise ConfigError("reference_adapter= is the reference policy of preferences: leave it out for answers.")
         tokenizer = check_tokenizer(processing_class)
         self._reference: dict[str, Any] = {}
         train = self._prepared(train_dataset, tokenizer, "train")
         evaluation = self._prepared(eval_dataset, tokenizer, "eval")
         self._tally = {"train": Tally(), "eval": Tally()}
+        check_reference(self.options, pairs=self.pairs, known=bool(self._reference))
         folder = self.options.reference_adapter
-        if folder is not None and self._reference:
-            raise ConfigError(
-                f"the records have {_REFERENCE[0]} and {_REFERENCE[1]}, and reference_adapter={folder!r} is another "
-                "reference: leave one of them out."
-            )
         self._reference_adapter = None if folder is None else SavedAdapter(folder, model)
         self._after_step = AfterStep(self.options, model.num_members, args.seed)
         with scoped(args.seed):

@@ -28,6 +28,7 @@ KERNELS = ("auto", "torch", "compiled")
 
 _LOADED: dict[torch.dtype, Any] = {}
 """Functions of the compiled library by dtype, once it is loaded."""
+_DAO_INSTALLED = importlib.util.find_spec("fast_hadamard_transform") is not None
 _DAO_LARGEST = 2**15
 
 
@@ -181,8 +182,7 @@ def _way(device: str, dtype: torch.dtype, size: int, kernel: str) -> str | None:
         handled = dtype in (torch.float32, torch.float64)
         return "processor" if handled and (kernel == "compiled" or _LOADED) else None
     if device == "cuda":
-        found = importlib.util.find_spec
-        if dtype != torch.float64 and size <= _DAO_LARGEST and found("fast_hadamard_transform"):
+        if dtype != torch.float64 and size <= _DAO_LARGEST and _DAO_INSTALLED:
             return "dao"
         if kernel == "auto" or dtype != torch.float32:
             return None
@@ -207,7 +207,7 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
         orthonormal: Whether to divide by ``sqrt(D)``.
         kernel: ``"torch"`` for the transform of `vifamily.numerics.hadamard`; ``"compiled"`` for a kernel, which is
             compiled on its first use; ``"auto"`` for a kernel where `compile_kernel` was called or, on a CUDA device,
-            ``fast_hadamard_transform`` is installed, and torch otherwise.
+            ``fast_hadamard_transform`` is installed, and torch otherwise and where a tracer watches.
 
     Returns:
         ``(..., D)`` in the dtype of ``x``.
@@ -226,7 +226,9 @@ def hadamard(x: Tensor, *, orthonormal: bool = True, kernel: str = "auto") -> Te
     if kernel not in KERNELS:
         raise ConfigError(f"kernel is one of {', '.join(KERNELS)}, got {kernel!r}.")
     size = x.shape[-1] if x.dim() else 0
-    way = _way(x.device.type, x.dtype, size, kernel)
+    # a tracer that is not asked for the kernel is shown products, which it can take apart
+    traced = kernel == "auto" and not torch.compiler.is_compiling() and _observed()
+    way = None if traced else _way(x.device.type, x.dtype, size, kernel)
     if way is None:
         return torch_hadamard(x, orthonormal=orthonormal)
     scale = float(size) ** -0.5 if orthonormal else 1.0

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vifamily.errors import ShapeError
-from vifamily.numerics.hadamard import dyadic_convolution, hadamard
+from vifamily.numerics.hadamard import dyadic_convolution
+from vifamily.numerics.hadamard_kernel import hadamard
 
 __all__ = [
     "isotropic_cross_entropy",

@@ -153,6 +153,8 @@ class _Cosine(nn.Module):
 def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
     """A curve seen in two stretches, with noise of variance exp(-3): posterior mean and both parts of the spread.
 
+    The layers are random features: cosines with phases drawn at random, as points of the model.
+
     Returns:
         ``x``, ``y`` (data), ``grid``, ``mean``, ``epistemic`` and ``total`` (standard deviations on the grid).
     """
@@ -160,12 +162,15 @@ def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
     half = torch.rand(64, generator=source)
     x = torch.cat([half[:32] * 0.8 - 1.0, half[32:] * 0.8 + 0.2])[:, None]
     y = torch.sin(4 * x) + 0.5 * x + math.exp(-1.5) * torch.randn(x.shape, generator=source)
-    model = Network(
-        dense_net([1, *budget.hidden, 1], _Cosine, seed), f"gaussian(sd={math.exp(-1.5)})", (x, y),
-        "walsh_hadamard(gain=linear)", seed=seed,
-    )  # fmt: skip
+    net = dense_net([1, *budget.hidden, 1], _Cosine, seed)
+    with torch.no_grad():
+        for layer in list(net)[:-1:2]:  # with phases of zero every draw of the weights has the same slope at zero
+            if isinstance(layer, nn.Linear):
+                layer.bias.copy_(2 * math.pi * torch.rand(layer.bias.shape, generator=source))
+    # diagonals that are points would take up the spread of the prior: here they are latent
+    model = Network(net, f"gaussian(sd={math.exp(-1.5)})", (x, y), "walsh_hadamard(scales=latent)", seed=seed)
     draws = _fitted(model, budget, seed)
-    grid = torch.linspace(-2, 2, 201)[:, None]
+    grid = torch.linspace(-3, 3, 301)[:, None]
     found = model.predict(draws, grid)
     return {
         "x": x[:, 0], "y": y[:, 0], "grid": grid[:, 0], "mean": found.mean[:, 0],

@@ -95,7 +95,10 @@ class NetworkWeights(nn.Module):
                     module.register_buffer(key, value.detach().clone(), persistent=full not in made)
         for name, layer in layers.items():
             if isinstance(getattr(layer, "module", None), nn.Module):
-                layer.module = self.net.get_submodule(name)  # the net's own: one set of points for both
+                # the net's own, one set of points for both; under one name only: whoever exchanges parameters by names
+                # (torch.func.functional_call) would exchange and put back those of a module with two of them twice
+                del layer.module
+                layer.__dict__["module"] = self.net.get_submodule(name)
 
     def train(self, mode: bool = True) -> NetworkWeights:  # noqa: FBT001, FBT002 - torch's own signature
         """Set the mode of this module; the network inside stays in eval mode."""

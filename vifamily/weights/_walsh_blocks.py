@@ -12,6 +12,10 @@ from vifamily.numerics.hadamard import next_power_of_two
 __all__ = ["Blocks"]
 
 
+_WRITTEN = 16
+"""Most numbers of a block that is written out, relative to those of the diagonals it would replace."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """Square blocks that make a weight tensor.
@@ -65,11 +69,13 @@ class Blocks:
         """Take a layout by name.
 
         ``"auto"`` stacks, or for a convolution takes the layout with the shorter diagonals of ``"stack"`` and
-        ``"taps"``; a layer so thin that one reshaped block needs at most a quarter of that is reshaped.
+        ``"taps"``; a layer so thin that one reshaped block needs at most a quarter of that is reshaped, unless the
+        block, which must be written out, is large beside the diagonals: with a draw for each datum that would cost
+        far more than the product.
 
         Example:
-            >>> [Blocks.choose(s, "auto").kind for s in ((128, 128), (1, 128), (128, 1), (64, 64, 3, 3))]
-            ['stack', 'reshape', 'reshape', 'taps']
+            >>> [Blocks.choose(s, "auto").kind for s in ((128, 128), (1, 128), (128, 1), (64, 64, 3, 3), (1024, 64))]
+            ['stack', 'reshape', 'reshape', 'taps', 'stack']
         """
         if layout != "auto":
             return cls(shape, "stack" if layout == "taps" and len(shape) == 2 else layout)
@@ -77,4 +83,4 @@ class Blocks:
         if len(shape) > 2:
             best = min(cls(shape, "taps"), best, key=lambda b: b.numbers)
         thin = cls(shape, "reshape")
-        return thin if 4 * thin.numbers <= best.numbers else best
+        return thin if 4 * thin.numbers <= best.numbers and thin.size**2 <= _WRITTEN * best.numbers else best

@@ -113,10 +113,13 @@ class Job:
             if run.points:
                 arrays[f"{i}/points"] = np.array(run.points, dtype=np.float64)
                 arrays[f"{i}/mean"], arrays[f"{i}/scale"] = np.stack(run.means), np.stack(run.scales)
+        self.write(arrays, runs=runs, **info)
+
+    def write(self, arrays: dict[str, Any], **info: Any) -> None:
+        """Write arrays and plain values, and the peak memory of the process, as the answer."""
         with (self.folder / "answer.npz").open("wb") as file:
             np.savez(file, **arrays)
-        text = json.dumps({"runs": runs, "memory_mb": peak_memory(), **info})
-        (self.folder / "answer.json").write_text(text, "utf-8")
+        (self.folder / "answer.json").write_text(json.dumps({"memory_mb": peak_memory(), **info}), "utf-8")
 
 
 def peak_memory() -> float:

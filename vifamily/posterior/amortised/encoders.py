@@ -85,6 +85,14 @@ class Encoder(nn.Module):
 class EncoderEntry(abc.ABC):
     """Hyper-parameters of an encoder; builds it once the shape of the data is known."""
 
+    def __post_init__(self) -> None:
+        """Check the widths that the entry has."""
+        for name in ("hidden", "channels"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, check_widths(name, getattr(self, name)))
+        if hasattr(self, "outputs"):
+            check_positive("outputs", self.outputs)
+
     @abc.abstractmethod
     def build(
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
@@ -113,11 +121,6 @@ class Vector(EncoderEntry):
 
     hidden: Sequence[int] = ()
     outputs: int = 32
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        object.__setattr__(self, "hidden", check_widths("hidden", self.hidden))
-        check_positive("outputs", self.outputs)
 
     def build(
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
@@ -157,16 +160,11 @@ class Set(EncoderEntry):
     hidden: Sequence[int] = (64,)
     outputs: int = 32
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        object.__setattr__(self, "hidden", check_widths("hidden", self.hidden))
-        check_positive("outputs", self.outputs)
-
     def build(
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> Encoder:
         """Build the encoder."""
-        _check_rank(self, shape, 2, "(item, number)")
+        _check_rank(self, shape, (2,), "(item, number)")
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         width = self.hidden[-1]
         each = mlp(shape[1], self.hidden, width, generator, **options)
@@ -188,34 +186,12 @@ class Series(EncoderEntry):
     channels: Sequence[int] = (16, 32)
     outputs: int = 32
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        object.__setattr__(self, "channels", check_widths("channels", self.channels))
-        check_positive("outputs", self.outputs)
-
     def build(
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> Encoder:
         """Build the encoder."""
-        if len(shape) not in (1, 2):
-            _check_rank(self, shape, 2, "(time, number) or (time,)")
-        numbers, length = (shape[1] if len(shape) == 2 else 1), shape[0]
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        layers: list[nn.Module] = [_ChannelsFirst(len(shape) == 1)]
-        for width in self.channels:
-            layers += [_convolution(nn.Conv1d, numbers, width, 5, generator, **options), nn.SiLU()]
-            numbers, length = width, -(-length // 2)
-        layers += [nn.Flatten(), mlp(numbers * length, (64,), self.outputs, generator, **options)]
-        return Encoder(shape, nn.Sequential(*layers), axes=(0,), **options)
-
-
-class _ChannelsFirst(nn.Module):
-    def __init__(self, plain: bool) -> None:  # noqa: FBT001
-        super().__init__()
-        self.plain = plain
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(1) if self.plain else x.transpose(1, 2)
+        _check_rank(self, shape, (1, 2), "(time, number) or (time,)")
+        return _convolutional(self, shape, nn.Conv1d, 5, last=True, generator=generator, dtype=dtype, device=device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,31 +208,52 @@ class Image(EncoderEntry):
     channels: Sequence[int] = (8, 16, 32)
     outputs: int = 32
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        object.__setattr__(self, "channels", check_widths("channels", self.channels))
-        check_positive("outputs", self.outputs)
-
     def build(
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> Encoder:
         """Build the encoder."""
-        if len(shape) not in (2, 3):
-            _check_rank(self, shape, 3, "(channel, height, width) or (height, width)")
-        plain = len(shape) == 2
-        numbers, height, wide = (1, *shape) if plain else shape
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        layers: list[nn.Module] = [_AddChannel()] if plain else []
-        for width in self.channels:
-            layers += [_convolution(nn.Conv2d, numbers, width, 3, generator, **options), nn.SiLU()]
-            numbers, height, wide = width, -(-height // 2), -(-wide // 2)
-        layers += [nn.Flatten(), mlp(numbers * height * wide, (64,), self.outputs, generator, **options)]
-        return Encoder(shape, nn.Sequential(*layers), axes=(0, 1) if plain else (1, 2), **options)
+        _check_rank(self, shape, (2, 3), "(channel, height, width) or (height, width)")
+        return _convolutional(self, shape, nn.Conv2d, 3, last=False, generator=generator, dtype=dtype, device=device)
 
 
-class _AddChannel(nn.Module):
+class _ChannelsFirst(nn.Module):
+    """Puts the channels before the sides: those of the last axis, or one that is not there."""
+
+    def __init__(self, *, plain: bool) -> None:
+        super().__init__()
+        self.plain = plain
+
     def forward(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(1)
+        return x.unsqueeze(1) if self.plain else x.movedim(-1, 1)
+
+
+def _convolutional(
+    entry: Series | Image, shape: Sequence[int], kind: Any, width: int, *, last: bool, generator: torch.Generator,
+    **options: Any,
+) -> Encoder:  # fmt: skip
+    """Convolutions that halve the sides, then a perceptron; the sides share one standardiser.
+
+    Args:
+        entry: Channels and outputs.
+        shape: Sides, with or without an axis of channels.
+        kind: ``nn.Conv1d`` or ``nn.Conv2d``.
+        width: Width of the convolutions.
+        last: Whether the axis of channels, where there is one, is the last rather than the first.
+        generator: Randomness of the weights.
+        **options: dtype and device.
+    """
+    spatial = 1 if kind is nn.Conv1d else 2
+    plain = len(shape) == spatial
+    start = 0 if plain or last else 1
+    axes = tuple(range(start, start + spatial))
+    sides = [shape[axis] for axis in axes]
+    numbers = math.prod(shape) // math.prod(sides)
+    layers: list[nn.Module] = [_ChannelsFirst(plain=plain)] if plain or last else []
+    for channels in entry.channels:
+        layers += [_convolution(kind, numbers, channels, width, generator, **options), nn.SiLU()]
+        numbers, sides = channels, [-(-side // 2) for side in sides]
+    layers += [nn.Flatten(), mlp(numbers * math.prod(sides), (64,), entry.outputs, generator, **options)]
+    return Encoder(shape, nn.Sequential(*layers), axes=axes, **options)
 
 
 def _convolution(
@@ -290,8 +287,8 @@ class Module(EncoderEntry):
         return Encoder(shape, own, dtype=dtype, device=device)
 
 
-def _check_rank(entry: EncoderEntry, shape: Sequence[int], rank: int, wanted: str) -> None:
-    if len(shape) != rank:
+def _check_rank(entry: EncoderEntry, shape: Sequence[int], ranks: tuple[int, ...], wanted: str) -> None:
+    if len(shape) not in ranks:
         raise ShapeError(f"the encoder {type(entry).__name__} takes data of shape {wanted}, got {tuple(shape)}.")
 
 
