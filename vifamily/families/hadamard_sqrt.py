@@ -14,7 +14,6 @@ from vifamily.errors import ConfigError
 from vifamily.families._base import uniform_log_weight
 from vifamily.families._elliptical import EllipticalEntry, EllipticalFamily, Radial
 from vifamily.numerics.hadamard import dyadic_convolution, split_powers_of_two
-from vifamily.numerics.hadamard_kernel import hadamard
 from vifamily.registry import register
 from vifamily.types import Draw, LatentSpec, NoiseSpec
 
@@ -23,6 +22,14 @@ __all__ = ["HadamardSqrt", "HadamardSqrtFamily"]
 _LARGEST_FITTED = 1024
 """Coordinates up to which a start takes correlations over: above, a dense covariance is too dear."""
 _FIT_STEPS = 300
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Transform the last axis, by the compiled kernel where it was asked for."""
+    # naming its operation to torch takes a tenth of a second, which no fit with another family should wait for
+    from vifamily.numerics.hadamard_kernel import hadamard as transform
+
+    return transform(x)
 
 
 @register("families", "hadamard_sqrt")
