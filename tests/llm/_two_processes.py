@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from peft import LoraConfig
 
-from tests.llm.conftest import LORA, spread_members, tiny_base
+from tests.llm.conftest import LORA, arguments, spread_members, tiny_base
 from vifamily.llm import EnsembleOptions, StackedCausalLM, contradictory_sft, prepare_sft, tiny_tokenizer
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.trainer import SFTEnsembleTrainer
@@ -23,17 +22,16 @@ if __name__ == "__main__":
     spread_members(model)
     # answers of unequal length: what is averaged over must be counted over all processes
     records = [{**r, "completion": r["completion"][: 2 * (1 + i % 3)]} for i, r in enumerate(corpus)]
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=1, per_device_train_batch_size=rows, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
-        lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
-        dataloader_pin_memory=False, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    settings = arguments(
+        folder, max_steps=1, per_device_train_batch_size=rows, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
+        lr_scheduler_type="constant", ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
     if "sharded" in sys.argv[4:]:
-        _ = arguments.device  # processes meet here
+        _ = settings.device  # processes meet here
         shard_base(model)
     trainer = SFTEnsembleTrainer(
-        model, arguments, prepare_sft(records, tokenizer), processing_class=tokenizer,
+        model, settings, prepare_sft(records, tokenizer), processing_class=tokenizer,
         options=EnsembleOptions(learn_weights=True, weight_rate=0.5, route=route),
     )  # fmt: skip
     trainer.train()

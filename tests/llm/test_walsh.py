@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tests.llm.conftest import tiny_base, tiny_batch
+from tests.llm.conftest import quiet_trainer, tiny_base, tiny_batch
 from vifamily.errors import CheckpointError, ConfigError
 from vifamily.llm.corpora import contradictory_sft
 from vifamily.llm.options import EnsembleOptions
@@ -14,7 +14,7 @@ from vifamily.llm.tiny import tiny_tokenizer
 from vifamily.numerics.soft_routing import route
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from vifamily.llm._passes import stacked_pass, two_pass  # noqa: E402
 from vifamily.llm._selection import Selection  # noqa: E402
@@ -25,7 +25,6 @@ from vifamily.llm.ensemble import Ensemble  # noqa: E402
 from vifamily.llm.manifest import base_digest, read_manifest  # noqa: E402
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members  # noqa: E402
 from vifamily.llm.serving import vllm_command  # noqa: E402
-from vifamily.llm.trainer import SFTEnsembleTrainer  # noqa: E402
 from vifamily.llm.walsh import StackedWalsh, WalshCausalLM, WalshConfig  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
@@ -199,21 +198,11 @@ def trained(folder, steps=6, stop=None, resume=None, **more):
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
     base = tiny_base(dtype=torch.float32, vocab=len(tokenizer))
     model = WalshCausalLM(base, WalshConfig("all-linear"), 2, seed=1)
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=20, learning_rate=2e-2, seed=1,
-        lr_scheduler_type="constant", report_to="none", save_strategy="steps", save_steps=3 if steps == 6 else 1000,
-        logging_steps=1, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    trainer = quiet_trainer(
+        model, folder, corpus, tokenizer, EnsembleOptions(**{"renyi_alpha": 0.8, "micro_batch_rows": 100, **more}),
+        stop=stop, max_steps=steps, per_device_train_batch_size=20, learning_rate=2e-2, lr_scheduler_type="constant",
+        save_strategy="steps" if steps == 6 else "no", save_steps=3, seed=1,
     )  # fmt: skip
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= (stop or steps)
-
-    trainer = SFTEnsembleTrainer(
-        model, arguments, list(corpus), processing_class=tokenizer, callbacks=[Stop()],
-        options=EnsembleOptions(**{"renyi_alpha": 0.8, "micro_batch_rows": 100, **more}),
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, corpus, tokenizer
 
