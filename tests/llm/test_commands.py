@@ -79,6 +79,37 @@ def test_baselines_end_in_an_ensemble_of_draws(family, home):
     assert wrong.exit_code != 0 and "--family must be" in wrong.output
 
 
+def test_walsh_hadamard_members(home):
+    out, given = home / "walsh", common(home, "answers.jsonl", home / "walsh")[:-4]  # no rank, no scale of LoRA
+    done = call("sft", *given, "--adapter", "walsh_hadamard", "--num_members", 3, "--learning_rate", 0.01,
+                "--lora_target_modules", "q_proj,v_proj", "--walsh_scale", 0.5)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "Members have 96 numbers each" in done.output  # two layers of 16 inputs, three for each
+    content = json.loads(call("inspect", out, "--json").output)
+    assert (content["adapter"], content["num_members"]) == ("walsh_hadamard", 3)
+    assert json.loads((out / "member_2" / "walsh_hadamard.json").read_text())["scale"] == 0.5
+    scores = json.loads(call("eval", out, home / "answers.jsonl", "--json").stdout)["member_scores"]
+    assert len(set(scores)) == 3
+    pairs = common(home, "pairs.jsonl", home / "walsh-dpo")[:-4]
+    done = call("dpo", *pairs, "--adapter", "walsh_hadamard", "--num_members", 2, "--unit", "group",
+                "--group_column", "group")  # fmt: skip
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--adapter", "dora"], "--adapter must be one of lora, walsh_hadamard"),
+        (["--adapter", "walsh_hadamard", "--family", "dropout"], "--family dropout is made for LoRA"),
+        (["--adapter", "walsh_hadamard", "--initial_adapter", "x"], "--initial_adapter is a LoRA adapter"),
+        (["--adapter", "walsh_hadamard"], "--lora_r is of LoRA adapters"),
+    ],
+)
+def test_adapters_that_do_not_go_with_other_flags(home, more, words):
+    done = call("sft", *common(home, "answers.jsonl", home / "refused"), *more)
+    assert done.exit_code == 2 and words in done.output
+
+
 def test_an_ensemble_is_scored_routed_and_speaks(home, ensemble):
     found = call("eval", ensemble, home / "answers.jsonl", "--json")
     assert found.exit_code == 0, found.output

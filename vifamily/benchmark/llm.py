@@ -100,7 +100,7 @@ def _ensemble(setting: Setting, members: int, *, micro: bool) -> Callable[[], ob
     model = StackedCausalLM(_base(setting), _adapter(), members).train()
     source = generator(0, "benchmark/llm/members")
     with torch.no_grad():
-        for _, layer in model.adapters():
+        for _, layer in model.lora_adapters():
             layer.lora_B.copy_(0.02 * torch.randn(layer.lora_B.shape, generator=source))
     size = max(1, setting.rows // members) if micro else setting.rows
     blocks = list(torch.arange(setting.rows).split(size))

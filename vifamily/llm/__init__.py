@@ -6,7 +6,8 @@ Everything here that needs transformers, peft or tokenizers imports them when it
 
 from __future__ import annotations
 
-from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
+from vifamily.llm._layers import StackedLoRA
+from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.calibration import CalibrationReport, RiskCoverage, auroc, risk_coverage, score_probabilities
 from vifamily.llm.corpora import (
@@ -51,6 +52,7 @@ from vifamily.llm.uncertainty import (
     split_uncertainty,
     split_uncertainty_along,
 )
+from vifamily.llm.walsh import StackedWalsh, WalshCausalLM, WalshConfig
 
 __all__ = [
     "AdapterLaplace",
@@ -70,9 +72,12 @@ __all__ = [
     "SequenceInformation",
     "StackedCausalLM",
     "StackedLoRA",
+    "StackedWalsh",
     "StepCost",
     "StochasticCausalLM",
     "Uncertainty",
+    "WalshCausalLM",
+    "WalshConfig",
     "adapter_laplace",
     "adapter_stability",
     "annotators",

@@ -3,101 +3,24 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vifamily.errors import ConfigError, DataError, IncompatibleError, ShapeError
-from vifamily.llm._fused import adapted_linear, plain_weight
 from vifamily.llm._head import Head, token_log_prob
+from vifamily.llm._layers import StackedAdapter, StackedLoRA
 from vifamily.llm._selection import Selection
-from vifamily.llm._targets import adapter_scale, check_lora_config, features, target_names
-from vifamily.rng import generator
+from vifamily.llm._targets import adapter_scale, check_lora_config, target_names
 
 __all__ = ["StackedCausalLM", "StackedLoRA", "completion_rows"]
 
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.")
-
-
-class StackedLoRA(nn.Module):
-    r"""A frozen linear layer with the adapters of all members.
-
-    Rows come member-major, K blocks of equal size, and block k leaves with :math:`W x + s\, B_k A_k x`. The frozen
-    layer sees all rows at once and is never looked into, so it may be quantised.
-
-    Args:
-        base_layer: The frozen layer.
-        num_members: K.
-        r: Rank.
-        scale: s, ``lora_alpha / r``.
-        selection: The members that rows belong to.
-        dtype: Dtype of the adapters.
-
-    Attributes:
-        lora_A: ``(member, r, in)``.
-        lora_B: ``(member, out, r)``, zero at first.
-
-    Example:
-        >>> layer = StackedLoRA(nn.Linear(3, 2), 4, 1, 1.0, Selection(4), torch.float32)
-        >>> layer(torch.zeros(8, 5, 3)).shape, layer.lora_B.shape
-        (torch.Size([8, 5, 2]), torch.Size([4, 2, 1]))
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, num_members: int, r: int, scale: float, selection: Selection, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        size_in, size_out = features(base_layer)
-        # a quantised layer may have buffers alone
-        device = next(itertools.chain(base_layer.parameters(), base_layer.buffers())).device
-        self.base_layer = base_layer
-        self.scale = scale
-        self.lora_A = nn.Parameter(torch.zeros(num_members, r, size_in, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(num_members, size_out, r, dtype=dtype, device=device))
-        self._selection = selection
-
-    def start(self, seed: int, layer: int, kind: bool | str) -> None:  # noqa: FBT001
-        """Draw the first matrix of each member from a stream of its own, as PEFT would; the second is zero."""
-        spread = 1.0 / math.sqrt(self.lora_A.shape[-1])
-        with torch.no_grad():
-            for k, matrix in enumerate(self.lora_A):
-                source = generator(seed, "llm/adapter", k, layer)
-                if kind == "gaussian":
-                    drawn = torch.randn(matrix.shape, generator=source, dtype=torch.float64) / matrix.shape[0]
-                else:
-                    drawn = torch.rand(matrix.shape, generator=source, dtype=torch.float64).sub_(0.5).mul_(2 * spread)
-                matrix.copy_(drawn)
-            self.lora_B.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; see the class."""
-        chosen = self._selection.members
-        if chosen is None:
-            return self._frozen(x)
-        first, last = chosen
-        count = last - first
-        if x.shape[0] % count:
-            raise ShapeError(f"{x.shape[0]} rows cannot be split among {count} members: the model reshapes its rows.")
-        every = count == len(self.lora_A)  # a part of them costs a node of the graph more
-        lora_A = self.lora_A if every else self.lora_A[first:last]
-        lora_B = self.lora_B if every else self.lora_B[first:last]
-        plain = plain_weight(self.base_layer)
-        if plain and plain[0].dtype == x.dtype == lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
-            return adapted_linear(x, *plain, lora_A, lora_B, self.scale)
-        out = self._frozen(x)
-        low = x.reshape(count, -1, x.shape[-1]).to(lora_A.dtype)
-        change = torch.bmm(torch.bmm(lora_A, low.mT).mT, lora_B.mT).mul(self.scale)
-        return (out + change.reshape(out.shape)).to(out.dtype)
-
-    def _frozen(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base_layer(x)
-        return out
 
 
 class StackedCausalLM(nn.Module):
@@ -115,7 +38,8 @@ class StackedCausalLM(nn.Module):
 
     Attributes:
         base: The frozen model.
-        lora_config: What was given.
+        adapter: The kind of its adapters.
+        adapter_config: What was given.
         num_members: Number of members.
         log_weight: Log weights of the members, ``(member,)``; equal at first.
         known_digest: Digest of the base, where its numbers are no longer all here; None otherwise.
@@ -131,6 +55,7 @@ class StackedCausalLM(nn.Module):
     """
 
     accepts_loss_kwargs = True
+    adapter: ClassVar[str] = "lora"
     log_weight: Tensor
 
     def __init__(
@@ -145,11 +70,10 @@ class StackedCausalLM(nn.Module):
         super().__init__()
         if isinstance(num_members, bool) or not isinstance(num_members, int) or num_members < 1:
             raise ConfigError(f"num_members must be an integer from 1, got {num_members!r}.")
-        if any(isinstance(module, StackedLoRA) for module in base.modules()):
+        if any(isinstance(module, StackedAdapter) for module in base.modules()):
             raise ConfigError("this base has members already: load it again for another ensemble.")
-        check_lora_config(config)
-        names = target_names(base, config)
-        self.lora_config, self.num_members = config, num_members
+        names = self._matched(base, config)
+        self.adapter_config, self.num_members = config, num_members
         self.known_digest: str | None = None
         self.selection = Selection(num_members)
         self._head = Head(base)
@@ -157,8 +81,7 @@ class StackedCausalLM(nn.Module):
         dtype = adapter_dtype or _adapter_dtype(base)
         for index, name in enumerate(names):
             layer = base.get_submodule(name)
-            wrapped = StackedLoRA(layer, num_members, config.r, adapter_scale(config), self.selection, dtype)
-            wrapped.start(seed, index, config.init_lora_weights)
+            wrapped = self._wrapped(layer, seed, index, dtype)
             parent, _, last = name.rpartition(".")
             setattr(base.get_submodule(parent), last, wrapped)
         self.target_names = tuple(names)
@@ -175,6 +98,11 @@ class StackedCausalLM(nn.Module):
         return self.base.config
 
     @property
+    def lora_config(self) -> Any:
+        """The settings of the adapters, by their name for LoRA: ``adapter_config``."""
+        return self.adapter_config
+
+    @property
     def generation_config(self) -> Any:
         """The generation settings of the base."""
         return getattr(self.base, "generation_config", None)
@@ -182,20 +110,30 @@ class StackedCausalLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the adapters are."""
-        return next(self.adapters())[1].lora_A.device
+        return next(self.adapters())[1].trained[0].device
 
-    def adapters(self) -> Iterator[tuple[str, StackedLoRA]]:
+    def adapters(self) -> Iterator[tuple[str, StackedAdapter]]:
         """Names of the adapted layers in the base, each with its adapters."""
         for name in self.target_names:
             layer = self.base.get_submodule(name)
-            if isinstance(layer, StackedLoRA):
+            if isinstance(layer, StackedAdapter):
                 yield name, layer
 
+    def lora_adapters(self) -> Iterator[tuple[str, StackedLoRA]]:
+        """The same, for what is made of two matrices.
+
+        Raises:
+            ConfigError: If members are adapters of another kind.
+        """
+        for name, layer in self.adapters():
+            if not isinstance(layer, StackedLoRA):
+                raise ConfigError(f"this needs LoRA adapters, and members here are of the kind {self.adapter!r}.")
+            yield name, layer
+
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained: the matrices of all members, member first."""
+        """What is trained of all members, member first."""
         for _, layer in self.adapters():
-            yield layer.lora_A
-            yield layer.lora_B
+            yield from layer.trained
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Compute layers again in the backward pass rather than keep what they need.
@@ -292,6 +230,18 @@ class StackedCausalLM(nn.Module):
         return out
 
     # --- construction ---
+
+    def _matched(self, base: nn.Module, config: Any) -> list[str]:
+        """Names of the layers that are adapted, once the settings are known to be those of an ensemble."""
+        check_lora_config(config)
+        return target_names(base, config)
+
+    def _wrapped(self, layer: nn.Module, seed: int, index: int, dtype: torch.dtype) -> StackedAdapter:
+        """A layer with adapters as they start."""
+        config = self.adapter_config
+        out = StackedLoRA(layer, self.num_members, config.r, adapter_scale(config), self.selection, dtype)
+        out.start(seed, index, config.init_lora_weights)
+        return out
 
     def _install_repeat(self, names: list[str]) -> bool:
         """Repeat rows at the first decoder layer that is adapted, when there are layers below it."""

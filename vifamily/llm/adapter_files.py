@@ -52,7 +52,7 @@ class SavedAdapter:
         if not path.is_file():
             raise CheckpointError(f"{self.folder} has no adapter_model.safetensors: save the adapter in that format.")
         found = require("safetensors.torch", "reading an adapter").load_file(path)
-        layers = dict(model.adapters())
+        layers = dict(model.lora_adapters())
         scale = adapter_scale(config)
         self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
         for name in sorted({key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in found}):
@@ -79,7 +79,7 @@ class SavedAdapter:
     def on(self, model: StackedCausalLM) -> Iterator[None]:
         """Put the adapter in the place of all members, as member 0; put them back after."""
         pairs = {}
-        for name, layer in model.adapters():
+        for name, layer in model.lora_adapters():
             a, b = layer.lora_A, layer.lora_B
             near = self.matrices.get(name)
             low, high = (a.new_zeros(1, a.shape[2]), b.new_zeros(b.shape[1], 1)) if near is None else near
@@ -102,10 +102,10 @@ def swapped(
     Returns:
         The new parameters, layer by layer.
     """
-    kept = [(layer, layer.lora_A, layer.lora_B) for _, layer in model.adapters()]
+    kept = [(layer, layer.lora_A, layer.lora_B) for _, layer in model.lora_adapters()]
     try:
         new: list[nn.Parameter] = []
-        for name, layer in model.adapters():
+        for name, layer in model.lora_adapters():
             a, b = pairs[name]
             layer.lora_A, layer.lora_B = nn.Parameter(a, requires_grad=trained), nn.Parameter(b, requires_grad=trained)
             new += [layer.lora_A, layer.lora_B]
@@ -126,7 +126,7 @@ def put(model: StackedCausalLM, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> N
     count = {len(matrix) for pair in pairs.values() for matrix in pair}
     if len(count) != 1:
         raise ShapeError(f"layers have matrices of {sorted(count)} members: give each as many.")
-    for name, layer in model.adapters():
+    for name, layer in model.lora_adapters():
         layer.lora_A, layer.lora_B = (
             nn.Parameter(new.to(old)) for new, old in zip(pairs[name], (layer.lora_A, layer.lora_B), strict=True)
         )
@@ -155,7 +155,7 @@ def start_from_adapter(model: StackedCausalLM, folder: str | Path, *, noise: flo
     if not noise > 0:
         raise ConfigError(f"noise must be positive, got {noise!r}: members that start alike stay alike.")
     adapter = SavedAdapter(folder, model)
-    for index, (name, layer) in enumerate(model.adapters()):
+    for index, (name, layer) in enumerate(model.lora_adapters()):
         near = adapter.matrices.get(name)
         if near is None:
             continue

@@ -82,8 +82,9 @@ def _sft(context: typer.Context, *, config: Config = None, debug: Debug = False)
 
     Flags are named as in TRL and PEFT: --model_name_or_path, --dataset_name, --num_members, --lora_r, --lora_alpha,
     --lora_target_modules, --renyi_alpha, --routing_entropy (moves alpha to hold it), --reseed_below (members that
-    died are put beside live ones), --family (mean_field, dropout, laplace: baselines whose draws are members), --unit,
-    --group_column and all of transformers' TrainingArguments, such as --output_dir, --learning_rate and --report_to.
+    died are put beside live ones), --adapter (lora, walsh_hadamard), --family (mean_field, dropout, laplace: baselines
+    whose draws are members), --unit, --group_column and all of transformers' TrainingArguments, such as --output_dir,
+    --learning_rate and --report_to.
     `vifamily llm sft --flags` lists ours with their defaults.
     """
     return _train("sft", context.args, config)
@@ -199,6 +200,7 @@ def _inspect(
         typer.echo(manifest.to_json(), nl=False)
         return 0
     typer.echo(f"{manifest.num_members} members over {manifest.base or 'a base without a name'}; files are complete")
+    typer.echo(f"adapter: {manifest.adapter}")
     typer.echo(f"weights: {', '.join(f'{w:.3f}' for w in manifest.weights)}")
     for name, value in sorted(manifest.training.items()):
         typer.echo(f"{name}: {value}")

@@ -126,7 +126,7 @@ def _only(model: StackedCausalLM, member: int) -> Iterator[list[Tensor]]:
     """Put one member's adapters in place of all, as leaves of their own; put back what was there."""
     pairs = {
         name: tuple(m.detach()[member : member + 1].clone() for m in (layer.lora_A, layer.lora_B))
-        for name, layer in model.adapters()
+        for name, layer in model.lora_adapters()
     }
     was_training = model.training
     try:

@@ -119,7 +119,7 @@ def adapter_laplace(
     draws = positive("num_label_draws", num_label_draws)
     own = {
         name: (layer.lora_A.detach()[member : member + 1].clone(), layer.lora_B.detach()[member : member + 1].clone())
-        for name, layer in model.adapters()
+        for name, layer in model.lora_adapters()
     }
     with swapped(model, own, trained=True) as parameters:
         total = [torch.zeros(p.shape[1:], dtype=torch.float64, device=p.device) for p in parameters]

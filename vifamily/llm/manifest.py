@@ -36,6 +36,7 @@ class Manifest:
         revision: Commit of the base on its hub, where known.
         base_digest: Digest of the base's shapes and of some of its numbers.
         files: Digest of each member's weights, by path in the folder.
+        adapter: Kind of the members' adapters: lora, which PEFT loads, or walsh_hadamard.
         training: How it was trained: objective, alpha, unit and more; plain values.
         versions: Versions of the packages that wrote it.
     """
@@ -47,6 +48,7 @@ class Manifest:
     revision: str | None
     base_digest: str
     files: dict[str, str]
+    adapter: str = "lora"
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -124,7 +126,7 @@ def base_digest(base: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, value in sorted(base.named_parameters(), key=lambda item: item[0]):
-        if ".lora_" in name:
+        if ".lora_" in name or ".walsh_" in name:
             continue
         flat = value.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)

@@ -21,9 +21,12 @@ from vifamily.llm.ready import config_path, configs
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import base_size
 from vifamily.llm.stochastic import FAMILIES, StochasticCausalLM
+from vifamily.llm.walsh import WalshCausalLM, WalshConfig
 from vifamily.rng import generator
 
 __all__ = ["RunSettings", "flags", "parse", "run_training"]
+
+_ADAPTERS = ("lora", "walsh_hadamard")
 
 _FOREIGN = {
     "packing": "rows must stay apart to be routed",
@@ -51,9 +54,13 @@ class RunSettings:
         eval_file: A file to evaluate on.
         num_members: Number of members.
         member_seed: Seed of the members' first matrices.
+        adapter: Kind of the adapters: lora, or walsh_hadamard (changes of full rank by three numbers for each input and
+            square block; no PEFT adapters when they are saved).
+        walsh_scale: Factor of the change that a Walsh-Hadamard adapter makes.
         lora_r: Rank of the adapters.
         lora_alpha: Their scale is this over the rank.
-        lora_target_modules: Layers that are adapted, separated by commas; all-linear takes every linear layer.
+        lora_target_modules: Layers that are adapted, by either kind, separated by commas; all-linear takes every linear
+            layer.
         use_rslora: Whether the scale is over the root of the rank.
         shard_base: Whether processes share out the weights of the base.
         initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
@@ -76,6 +83,8 @@ class RunSettings:
     eval_file: str | None = None
     num_members: int = 4
     member_seed: int = 0
+    adapter: str = "lora"
+    walsh_scale: float = 1.0
     lora_r: int = 16
     lora_alpha: int = 32
     lora_target_modules: str = "all-linear"
@@ -142,6 +151,7 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
             raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
     if settings.family not in ("points", "laplace", *FAMILIES):
         raise ConfigError(f"--family must be points, laplace or one of {', '.join(FAMILIES)}, got {settings.family!r}.")
+    _check_adapter(settings, given)
     if settings.family != "points":
         if settings.initial_adapter is not None:
             raise ConfigError("--initial_adapter starts members of their own: leave it out, or use --family points.")
@@ -173,7 +183,7 @@ def run_training(
         ConfigError: If something cannot be used.
         DataError: If the data cannot.
     """
-    transformers, peft = require("transformers", "training an ensemble"), require("peft", "training an ensemble")
+    transformers = require("transformers", "training an ensemble")
     trainer = require("vifamily.llm.trainer", "training an ensemble")
     records = _records(settings, settings.dataset_name, settings.dataset_train_split)
     held = None
@@ -188,15 +198,7 @@ def run_training(
         base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype, **where)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the base {name!r}: {error}") from error
-    targets = settings.lora_target_modules
-    config = peft.LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        use_rslora=settings.use_rslora,
-        target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
-        task_type="CAUSAL_LM",
-    )
-    model = _stack(settings, base, config)
+    model = _stack(settings, base)
     if settings.initial_adapter is not None:
         start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
         if kind == "dpo" and options.reference_adapter is None:
@@ -230,8 +232,39 @@ def _records(settings: RunSettings, name: str, split: str) -> list[dict[str, Any
     return found if settings.dataset_format is None else converted(found, settings.dataset_format)
 
 
-def _stack(settings: RunSettings, base: Any, config: Any) -> StackedCausalLM:
+def _check_adapter(settings: RunSettings, given: Sequence[str]) -> None:
+    """Refuse flags that do not go with the kind of adapters."""
+    if settings.adapter not in _ADAPTERS:
+        raise ConfigError(f"--adapter must be one of {', '.join(_ADAPTERS)}, got {settings.adapter!r}.")
+    if settings.adapter == "lora":
+        return
+    if settings.family != "points":
+        raise ConfigError(
+            f"--family {settings.family} is made for LoRA adapters: leave it out, or use --adapter lora. A small model "
+            "with uncertain Walsh-Hadamard weights is vifamily.models.CausalLM."
+        )
+    if settings.initial_adapter is not None:
+        raise ConfigError("--initial_adapter is a LoRA adapter, which others cannot start from: leave it out.")
+    names = {word.partition("=")[0] for word in given}
+    for name in ("--lora_r", "--lora_alpha", "--use_rslora"):
+        if name in names:
+            raise ConfigError(f"{name} is of LoRA adapters: with --adapter {settings.adapter} leave it out.")
+
+
+def _stack(settings: RunSettings, base: Any) -> StackedCausalLM:
     """Members of their own, draws of one adapter, or the one member at which Laplace's approximation is made."""
+    names = settings.lora_target_modules
+    targets = names if names == "all-linear" else [name.strip() for name in names.split(",")]
+    if settings.adapter == WalshCausalLM.adapter:
+        walsh = WalshConfig(targets, scale=settings.walsh_scale)
+        return WalshCausalLM(base, walsh, settings.num_members, seed=settings.member_seed)
+    config = require("peft", "training an ensemble").LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        use_rslora=settings.use_rslora,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
     if settings.family in FAMILIES:
         return StochasticCausalLM(
             base,
@@ -249,6 +282,9 @@ def _cost(
     model: StackedCausalLM, settings: RunSettings, options: EnsembleOptions, training: Any, longest: int, kind: str
 ) -> str:
     """What a step takes, counted before the first one; a sentence where the sizes of the base cannot be read."""
+    if settings.adapter != "lora":
+        each = sum(p.numel() for p in model.adapter_parameters()) // model.num_members
+        return f"cost of a step: counted for LoRA alone. Members have {each} numbers each."
     try:
         size = base_size(model.config)
         rows = training.per_device_train_batch_size

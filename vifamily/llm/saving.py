@@ -1,4 +1,4 @@
-"""Members as ordinary adapter folders, with a manifest of the ensemble beside them."""
+"""Members as folders of adapters, with a manifest of the ensemble beside them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm._targets import is_linear, matching
 from vifamily.llm.manifest import MANIFEST, Manifest, base_digest, file_digest, read_manifest, versions
+from vifamily.llm.walsh import WalshCausalLM, WalshConfig
 from vifamily.report import write_bytes, write_text
 
 __all__ = ["export_merged", "load_members", "load_model", "save_members"]
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FILES = {
+    "lora": ("adapter_model.safetensors", "adapter_config.json"),
+    # other names than PEFT's: it must not take them for adapters that it knows
+    "walsh_hadamard": ("walsh_hadamard.safetensors", "walsh_hadamard.json"),
+}
+"""Names of a member's weights and settings, by the kind of adapter."""
 _PREFIX = "base_model.model."
 
 
 def save_members(model: StackedCausalLM, folder: str | Path, *, training: Mapping[str, Any] | None = None) -> Manifest:
-    """Save each member in PEFT's format, and ``ensemble.json`` last.
+    """Save each member in a folder of its own, and ``ensemble.json`` last.
 
-    ``PeftModel.from_pretrained(base, folder / "member_0")`` loads a member without this package. A folder whose writing
-    was broken off has no manifest and is refused when it is read.
+    LoRA members are in PEFT's format: ``PeftModel.from_pretrained(base, folder / "member_0")`` loads one without this
+    package. Walsh-Hadamard members are in safetensors too, which PEFT cannot load. A folder whose writing was broken
+    off has no manifest and is refused when it is read.
 
     Args:
         model: The ensemble.
@@ -43,14 +50,15 @@ def save_members(model: StackedCausalLM, folder: str | Path, *, training: Mappin
     """
     folder = Path(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
-    settings = _adapter_config(model)
+    weights, config = _FILES[model.adapter]
+    settings = _settings(model)
     save = require("safetensors.torch", "saving members").save
     files = {}
     for k in range(model.num_members):
         own = folder / f"member_{k}"
-        write_bytes(own / _WEIGHTS, save(_member_tensors(model, k), metadata={"format": "pt"}))
-        write_text(own / _CONFIG, settings)
-        files[f"member_{k}/{_WEIGHTS}"] = file_digest(own / _WEIGHTS)
+        write_bytes(own / weights, save(_member_tensors(model, k), metadata={"format": "pt"}))
+        write_text(own / config, settings)
+        files[f"member_{k}/{weights}"] = file_digest(own / weights)
     manifest = Manifest(
         num_members=model.num_members,
         weights=tuple(model.log_weight.exp().tolist()),
@@ -59,6 +67,7 @@ def save_members(model: StackedCausalLM, folder: str | Path, *, training: Mappin
         revision=getattr(model.config, "_commit_hash", None),
         base_digest=model.known_digest or base_digest(model.base),
         files=files,
+        adapter=model.adapter,
         training=dict(training or {}),
         versions=versions(),
     )
@@ -82,6 +91,8 @@ def load_members(model: StackedCausalLM, folder: str | Path, *, check_base: bool
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.adapter != model.adapter:
+        raise CheckpointError(f"{folder} holds adapters of the kind {manifest.adapter!r}, not {model.adapter!r}.")
     if manifest.num_members != model.num_members:
         raise CheckpointError(f"{folder} holds {manifest.num_members} members, the ensemble has {model.num_members}.")
     if check_base and manifest.base_digest != (model.known_digest or base_digest(model.base)):
@@ -92,17 +103,17 @@ def load_members(model: StackedCausalLM, folder: str | Path, *, check_base: bool
     read = require("safetensors.torch", "loading members").load_file
     with torch.no_grad():
         for k in range(model.num_members):
-            path = folder / f"member_{k}" / _WEIGHTS
+            path = folder / f"member_{k}" / _FILES[model.adapter][0]
             found = read(path)
             wanted = _member_tensors(model, k)
             if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in wanted.items()}:
                 raise CheckpointError(
                     f"{path} has adapters of other layers or another rank than this ensemble: make it with the "
-                    f"settings in {path.parent / _CONFIG}."
+                    f"settings in {path.parent / _FILES[model.adapter][1]}."
                 )
             for name, layer in model.adapters():
-                layer.lora_A[k].copy_(found[f"{_PREFIX}{name}.lora_A.weight"])
-                layer.lora_B[k].copy_(found[f"{_PREFIX}{name}.lora_B.weight"])
+                for part, saved in zip(layer.trained, layer.saved, strict=True):
+                    part[k].copy_(found[f"{_PREFIX}{name}.{saved}"])
         model.log_weight.copy_(torch.tensor(manifest.log_weights, dtype=torch.float64))
     return manifest
 
@@ -130,9 +141,16 @@ def load_model(folder: str | Path, base: Any = None, **options: Any) -> StackedC
     if isinstance(name, (str, Path)):
         auto = require("transformers", "loading a language model").AutoModelForCausalLM
         base = auto.from_pretrained(str(name), **options)
-    config = require("peft", "loading members").LoraConfig.from_pretrained(str(folder / "member_0"))
-    config.inference_mode = False
-    model = StackedCausalLM(base, config, manifest.num_members)
+    model: StackedCausalLM
+    if manifest.adapter == WalshCausalLM.adapter:
+        model = WalshCausalLM(base, _walsh_config(folder / "member_0"), manifest.num_members)
+    elif manifest.adapter == StackedCausalLM.adapter:
+        config = require("peft", "loading members").LoraConfig.from_pretrained(str(folder / "member_0"))
+        config.inference_mode = False
+        model = StackedCausalLM(base, config, manifest.num_members)
+    else:
+        known = ", ".join(_FILES)
+        raise CheckpointError(f"{folder} holds adapters of the kind {manifest.adapter!r}; this version reads {known}.")
     load_members(model, folder)
     return model.eval()
 
@@ -155,11 +173,11 @@ def export_merged(model: StackedCausalLM, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     tensors, weight = {}, model.log_weight.exp()
-    for name, layer in model.adapters():
+    for name, layer in model.lora_adapters():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().flatten(0, 1).contiguous()
         wide = layer.lora_B.detach() * weight.to(layer.lora_B)[:, None, None]
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = wide.permute(1, 0, 2).flatten(1).contiguous()
-    settings = json.loads(_adapter_config(model))
+    settings = json.loads(_settings(model))
     scale = next(model.adapters())[1].scale
     settings |= {
         "r": model.num_members * settings["r"],
@@ -167,8 +185,9 @@ def export_merged(model: StackedCausalLM, folder: str | Path) -> Path:
         "use_rslora": False,
     }
     save = require("safetensors.torch", "saving an adapter").save
-    write_bytes(folder / _WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_text(folder / _CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    weights, config = _FILES[model.adapter]
+    write_bytes(folder / weights, save(tensors, metadata={"format": "pt"}))
+    write_text(folder / config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_text(
         folder / "README.md",
         f"# Merged adapter, not the ensemble\n\nThis adapter is the mean change of the weights over the "
@@ -179,16 +198,33 @@ def export_merged(model: StackedCausalLM, folder: str | Path) -> Path:
 
 
 def _member_tensors(model: StackedCausalLM, k: int) -> dict[str, Tensor]:
-    out = {}
-    for name, layer in model.adapters():
-        out[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A[k].detach().cpu().contiguous().clone()
-        out[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B[k].detach().cpu().contiguous().clone()
-    return out
+    return {
+        f"{_PREFIX}{name}.{saved}": part[k].detach().cpu().contiguous().clone()
+        for name, layer in model.adapters()
+        for part, saved in zip(layer.trained, layer.saved, strict=True)
+    }
+
+
+def _settings(model: StackedCausalLM) -> str:
+    if isinstance(model, WalshCausalLM):
+        content = {"adapter": model.adapter, **model.adapter_config.plain()}
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    return _adapter_config(model)
+
+
+def _walsh_config(folder: Path) -> WalshConfig:
+    path = folder / _FILES[WalshCausalLM.adapter][1]
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        del content["adapter"]
+        return WalshConfig(**content)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is missing or cannot be read: {error}.") from error
 
 
 def _adapter_config(model: StackedCausalLM) -> str:
     """PEFT's settings of a member, with sorted names so that the same ensemble gives the same bytes."""
-    config = copy.copy(model.lora_config)
+    config = copy.copy(model.adapter_config)
     layers = dict(model.adapters())
     endings = sorted({name.rpartition(".")[2] for name in layers})
     config.target_modules = set(endings)

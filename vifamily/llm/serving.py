@@ -27,7 +27,8 @@ def vllm_command(folder: str | Path, *, base: str | None = None) -> str:
 
     Raises:
         CheckpointError: If the folder is not that of a complete ensemble.
-        ConfigError: If the base has no name, or the rank is larger than any that vLLM has room for.
+        ConfigError: If the base has no name, the rank is larger than any that vLLM has room for, or members are no
+            LoRA adapters.
 
     Example:
         >>> print(vllm_command("results/ensemble"))  # doctest: +SKIP
@@ -37,6 +38,8 @@ def vllm_command(folder: str | Path, *, base: str | None = None) -> str:
     name = base or manifest.base
     if not name:
         raise ConfigError("the ensemble does not name its base: give it with base=.")
+    if manifest.adapter != "lora":
+        raise ConfigError(f"vLLM serves LoRA adapters, and those in {folder} are of the kind {manifest.adapter!r}.")
     path = folder / "member_0" / "adapter_config.json"
     try:
         rank = int(json.loads(path.read_text("utf-8"))["r"])

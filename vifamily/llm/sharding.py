@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import distributed, nn
 
 from vifamily.errors import ConfigError
-from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
+from vifamily.llm._layers import StackedAdapter
+from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.manifest import base_digest
 
 __all__ = ["shard_base"]
@@ -50,6 +51,6 @@ def shard_base(model: StackedCausalLM) -> StackedCausalLM:
 def _layers(model: StackedCausalLM) -> list[nn.Module]:
     """Elements of the lists of layers that hold adapters; those below the first adapted one are shared out too."""
     for module in model.base.modules():
-        if isinstance(module, nn.ModuleList) and any(isinstance(each, StackedLoRA) for each in module.modules()):
+        if isinstance(module, nn.ModuleList) and any(isinstance(each, StackedAdapter) for each in module.modules()):
             return list(module)
     raise ConfigError(f"no list of layers with adapters was found in {type(model.base).__name__}.")

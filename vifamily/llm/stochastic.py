@@ -17,7 +17,8 @@ from torch.nn.functional import softplus
 
 from vifamily.errors import CheckpointError, ConfigError
 from vifamily.llm._extra import require
-from vifamily.llm._stacked import StackedCausalLM, StackedLoRA
+from vifamily.llm._layers import StackedLoRA
+from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm._targets import features
 from vifamily.report import write_bytes
 from vifamily.rng import generator
@@ -87,7 +88,7 @@ class StochasticCausalLM(StackedCausalLM):
         super().__init__(base, config, num_members, seed=seed, **options)
         self.family, self._dropout, self._seed = family, dropout, seed
         made: list[nn.Parameter] = []
-        for _, layer in self.adapters():
+        for _, layer in self.lora_adapters():
             for name in ("lora_A", "lora_B"):
                 mean = getattr(layer, name).detach()[:1].clone()
                 made.append(nn.Parameter(mean))
@@ -185,7 +186,7 @@ class StochasticCausalLM(StackedCausalLM):
         """Layers with the parameters of their two matrices."""
         each = 2 if self.family == "mean_field" else 1
         parts = list(self.posterior)
-        for i, (name, layer) in enumerate(self.adapters()):
+        for i, (name, layer) in enumerate(self.lora_adapters()):
             own = parts[2 * each * i : 2 * each * (i + 1)]
             yield name, layer, (own[:each], own[each:])
 
