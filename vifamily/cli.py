@@ -284,6 +284,8 @@ def reproduce_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer seeds and smaller grids, for a first look.")] = False,
     seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Folder with the data sets of papers that need some.")] = None,
+    peers_dir: Annotated[Path | None, typer.Option(help="Folder of the peers' environments.")] = None,
+    install_peers: Annotated[bool, typer.Option("--install-peers", help="Create missing environments.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the claims.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for claims, tables and figures.")] = None,
     quiet: Quiet = False,
@@ -305,7 +307,7 @@ def reproduce_command(
     failed, rows = False, []
     for each, paper in papers.items():
         console.print(f"{paper.title} ({paper.source})", markup=False)
-        found = paper.run(Options(quick=quick, seed=seed, data=data, say=say))
+        found = paper.run(Options(quick, seed, data, say, peers_dir, install_peers))
         console.print(found.table())
         failed = failed or found.failed
         rows += found.plain_rows()

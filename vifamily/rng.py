@@ -327,7 +327,10 @@ def scoped(source: torch.Generator | int) -> Iterator[None]:
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=cuda):
-        torch.random.manual_seed(seed)
+        # torch.manual_seed would leave a call for every accelerator that is not in use, with a stack trace each time
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:

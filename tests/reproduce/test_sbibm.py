@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from vifamily.errors import ReferenceDataError
+from vifamily.problems._sbibm_tasks import TASKS, observations
 from vifamily.reproduce import Options, paper_named
 from vifamily.reproduce import sbibm as module
-from vifamily.reproduce._sbibm_tasks import TASKS, observations
 from vifamily.rng import generator
 
 

@@ -147,3 +147,17 @@ def test_the_cross_entropy_is_that_of_draws(spec: str, generator: torch.Generato
 def test_options_without_meaning_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(options))} must be"):
         WalshHadamard(**options)
+
+
+def test_a_latent_for_each_datum_in_a_convolutional_network(generator: torch.Generator) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32, 3),
+    ).double()  # fmt: skip
+    x = _normal(generator, 5, 2, 4, 4)
+    made = _settled(convert(net, "walsh_hadamard"), x)
+    z = _normal(generator, 2, 5, made.dim)
+    each = torch.cat([made(x[i : i + 1], z[:, i]) for i in range(5)], 1)
+    torch.testing.assert_close(made(x, z), each, rtol=1e-10, atol=1e-10)
+    # kernels of each datum's own take many times as long as one for all: not what a fit takes unasked
+    assert not made.example_noise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vifamily.errors import BenchmarkError, ConfigError
 
-__all__ = ["LAYER_PEERS", "NPE_PEERS", "PEERS", "Peer", "default_folder", "install", "interpreter"]
+__all__ = ["AUC_PEERS", "LAYER_PEERS", "NPE_PEERS", "PEERS", "Peer", "default_folder", "install", "interpreter"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,17 @@ LAYER_PEERS: dict[str, Peer] = {"bayesian_torch": _LAYERS, "torchbnn": _LAYERS, 
 _SBI = Peer("sbi_npe", "sbi", ("torch==2.13.0", "sbi==0.27.0"))
 NPE_PEERS: dict[str, Peer] = {"sbi": _SBI, "sbi_maf": _SBI}
 """Neural posterior estimation of sbi: with the neural spline flow of published tables, and with its own default."""
-_ALL = {**PEERS, **LAYER_PEERS, **NPE_PEERS}
+AUC_PEERS: dict[str, Peer] = {
+    # it asks for torchvision, transformers and more; its losses and optimisers use what is named first
+    "libauc": Peer(
+        "libauc_aucm",
+        "libauc",
+        ("torch==2.13.0", "numpy==2.4.6", "scipy==1.17.1", "scikit-learn==1.9.1", "tqdm==4.70.1"),
+        ("libauc==2.0.1",),
+    )
+}
+"""Losses and optimisers for the area under the curve."""
+_ALL = {**PEERS, **LAYER_PEERS, **NPE_PEERS, **AUC_PEERS}
 
 
 def default_folder() -> Path:

@@ -23,7 +23,7 @@ from vifamily.benchmark._report import Benchmark, Options, Report, median_and_ra
 from vifamily.benchmark._workers import ask_and_read, read_files
 from vifamily.diagnostics import c2st
 from vifamily.errors import BenchmarkError, ConfigError, ReferenceDataError
-from vifamily.reproduce._sbibm_tasks import TASKS, Observation, observations
+from vifamily.problems._sbibm_tasks import TASKS, Observation, observations
 from vifamily.rng import split
 
 __all__ = ["BENCHMARK", "Measured", "prior_values", "read_measured"]

@@ -30,6 +30,7 @@ from vifamily.objectives.reweighted_wake import ReweightedWake
 from vifamily.objectives.roc_arc import RocArc
 from vifamily.objectives.roc_arc_critic import RocArcCritic
 from vifamily.objectives.sinkhorn import Sinkhorn
+from vifamily.objectives.smc_wake import SmcWake
 from vifamily.objectives.svgd import Svgd
 from vifamily.objectives.tail_adaptive import TailAdaptive
 from vifamily.objectives.tempered import Tempered
@@ -65,6 +66,7 @@ __all__ = [
     "RocArc",
     "RocArcCritic",
     "Sinkhorn",
+    "SmcWake",
     "Svgd",
     "TailAdaptive",
     "Tempered",

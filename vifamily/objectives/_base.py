@@ -102,6 +102,10 @@ class Objective(abc.ABC):
     joint to be normalised, or to be so by a log evidence that it was told."""
     targets_posterior: ClassVar[bool] = True
     """Whether with many draws it is least at the posterior, where the family contains it."""
+    state_by_row: ClassVar[bool] = False
+    """Whether its state is a tensor with a row for each restart that is nobody else's business, so that the data of an
+    amortised fit may stand in the place of restarts. Rows may grow at the first step; new numbers are then zero in
+    those that were not there."""
     own_solver: ClassVar[str | None] = None
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 

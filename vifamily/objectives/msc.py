@@ -78,6 +78,7 @@ class MarkovianScoreClimbing(Objective):
     value_kind: ClassVar[ValueKind] = "surrogate"
     subsampling: ClassVar[Literal["unbiased", "biased", "per_datum", "no"]] = "no"
     inclusive: ClassVar[bool] = True
+    state_by_row: ClassVar[bool] = True
     bias: ClassVar[str | None] = (
         "each step moves a Markov chain by {draws} proposals: until it has forgotten where it began, so is the answer "
         "biased, however many draws a step has"

@@ -54,12 +54,17 @@ class Options:
         seed: Root seed.
         data: Folder with the data sets of papers that need some; without it their claims are not tried.
         say: Called with a line on what is being done.
+        peers_dir: Folder of the environments of libraries that are compared with; the user's cache by default. Where a
+            library is not installed, its claim is not tried.
+        install_peers: Whether to create missing environments.
     """
 
     quick: bool = False
     seed: int = 0
     data: Path | None = None
     say: Callable[[str], None] = print
+    peers_dir: Path | None = None
+    install_peers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

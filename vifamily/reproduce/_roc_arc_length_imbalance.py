@@ -18,6 +18,7 @@ from vifamily.roc._classifier import NETWORK_SCALE, Stretched, sine_loss, tanh_l
 from vifamily.roc._training import (
     Loss,
     Perceptron,
+    Sample,
     Schedule,
     arc_loss,
     hold_out,
@@ -27,7 +28,7 @@ from vifamily.roc._training import (
     weighted_mean,
 )
 
-__all__ = ["METHODS", "TASKS", "Split", "method_aucs"]
+__all__ = ["BATCH_SIZE", "METHODS", "TASKS", "Prepared", "Split", "auc_of", "method_aucs", "prepare"]
 
 Array = NDArray[np.float64]
 _HIDDEN = [32, 32]
@@ -117,6 +118,48 @@ _SCALES = {"pairwise logistic": NETWORK_SCALE}
 """Losses of pairs that rank better at the scale of the two steps, and so have it; chosen on tasks other than these."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A split as every method gets it.
+
+    Attributes:
+        pos: Positives to train on, scaled.
+        neg: Negatives to train on.
+        held: Held-out positives and negatives.
+        start: Weights at which every network starts.
+        tests: Positives and negatives to judge by, scaled.
+        prior: Fraction of positives.
+    """
+
+    pos: Sample
+    neg: Sample
+    held: tuple[Sample, Sample]
+    start: dict[str, Tensor]
+    tests: tuple[Tensor, Tensor]
+    prior: float
+
+
+BATCH_SIZE = 256
+
+
+def prepare(split: Split, seed: int) -> Prepared:
+    """Scale a split, hold a fifth of it out and draw the start, all from one seed."""
+    scale = robust_scale(np.concatenate([split.pos, split.neg]))
+    source = generator(seed, "reproduce/roc")
+    (pos, held_pos), (neg, held_neg) = (
+        hold_out(sample_of(scale(x), None), 0.2, source) for x in (split.pos, split.neg)
+    )
+    start = Perceptron(split.pos.shape[1], _HIDDEN, source).state_dict()
+    tests = torch.from_numpy(scale(split.test_pos)), torch.from_numpy(scale(split.test_neg))
+    prior = len(split.pos) / (len(split.pos) + len(split.neg))
+    return Prepared(pos, neg, (held_pos, held_neg), start, tests, prior)
+
+
+def auc_of(g_pos: Array, g_neg: Array) -> float:
+    """Area under the curve of scores of positives and negatives."""
+    return weighted_auc(g_pos, np.ones(len(g_pos)), g_neg, np.ones(len(g_neg)))
+
+
 def method_aucs(split: Split, seed: int, *, max_iter: int = 2000) -> dict[str, float]:
     """AUC on the points to judge by of every method, from one start and one held-out part.
 
@@ -125,25 +168,18 @@ def method_aucs(split: Split, seed: int, *, max_iter: int = 2000) -> dict[str, f
         seed: Seed of the start, the held-out part and the minibatches.
         max_iter: Largest number of steps of each loss.
     """
-    scale = robust_scale(np.concatenate([split.pos, split.neg]))
-    source = generator(seed, "reproduce/roc")
-    samples = [hold_out(sample_of(scale(x), None), 0.2, source) for x in (split.pos, split.neg)]
-    (pos, held_pos), (neg, held_neg) = samples
-    start = Perceptron(split.pos.shape[1], _HIDDEN, source).state_dict()
-    prior = len(split.pos) / (len(split.pos) + len(split.neg))
-    schedule = Schedule(batch_size=256, max_iter=max_iter)
-    tests = [torch.from_numpy(scale(x)) for x in (split.test_pos, split.test_neg)]
+    data = prepare(split, seed)
+    start, prior, schedule = data.start, data.prior, Schedule(batch_size=BATCH_SIZE, max_iter=max_iter)
 
     def run(loss: Loss, begin: Any, scale: float = 1.0, *, stretched: bool = False) -> Perceptron:
         module = Perceptron(split.pos.shape[1], _HIDDEN, generator(0, "reproduce/roc/unused"), scale=scale)
         module.load_state_dict(begin)
         trained = Stretched(module) if stretched else module
-        train(trained, pos, neg, (held_pos, held_neg), loss, loss, schedule, seed, "reproduce/roc/batches")
+        train(trained, data.pos, data.neg, data.held, loss, loss, schedule, seed, "reproduce/roc/batches")
         return module
 
     def judged(module: Perceptron) -> float:
-        g_pos, g_neg = (scores_of(module, x).numpy() for x in tests)
-        return weighted_auc(g_pos, np.ones(len(g_pos)), g_neg, np.ones(len(g_neg)))
+        return auc_of(*(scores_of(module, x).numpy() for x in data.tests))
 
     single = (cross_entropy(prior), cross_entropy(0.5), pairwise_logistic, pairwise_hinge, auc_margin)
     found = {

@@ -10,8 +10,8 @@ from typing import Any
 from vifamily.diagnostics import c2st
 from vifamily.errors import ReferenceDataError
 from vifamily.fit import fit
+from vifamily.problems._sbibm_tasks import TASKS, observations
 from vifamily.reproduce._report import Claim, Options, Paper, Reproduction
-from vifamily.reproduce._sbibm_tasks import TASKS, observations
 from vifamily.rng import split
 
 __all__ = ["PAPER"]

@@ -174,6 +174,12 @@ class NarrowModel(torch.nn.Module):
         out: Tensor = self._model.log_prior(z) + self.constant
         return out
 
+    def sample_prior(self, num_draws: int, *, generator: torch.Generator) -> Tensor:
+        """Draws from the prior."""
+        self._need(Capability.PRIOR_DRAWS)
+        out: Tensor = self._model.sample_prior(num_draws, generator=generator)
+        return out
+
     def log_likelihood(self, z: Tensor, batch: Batch | None = None) -> Tensor:
         """Log likelihood per datum."""
         self._need(Capability.PER_DATUM)

@@ -65,13 +65,23 @@ def test_the_value_of_the_elbo_is_the_evidence_where_the_family_holds_the_poster
     assert float((draws.T.cov() / POSTERIOR - 1).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("objective", ["iwae", "renyi(alpha=0.5)", "reweighted_wake", "msc"])
+@pytest.mark.parametrize("objective", ["iwae", "renyi(alpha=0.5)", "reweighted_wake", "msc", "smc_wake(refresh=4)"])
 def test_the_others_find_it_too(objective, pairs):
     posterior = fitted(objective, "full_rank", simulator=correlated().with_simulations(pairs), steps=400)
     draws, sd = posterior(X).draws(10_000), POSTERIOR.diagonal().sqrt()
     wide = 3.0 if objective == "iwae" else 1.0  # its own q is wider
     assert float(((draws.mean(0) - MEAN) / sd).abs().max()) < 0.2 * wide
     assert float((draws.std(0) / sd - 1).abs().max()) < 0.15 * wide
+
+
+def test_smc_wake_from_the_prior_fits_a_mixture_at_every_datum(pairs):
+    # weighted draws of mixtures are no start for a sampler, the prior is; runs are kept for each datum
+    simulator = correlated().with_observations(torch.cat([X[None], pairs.x[:7]]))
+    posterior = fitted("smc_wake(refresh=5, keep=2)", "mixture(components=2)", simulator=simulator, steps=300, draws=64)
+    assert posterior.record.estimator == "from_prior"
+    draws, sd = posterior(X).draws(10_000), POSTERIOR.diagonal().sqrt()
+    assert float(((draws.mean(0) - MEAN) / sd).abs().max()) < 0.15
+    assert float((draws.std(0) / sd - 1).abs().max()) < 0.15
 
 
 def test_a_positive_parameter_is_fitted_through_its_transform():

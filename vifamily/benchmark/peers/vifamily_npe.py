@@ -13,7 +13,7 @@ def main(path: str) -> None:
 
     from vifamily.fit import fit
     from vifamily.posterior import versions
-    from vifamily.reproduce._sbibm_tasks import TASKS
+    from vifamily.problems._sbibm_tasks import TASKS
 
     torch.set_num_threads(1)
     job = Job(path)

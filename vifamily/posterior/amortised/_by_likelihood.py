@@ -97,9 +97,9 @@ class ByLikelihood:
             found = self.objective.init_state(self.model.given(x), family, generator=source)
             if found is None:
                 return None
-            # the points of Markov chains are what can be kept for each datum
-            chains = isinstance(found, Tensor) and found.shape == (len(x), self.model.dim) and found.dtype == x.dtype
-            if not chains or self.objective.warmup_steps:
+            # points of Markov chains and their like are what can be kept for each datum
+            rows = isinstance(found, Tensor) and found.shape[:1] == (len(x),) and found.dtype == x.dtype
+            if not (rows and self.objective.state_by_row) or self.objective.warmup_steps:
                 raise IncompatibleError(
                     f"the objective {entry_name(self.objective)!r} carries a state from step to step that is not one "
                     "of each datum, so it cannot be averaged over data: fit one observation, vf.fit(simulator.at(x), "
@@ -121,6 +121,9 @@ class ByLikelihood:
         state = None if self.state is None else self.state[rows[:, 0]]
         out = self.objective.loss(family, model, noise, self._pairs(len(x)), state)
         if self.state is not None:
+            wider = out.state.shape[1] - self.state.shape[1]
+            if wider:
+                self.state = torch.cat([self.state, out.state.new_zeros(len(self.state), wider)], 1)
             self.state[rows[:, 0]] = out.state
         surrogate = out.surrogate.mean()
         return out.value.mean() + (surrogate - surrogate.detach())
