@@ -8,7 +8,15 @@ import torch
 from peft import LoraConfig
 
 from tests.llm.conftest import LORA, arguments, spread_members, tiny_base
-from vifamily.llm import EnsembleOptions, StackedCausalLM, contradictory_sft, prepare_sft, tiny_tokenizer
+from vifamily.llm import (
+    EnsembleOptions,
+    StackedCausalLM,
+    WalshCausalLM,
+    WalshConfig,
+    contradictory_sft,
+    prepare_sft,
+    tiny_tokenizer,
+)
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.trainer import SFTEnsembleTrainer
 
@@ -18,8 +26,14 @@ if __name__ == "__main__":
     corpus = contradictory_sft(6, 2, torch.Generator().manual_seed(0), length=3)
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
     base = tiny_base(dtype=torch.float32, vocab=len(tokenizer))
-    model = StackedCausalLM(base, LoraConfig(**LORA, target_modules=["q_proj", "v_proj"]), 3)
-    spread_members(model)
+    if "walsh" in sys.argv[4:]:
+        model = WalshCausalLM(base, WalshConfig(["q_proj", "v_proj"]), 3)
+        with torch.no_grad():
+            for _, layer in model.adapters():
+                layer.walsh_core.copy_(0.3 * layer.walsh_left)
+    else:
+        model = StackedCausalLM(base, LoraConfig(**LORA, target_modules=["q_proj", "v_proj"]), 3)
+        spread_members(model)
     # answers of unequal length: what is averaged over must be counted over all processes
     records = [{**r, "completion": r["completion"][: 2 * (1 + i % 3)]} for i, r in enumerate(corpus)]
     settings = arguments(
