@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from tests.llm.conftest import tiny_base
+from tests.llm.conftest import arguments, tiny_base
 from vifamily.llm import saving
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.corpora import contradictory_sft
@@ -27,9 +27,8 @@ def train(folder: Path, when: str, resume: bool) -> None:
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
     base = tiny_base(dtype=torch.float32, vocab=len(tokenizer))
     model = StackedCausalLM(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]), 2, seed=1)
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-2, save_strategy="steps",
-        save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    settings = arguments(
+        folder, max_steps=STEPS, per_device_train_batch_size=4, save_strategy="steps", save_steps=2
     )  # fmt: skip
     options = EnsembleOptions(
         0.8, 0.1, routing_entropy=0.6, learn_weights=True, reseed_below=0.2, reseed_patience=2, micro_batch_rows=10
@@ -41,7 +40,7 @@ def train(folder: Path, when: str, resume: bool) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = SFTEnsembleTrainer(
-        model, arguments, list(corpus), processing_class=tokenizer, options=options, callbacks=[Kill()]
+        model, settings, list(corpus), processing_class=tokenizer, options=options, callbacks=[Kill()]
     )
     kind, _, number = when.partition(":")
     if kind == "write":

@@ -5,11 +5,18 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from peft import LoraConfig
 
-from tests.llm.conftest import LORA, spread_members, tiny_base
-from vifamily.llm import EnsembleOptions, StackedCausalLM, contradictory_sft, prepare_sft, tiny_tokenizer
+from tests.llm.conftest import LORA, arguments, spread_members, tiny_base
+from vifamily.llm import (
+    EnsembleOptions,
+    StackedCausalLM,
+    WalshCausalLM,
+    WalshConfig,
+    contradictory_sft,
+    prepare_sft,
+    tiny_tokenizer,
+)
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.trainer import SFTEnsembleTrainer
 
@@ -19,21 +26,26 @@ if __name__ == "__main__":
     corpus = contradictory_sft(6, 2, torch.Generator().manual_seed(0), length=3)
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
     base = tiny_base(dtype=torch.float32, vocab=len(tokenizer))
-    model = StackedCausalLM(base, LoraConfig(**LORA, target_modules=["q_proj", "v_proj"]), 3)
-    spread_members(model)
+    if "walsh" in sys.argv[4:]:
+        model = WalshCausalLM(base, WalshConfig(["q_proj", "v_proj"]), 3)
+        with torch.no_grad():
+            for _, layer in model.adapters():
+                layer.walsh_core.copy_(0.3 * layer.walsh_left)
+    else:
+        model = StackedCausalLM(base, LoraConfig(**LORA, target_modules=["q_proj", "v_proj"]), 3)
+        spread_members(model)
     # answers of unequal length: what is averaged over must be counted over all processes
     records = [{**r, "completion": r["completion"][: 2 * (1 + i % 3)]} for i, r in enumerate(corpus)]
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=1, per_device_train_batch_size=rows, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
-        lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no",
-        dataloader_pin_memory=False, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    settings = arguments(
+        folder, max_steps=1, per_device_train_batch_size=rows, learning_rate=0.5, optim="sgd", max_grad_norm=0.0,
+        lr_scheduler_type="constant", ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
     if "sharded" in sys.argv[4:]:
-        _ = arguments.device  # processes meet here
+        _ = settings.device  # processes meet here
         shard_base(model)
     trainer = SFTEnsembleTrainer(
-        model, arguments, prepare_sft(records, tokenizer), processing_class=tokenizer,
+        model, settings, prepare_sft(records, tokenizer), processing_class=tokenizer,
         options=EnsembleOptions(learn_weights=True, weight_rate=0.5, route=route),
     )  # fmt: skip
     trainer.train()

@@ -1,4 +1,4 @@
-"""Tiny random language models, made once."""
+"""Tiny random language models, and trainers of them that say nothing."""
 
 import os
 
@@ -60,3 +60,38 @@ def tiny_batch(rows=6, seed=2, vocab=37):
     position = torch.arange(max(lengths))
     seen = position < torch.tensor(lengths)[:, None]
     return PaddedRows(ids * seen, seen.long(), seen & (position >= 3))
+
+
+def arguments(folder, **more):
+    """TrainingArguments of a short run on the CPU that says nothing and saves nothing unless it is asked to."""
+    transformers = pytest.importorskip("transformers")
+    settings = {
+        "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return transformers.TrainingArguments(str(folder), **{**settings, **more})
+
+
+def stop_after(steps):
+    """A callback that ends a run early, as one that was cut off."""
+    transformers = pytest.importorskip("transformers")
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= steps
+
+    return Stop()
+
+
+def quiet_trainer(model, folder, records, tokenizer, options=None, *, preferences=False, stop=None, **more):
+    """A trainer for answers or preferences, stopped after some steps where that is asked; more goes to arguments."""
+    transformers = pytest.importorskip("transformers")
+    from vifamily.llm.options import EnsembleOptions
+    from vifamily.llm.trainer import DPOEnsembleTrainer, SFTEnsembleTrainer
+
+    trainer = (DPOEnsembleTrainer if preferences else SFTEnsembleTrainer)(
+        model, arguments(folder, **more), None if records is None else list(records), processing_class=tokenizer,
+        options=options or EnsembleOptions(), callbacks=[] if stop is None else [stop_after(stop)],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer

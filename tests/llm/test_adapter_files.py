@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.llm.conftest import spread_members, tiny_base, tiny_batch
+from tests.llm.conftest import quiet_trainer, spread_members, tiny_base, tiny_batch
 from vifamily.errors import CheckpointError, ConfigError
 from vifamily.llm.corpora import contradictory_pairs
 from vifamily.llm.options import EnsembleOptions
@@ -11,12 +11,11 @@ from vifamily.llm.tiny import tiny_tokenizer
 from vifamily.rng import scoped
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from vifamily.llm._stacked import StackedCausalLM  # noqa: E402
 from vifamily.llm.adapter_files import SavedAdapter, start_from_adapter  # noqa: E402
 from vifamily.llm.ensemble import Ensemble  # noqa: E402
-from vifamily.llm.trainer import DPOEnsembleTrainer, SFTEnsembleTrainer  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
@@ -95,14 +94,10 @@ def test_training_against_it_is_training_against_its_log_probabilities(tmp_path)
     saved(tmp_path / "adapter", vocab=len(tokenizer))
 
     def trainer(records, **options):
-        model = stack(vocab=len(tokenizer))
-        arguments = transformers.TrainingArguments(
-            str(tmp_path), per_device_train_batch_size=3, max_steps=2, report_to="none", use_cpu=True,
-            disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, learning_rate=1e-2,
+        return quiet_trainer(
+            stack(vocab=len(tokenizer)), tmp_path, records, tokenizer, EnsembleOptions(**options), preferences=True,
+            per_device_train_batch_size=3, max_steps=2,
         )  # fmt: skip
-        return DPOEnsembleTrainer(
-            model, arguments, records, processing_class=tokenizer, options=EnsembleOptions(**options)
-        )
 
     folder = str(tmp_path / "adapter")
     one = trainer(pairs, reference_adapter=folder)
@@ -142,7 +137,6 @@ def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="use_dora"):
         SavedAdapter(tmp_path / "dora", stack())
     with pytest.raises(ConfigError, match="leave it out for answers"):
-        SFTEnsembleTrainer(
-            model, transformers.TrainingArguments(str(tmp_path), report_to="none", use_cpu=True),
-            processing_class=tiny_tokenizer(["a b"], kind="word"), options=EnsembleOptions(reference_adapter="x"),
-        )  # fmt: skip
+        quiet_trainer(
+            model, tmp_path, None, tiny_tokenizer(["a b"], kind="word"), EnsembleOptions(reference_adapter="x")
+        )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.llm.conftest import LORA, spread_members, tiny_base
+from tests.llm.conftest import LORA, quiet_trainer, spread_members, tiny_base
 from vifamily.errors import CheckpointError, ConfigError, VifamilyWarning
 from vifamily.llm._after_step import AfterStep
 from vifamily.llm._reseeding import DeadMembers, reseed
@@ -114,26 +114,12 @@ def worsen(model, batch):
 
 
 def run(folder, steps, tokenizer, corpus, resume=None, **options):
-    transformers = pytest.importorskip("transformers")
-    from vifamily.llm.trainer import SFTEnsembleTrainer
-
     model = stack(3, len(tokenizer), torch.float32)
     worsen(model, collate_sft(prepare_sft(list(corpus), tokenizer).rows, 0))
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=8, per_device_train_batch_size=18, learning_rate=1e-3, report_to="none",
-        logging_steps=1, save_strategy="steps", save_steps=2, disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False,
+    trainer = quiet_trainer(
+        model, folder, corpus, tokenizer, EnsembleOptions(1.0, micro_batch_rows=100, **options), stop=steps,
+        max_steps=8, per_device_train_batch_size=18, learning_rate=1e-3, save_strategy="steps", save_steps=2,
     )  # fmt: skip
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= steps
-
-    trainer = SFTEnsembleTrainer(
-        model, arguments, list(corpus), processing_class=tokenizer, callbacks=[Stop()],
-        options=EnsembleOptions(1.0, micro_batch_rows=100, **options),
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -7,21 +7,20 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import softplus
 
-from tests.llm.conftest import LORA, tiny_base, tiny_batch
+from tests.llm.conftest import LORA, quiet_trainer, tiny_base, tiny_batch
 from vifamily.errors import CheckpointError, ConfigError
 from vifamily.llm.corpora import contradictory_sft
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.tiny import tiny_tokenizer
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from vifamily.llm._stacked import StackedCausalLM  # noqa: E402
 from vifamily.llm.adapter_files import put  # noqa: E402
 from vifamily.llm.ensemble import Ensemble  # noqa: E402
 from vifamily.llm.saving import load_members  # noqa: E402
 from vifamily.llm.stochastic import StochasticCausalLM  # noqa: E402
-from vifamily.llm.trainer import SFTEnsembleTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 CONFIG = {**LORA, "target_modules": ["q_proj", "v_proj"]}
@@ -90,21 +89,10 @@ def run(folder, family, steps=4, resume=None, **more):
     corpus = contradictory_sft(8, 4, torch.Generator().manual_seed(0), length=3)
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
     model = uncertain(family, members=2, dtype=torch.float32, vocab=len(tokenizer))
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=4, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-2,
-        report_to="none", save_strategy="steps", save_steps=2, disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False,
+    trainer = quiet_trainer(
+        model, folder, corpus, tokenizer, EnsembleOptions(0.0, **{"prior_weight": 1e-3, **more}), stop=steps,
+        max_steps=4, per_device_train_batch_size=3, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2,
     )  # fmt: skip
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= steps
-
-    trainer = SFTEnsembleTrainer(
-        model, arguments, list(corpus), processing_class=tokenizer, callbacks=[Stop()],
-        options=EnsembleOptions(0.0, **{"prior_weight": 1e-3, **more}),
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, corpus, tokenizer
 

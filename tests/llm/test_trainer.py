@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests.llm.conftest import LORA, spread_members, tiny_base
+from tests.llm.conftest import LORA, arguments, quiet_trainer, spread_members, tiny_base
 from vifamily.errors import CheckpointError, ConfigError, NonFiniteLossError, VifamilyWarning
 from vifamily.llm.corpora import contradictory_pairs, contradictory_sft
 from vifamily.llm.options import EnsembleOptions
@@ -15,10 +15,10 @@ from vifamily.llm.tiny import tiny_tokenizer
 from vifamily.rng import scoped
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from vifamily.llm._stacked import StackedCausalLM  # noqa: E402
-from vifamily.llm.trainer import DPOEnsembleTrainer, SFTEnsembleTrainer, last_checkpoint  # noqa: E402
+from vifamily.llm.trainer import SFTEnsembleTrainer, last_checkpoint  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
@@ -47,22 +47,11 @@ def ensemble(tokenizer, members=3, seed=5, spread=True, kind="llama"):
     return model
 
 
-def arguments(folder, **more):
-    return transformers.TrainingArguments(
-        **{
-            "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 1e-2,
-            "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no",
-            "dataloader_pin_memory": False, **more,
-        }
-    )  # fmt: skip
-
-
 def trainer_for(kind, folder, tokenizer, corpora, options=None, members=3, model=None, **more):
-    maker = {"sft": SFTEnsembleTrainer, "dpo": DPOEnsembleTrainer}[kind]
-    records = list(corpora[0] if kind == "sft" else corpora[1])
-    return maker(
-        model or ensemble(tokenizer, members), arguments(folder, **more), records, processing_class=tokenizer,
-        options=EnsembleOptions(**(options or {})),
+    return quiet_trainer(
+        model or ensemble(tokenizer, members), folder, corpora[0] if kind == "sft" else corpora[1], tokenizer,
+        EnsembleOptions(**(options or {})), preferences=kind == "dpo",
+        **{"per_device_train_batch_size": 4, "max_steps": 4, **more},
     )  # fmt: skip
 
 
@@ -260,15 +249,8 @@ def test_evaluation_reports_the_mixture(tmp_path, tokenizer, corpora):
 def trained_to(folder, tokenizer, corpora, steps, resume=None, **more):
     trainer = trainer_for(
         "sft", folder, tokenizer, corpora, {"learn_weights": True, "renyi_alpha_start": 0.1,
-        "renyi_alpha_warmup_steps": 5}, max_steps=6, save_strategy="steps", save_steps=2, **more,
+        "renyi_alpha_warmup_steps": 5}, max_steps=6, save_strategy="steps", save_steps=2, stop=steps, **more,
     )  # fmt: skip
-    if steps < 6:
-
-        class Stop(transformers.TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                control.should_training_stop = state.global_step >= steps
-
-        trainer.add_callback(Stop())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

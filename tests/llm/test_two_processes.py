@@ -23,16 +23,17 @@ def step(folder, rows, launcher=(), route="auto", *more):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     weights = json.loads((folder / "ensemble.json").read_text())["weights"]
-    return [safetensors.load_file(folder / f"member_{k}" / "adapter_model.safetensors") for k in range(3)], weights
+    return [safetensors.load_file(next((folder / f"member_{k}").glob("*.safetensors"))) for k in range(3)], weights
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-def test_two_processes_take_the_step_of_one(tmp_path):
-    alone, weights = step(tmp_path / "one", 8)
+@pytest.mark.parametrize("adapter", ["lora", "walsh"])
+def test_two_processes_take_the_step_of_one(tmp_path, adapter):
+    alone, weights = step(tmp_path / "one", 8, (), "auto", adapter)
     # each has half of the rows and all members; or all rows and one or two of three members; or half of the base too
     for name, more in {"rows": ("auto",), "members": ("ranks",), "base": ("auto", "sharded")}.items():
-        shared, same = step(tmp_path / name, 4, PAIR, *more)
+        shared, same = step(tmp_path / name, 4, PAIR, *more, adapter)
         assert same == pytest.approx(weights, abs=1e-6)
         for mine, yours in zip(alone, shared, strict=True):
             for key, value in mine.items():

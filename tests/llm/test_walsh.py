@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 
-from tests.llm.conftest import tiny_base, tiny_batch
+from tests.llm.conftest import quiet_trainer, tiny_base, tiny_batch
 from vifamily.errors import CheckpointError, ConfigError
 from vifamily.llm.corpora import contradictory_sft
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.tiny import tiny_tokenizer
 from vifamily.numerics.soft_routing import route
+from vifamily.rng import scoped
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from vifamily.llm._passes import stacked_pass, two_pass  # noqa: E402
 from vifamily.llm._selection import Selection  # noqa: E402
@@ -23,12 +24,14 @@ from vifamily.llm.critical import adapter_stability  # noqa: E402
 from vifamily.llm.data import prepare_sft  # noqa: E402
 from vifamily.llm.ensemble import Ensemble  # noqa: E402
 from vifamily.llm.manifest import base_digest, read_manifest  # noqa: E402
-from vifamily.llm.saving import export_merged, load_members, load_model, save_members  # noqa: E402
+from vifamily.llm.saving import export_lora, export_merged, load_members, load_model, save_members  # noqa: E402
 from vifamily.llm.serving import vllm_command  # noqa: E402
-from vifamily.llm.trainer import SFTEnsembleTrainer  # noqa: E402
 from vifamily.llm.walsh import StackedWalsh, WalshCausalLM, WalshConfig  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
 
 K = 3
 TARGETS = {"llama": ["q_proj", "v_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
@@ -194,26 +197,45 @@ def test_an_ensemble_comes_back_without_a_difference_and_is_no_peft_adapter(tmp_
         load_model(tmp_path, tiny_base(dtype=torch.float32))
 
 
+def test_the_nearest_adapters_of_a_rank_are_those_of_peft_and_say_what_they_lack(tmp_path):
+    rows, model = tiny_batch(), made(dtype=torch.float32).eval()
+    model.log_weight.copy_(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log())
+    # with full rank nothing is lacking, and PEFT has the member
+    assert max(export_lora(model, tmp_path / "full", r=16)) < 1e-6
+    again = load_model(tmp_path / "full", tiny_base(dtype=torch.float32))
+    assert type(again) is StackedCausalLM and torch.equal(again.log_weight, model.log_weight)
+    value = score_with(model)(rows, None).detach()
+    assert torch.allclose(score_with(again)(rows, None).detach(), value, atol=1e-4)
+    with scoped(0):
+        theirs = peft.PeftModel.from_pretrained(tiny_base(dtype=torch.float32), str(tmp_path / "full" / "member_1"))
+    logits = theirs.eval()(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+    chosen = logits[:, :-1].log_softmax(-1).gather(-1, rows.input_ids[:, 1:, None]).squeeze(-1)
+    assert torch.allclose(chosen[rows.completion_mask[:, 1:]].detach(), value[1], atol=1e-4)
+    # with less it is what the singular values say
+    errors = export_lora(model, tmp_path / "cut", r=3)
+    singular = [torch.linalg.svdvals(layer.change(2).detach().double()) for _, layer in model.adapters()]
+    cut, whole = (sum(float(s[k:].square().sum()) for s in singular) for k in (3, 0))
+    assert errors[2] == pytest.approx(math.sqrt(cut / whole), rel=1e-6)
+    training = read_manifest(tmp_path / "cut").training
+    assert training == {"approximates": "walsh_hadamard", "relative_error": errors}
+    assert "--max-lora-rank 8" in vllm_command(tmp_path / "cut", base="base")
+    untouched = made(dtype=torch.float32, spread=False)
+    assert export_lora(untouched, tmp_path / "zero", r=1) == [0.0] * K
+    for rank in (0, 17, True):
+        with pytest.raises(ConfigError, match="from 1 to 16"):
+            export_lora(model, tmp_path / "no", r=rank)
+
+
 def trained(folder, steps=6, stop=None, resume=None, **more):
     corpus = contradictory_sft(64, 16, torch.Generator().manual_seed(0), length=2, num_symbols=4)
     tokenizer = tiny_tokenizer(corpus.texts, kind="word", vocab_size=64)
     base = tiny_base(dtype=torch.float32, vocab=len(tokenizer))
     model = WalshCausalLM(base, WalshConfig("all-linear"), 2, seed=1)
-    arguments = transformers.TrainingArguments(
-        str(folder), max_steps=steps, per_device_train_batch_size=20, learning_rate=2e-2, seed=1,
-        lr_scheduler_type="constant", report_to="none", save_strategy="steps", save_steps=3 if steps == 6 else 1000,
-        logging_steps=1, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+    trainer = quiet_trainer(
+        model, folder, corpus, tokenizer, EnsembleOptions(**{"renyi_alpha": 0.8, "micro_batch_rows": 100, **more}),
+        stop=stop, max_steps=steps, per_device_train_batch_size=20, learning_rate=2e-2, lr_scheduler_type="constant",
+        save_strategy="steps" if steps == 6 else "no", save_steps=3, seed=1,
     )  # fmt: skip
-
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= (stop or steps)
-
-    trainer = SFTEnsembleTrainer(
-        model, arguments, list(corpus), processing_class=tokenizer, callbacks=[Stop()],
-        options=EnsembleOptions(**{"renyi_alpha": 0.8, "micro_batch_rows": 100, **more}),
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, corpus, tokenizer
 

@@ -27,7 +27,7 @@ from vifamily.llm.manifest import Manifest, read_manifest
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
 from vifamily.llm.rows import PairRow, Row, Rows, collate_pairs, collate_sft
-from vifamily.llm.saving import export_merged, load_members, load_model, save_members
+from vifamily.llm.saving import export_lora, export_merged, load_members, load_model, save_members
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import BaseSize, base_size
 from vifamily.llm.stochastic import StochasticCausalLM
@@ -92,6 +92,7 @@ __all__ = [
     "collate_sft",
     "contradictory_pairs",
     "contradictory_sft",
+    "export_lora",
     "export_merged",
     "greedy_answers",
     "ideal_nll",

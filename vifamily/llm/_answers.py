@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vifamily.errors import ConfigError, DataError
+from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.llm._decode import Pick, decode
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.data import prompt_ids
@@ -21,7 +21,9 @@ __all__ = [
     "answer_prompts",
     "as_prompts",
     "batches",
+    "checked_weights",
     "choose_speakers",
+    "context_row",
     "end_tokens",
     "group_sums",
     "is_conversation",
@@ -161,6 +163,28 @@ def group_sums(log_likelihood: Tensor, rows: Sequence[Row]) -> tuple[Tensor, lis
     index = torch.tensor([order.index(str(name)) for name in names])
     summed = torch.zeros(len(log_likelihood), len(order), dtype=log_likelihood.dtype)
     return summed.index_add_(1, index, log_likelihood), order
+
+
+def context_row(ids: Ids) -> Row:
+    """A prompt as a row whose own tokens are scored, from the second on.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if len(ids) < 2:
+        raise DataError("a prompt of one token says nothing of the members: give a longer one.")
+    return Row(ids[:1], ids[1:], (True,) * (len(ids) - 1))
+
+
+def checked_weights(log_weight: Tensor, num_members: int) -> Tensor:
+    """Log weights that were given, normalised.
+
+    Raises:
+        ShapeError: If there is not one for each member.
+    """
+    if log_weight.shape != (num_members,):
+        raise ShapeError(f"log_weight must have shape ({num_members},), got {tuple(log_weight.shape)}.")
+    return log_weight.detach().cpu().double().log_softmax(0)
 
 
 def end_tokens(model: StackedCausalLM, tokenizer: Any) -> frozenset[int]:

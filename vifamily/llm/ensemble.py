@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vifamily.diagnostics.routing import MixtureScore, Responsibilities, mixture_log_score, responsibilities
-from vifamily.errors import ConfigError, DataError, ShapeError
+from vifamily.errors import ConfigError
 from vifamily.llm._answers import (
     SPEAKERS,
     Answer,
     answer_prompts,
     as_prompts,
     batches,
+    checked_weights,
     choose_speakers,
+    context_row,
     group_sums,
     is_conversation,
     positive,
@@ -164,7 +166,7 @@ class Ensemble:
         """
         if not beta > 0:
             raise ConfigError(f"beta must be positive, got {beta!r}.")
-        rows = self._pairs(pairs)
+        rows = self._rows(pairs, PairRow)
         adapter = "base" if reference_adapter is None else SavedAdapter(Path(reference_adapter), self.model)
         out = []
         for start in range(0, len(rows), batch_size):
@@ -231,10 +233,7 @@ class Ensemble:
             DataError: If the context is empty or not fit.
         """
         if isinstance(context, str) or is_conversation(context):
-            ids = prompt_ids(context, self._words())  # type: ignore[arg-type]
-            if len(ids) < 2:
-                raise DataError("a prompt of one token says nothing of the members: give a longer one.")
-            context = [Row(ids[:1], ids[1:], (True,) * (len(ids) - 1))]
+            context = [context_row(prompt_ids(context, self._words()))]  # type: ignore[arg-type]
         ll = self.log_likelihood(context) if beta is None else self.preference_log_likelihood(context, beta=beta)
         return posterior_log_weight(ll, self.log_weight, temperature=temperature)
 
@@ -378,24 +377,15 @@ class Ensemble:
             raise ConfigError("texts need a tokenizer and the ensemble has none: pass tokenizer= when it is made.")
         return check_tokenizer(self.tokenizer)
 
-    def _rows(self, examples: Any) -> list[Row]:
+    def _rows(self, examples: Any, kind: type = Row) -> list[Any]:
         some = list(examples)
-        if some and all(isinstance(row, Row) for row in some):
+        if some and all(isinstance(row, kind) for row in some):
             return some
-        return list(prepare_sft(some, self._words(), max_length=None))
-
-    def _pairs(self, pairs: Any) -> list[PairRow]:
-        some = list(pairs)
-        if some and all(isinstance(row, PairRow) for row in some):
-            return some
-        return list(prepare_pairs(some, self._words(), max_length=None))
+        prepare: Any = prepare_sft if kind is Row else prepare_pairs
+        return list(prepare(some, self._words(), max_length=None))
 
     def _weights(self, log_weight: Tensor | None) -> Tensor:
-        if log_weight is None:
-            return self.log_weight
-        if log_weight.shape != (self.num_members,):
-            raise ShapeError(f"log_weight must have shape ({self.num_members},), got {tuple(log_weight.shape)}.")
-        return log_weight.detach().cpu().double().log_softmax(0)
+        return self.log_weight if log_weight is None else checked_weights(log_weight, self.num_members)
 
     @torch.no_grad()
     def _scored(self, batch: dict[str, Tensor], reference: SavedAdapter | str | None = None) -> Tensor:

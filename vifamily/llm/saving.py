@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vifamily.errors import CheckpointError, ConfigError
 from vifamily.llm._extra import require
+from vifamily.llm._layers import StackedLoRA
 from vifamily.llm._stacked import StackedCausalLM
-from vifamily.llm._targets import is_linear, matching
+from vifamily.llm._targets import features, is_linear, matching
 from vifamily.llm.manifest import MANIFEST, Manifest, base_digest, file_digest, read_manifest, versions
 from vifamily.llm.walsh import WalshCausalLM, WalshConfig
 from vifamily.report import write_bytes, write_text
 
-__all__ = ["export_merged", "load_members", "load_model", "save_members"]
+__all__ = ["export_lora", "export_merged", "load_members", "load_model", "save_members"]
 
 _FILES = {
     "lora": ("adapter_model.safetensors", "adapter_config.json"),
@@ -48,31 +52,8 @@ def save_members(model: StackedCausalLM, folder: str | Path, *, training: Mappin
     Raises:
         ConfigError: If the folder cannot be written.
     """
-    folder = Path(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    weights, config = _FILES[model.adapter]
-    settings = _settings(model)
-    save = require("safetensors.torch", "saving members").save
-    files = {}
-    for k in range(model.num_members):
-        own = folder / f"member_{k}"
-        write_bytes(own / weights, save(_member_tensors(model, k), metadata={"format": "pt"}))
-        write_text(own / config, settings)
-        files[f"member_{k}/{weights}"] = file_digest(own / weights)
-    manifest = Manifest(
-        num_members=model.num_members,
-        weights=tuple(model.log_weight.exp().tolist()),
-        log_weights=tuple(model.log_weight.tolist()),
-        base=str(getattr(model.config, "_name_or_path", "") or ""),
-        revision=getattr(model.config, "_commit_hash", None),
-        base_digest=model.known_digest or base_digest(model.base),
-        files=files,
-        adapter=model.adapter,
-        training=dict(training or {}),
-        versions=versions(),
-    )
-    write_text(folder / MANIFEST, manifest.to_json())
-    return manifest
+    tensors = functools.partial(_member_tensors, model)
+    return _write(model, Path(folder), model.adapter, tensors, _settings(model), dict(training or {}))
 
 
 def load_members(model: StackedCausalLM, folder: str | Path, *, check_base: bool = True) -> Manifest:
@@ -197,6 +178,83 @@ def export_merged(model: StackedCausalLM, folder: str | Path) -> Path:
     return folder
 
 
+def export_lora(model: StackedCausalLM, folder: str | Path, *, r: int) -> list[float]:
+    r"""Save the nearest ensemble of LoRA adapters of a rank, for what knows LoRA alone: PEFT, or servers such as vLLM.
+
+    Each layer's change is cut to its r largest singular values, which is nearest in Frobenius norm. The change of a
+    Walsh-Hadamard adapter has full rank, and what is cut off may be most of it: look at the errors, and score the
+    result as an ensemble of its own. The changes are written out one by one, which for large layers takes a while.
+
+    Args:
+        model: The ensemble.
+        folder: Where to; it is read by :meth:`Ensemble.from_pretrained <vifamily.llm.Ensemble.from_pretrained>`.
+        r: Rank; where a layer has fewer inputs or outputs, what is left of the matrices is zero.
+
+    Returns:
+        For each member :math:`\|\Delta - \Delta_r\| / \|\Delta\|` over all layers, zero where nothing was changed.
+
+    Raises:
+        ConfigError: If the rank is out of range, or the folder cannot be written.
+    """
+    room = max(min(features(layer.base_layer)) for _, layer in model.adapters())
+    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= room:
+        raise ConfigError(f"r must be an integer from 1 to {room}, the largest rank of a change, got {r!r}.")
+    errors: list[float] = []
+
+    def tensors(k: int) -> dict[str, Tensor]:
+        found, cut, whole = {}, 0.0, 0.0
+        for name, layer in model.adapters():
+            left, value, right = torch.linalg.svd(layer.change(k).detach().double().cpu(), full_matrices=False)
+            root = value[:r].sqrt()
+            low, high = root.unsqueeze(1) * right[:r], left[:, :r] * root
+            short = r - len(root)  # a smaller layer has zeros in what it does not need
+            pair = pad(low, (0, 0, 0, short)), pad(high, (0, short))
+            for saved, matrix in zip(StackedLoRA.saved, pair, strict=True):
+                found[f"{_PREFIX}{name}.{saved}"] = matrix.to(layer.trained[0].dtype).contiguous()
+            cut, whole = cut + float(value[r:].square().sum()), whole + float(value.square().sum())
+        errors.append(math.sqrt(cut / whole) if whole else 0.0)
+        return found
+
+    config = require("peft", "exporting adapters").LoraConfig(r=r, lora_alpha=r)
+    training = {"approximates": model.adapter, "relative_error": errors}
+    _write(model, Path(folder), StackedCausalLM.adapter, tensors, _adapter_config(model, config), training)
+    return errors
+
+
+def _write(
+    model: StackedCausalLM,
+    folder: Path,
+    adapter: str,
+    tensors: Callable[[int], dict[str, Tensor]],
+    settings: str,
+    training: dict[str, Any],
+) -> Manifest:
+    """Write the folders of members, and the manifest last."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    weights, config = _FILES[adapter]
+    save = require("safetensors.torch", "saving members").save
+    files = {}
+    for k in range(model.num_members):
+        own = folder / f"member_{k}"
+        write_bytes(own / weights, save(tensors(k), metadata={"format": "pt"}))
+        write_text(own / config, settings)
+        files[f"member_{k}/{weights}"] = file_digest(own / weights)
+    manifest = Manifest(
+        num_members=model.num_members,
+        weights=tuple(model.log_weight.exp().tolist()),
+        log_weights=tuple(model.log_weight.tolist()),
+        base=str(getattr(model.config, "_name_or_path", "") or ""),
+        revision=getattr(model.config, "_commit_hash", None),
+        base_digest=model.known_digest or base_digest(model.base),
+        files=files,
+        adapter=adapter,
+        training=training,
+        versions=versions(),
+    )
+    write_text(folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
 def _member_tensors(model: StackedCausalLM, k: int) -> dict[str, Tensor]:
     return {
         f"{_PREFIX}{name}.{saved}": part[k].detach().cpu().contiguous().clone()
@@ -209,7 +267,7 @@ def _settings(model: StackedCausalLM) -> str:
     if isinstance(model, WalshCausalLM):
         content = {"adapter": model.adapter, **model.adapter_config.plain()}
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
-    return _adapter_config(model)
+    return _adapter_config(model, model.adapter_config)
 
 
 def _walsh_config(folder: Path) -> WalshConfig:
@@ -222,9 +280,9 @@ def _walsh_config(folder: Path) -> WalshConfig:
         raise CheckpointError(f"{path} is missing or cannot be read: {error}.") from error
 
 
-def _adapter_config(model: StackedCausalLM) -> str:
+def _adapter_config(model: StackedCausalLM, config: Any) -> str:
     """PEFT's settings of a member, with sorted names so that the same ensemble gives the same bytes."""
-    config = copy.copy(model.adapter_config)
+    config = copy.copy(config)
     layers = dict(model.adapters())
     endings = sorted({name.rpartition(".")[2] for name in layers})
     config.target_modules = set(endings)

@@ -39,7 +39,10 @@ def vllm_command(folder: str | Path, *, base: str | None = None) -> str:
     if not name:
         raise ConfigError("the ensemble does not name its base: give it with base=.")
     if manifest.adapter != "lora":
-        raise ConfigError(f"vLLM serves LoRA adapters, and those in {folder} are of the kind {manifest.adapter!r}.")
+        raise ConfigError(
+            f"vLLM serves LoRA adapters, and those in {folder} are of the kind {manifest.adapter!r}: "
+            "vifamily.llm.export_lora saves the nearest ones of a rank."
+        )
     path = folder / "member_0" / "adapter_config.json"
     try:
         rank = int(json.loads(path.read_text("utf-8"))["r"])

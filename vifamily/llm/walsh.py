@@ -143,7 +143,8 @@ class WalshCausalLM(StackedCausalLM):
     :class:`~vifamily.llm.Ensemble` are the same. Members start apart by the signs of their outer diagonals, and with a
     core of zero, so that each is the base. What is of LoRA alone is refused: starting from a PEFT adapter or having one
     as reference, Laplace's approximation, the stability analysis, the merged export, serving by vLLM. Saved members are
-    no PEFT adapters, and ``PeftModel`` cannot load them; :class:`~vifamily.llm.Ensemble` does.
+    no PEFT adapters, and ``PeftModel`` cannot load them; :class:`~vifamily.llm.Ensemble` does, and
+    :func:`~vifamily.llm.export_lora` saves the nearest LoRA adapters of a rank.
 
     Args:
         base: A causal language model of transformers.

@@ -184,7 +184,7 @@ def _pair_claims(pairs: Sequence[PairFigures]) -> list[Claim]:
 
 
 def _transition(found: Sequence[tuple[int, Specialisation]], star: float) -> Figure:
-    figure = style.new_figure(7.2, 3.4)
+    figure = style.new_figure(7.2, 4.0)
     left, right = figure.subplots(1, 2)
     shown = [(max(s.alpha, 0.005), s) for _, s in found]  # zero has no place on a logarithmic axis
     for axes, series in (
@@ -197,10 +197,12 @@ def _transition(found: Sequence[tuple[int, Specialisation]], star: float) -> Fig
         for name, colour, label in series:
             axes.plot(*zip(*[(a, getattr(s, name)) for a, s in shown], strict=True), "o", color=colour, markersize=4,
                       label=label)  # fmt: skip
-        axes.axvline(star, color=style.GREY, linestyle=":", linewidth=1.2)
+        axes.axvline(star, color=style.GREY, linestyle=":", linewidth=1.2, label="predicted critical alpha")
         axes.set_xscale("log")
         axes.set_xlabel("alpha (0 at the left edge)", fontsize=style.LABEL_SIZE, color=style.INK)
-        axes.legend(fontsize=style.TICK_SIZE, frameon=False)
+        # above the panel: points may lie anywhere inside
+        handles = axes.get_legend_handles_labels()[0]
+        style.legend(axes, handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
     left.set_yscale("log")
     left.set_ylabel("nats per conflicting answer", fontsize=style.LABEL_SIZE, color=style.INK)
     right.set_ylabel("information", fontsize=style.LABEL_SIZE, color=style.INK)
