@@ -228,6 +228,7 @@ def test_stack_and_watch_make_no_tensor_elsewhere(name):
 
 SUPPORTS = {
     "real": ((), "real"),
+    "circle": ((2,), "circle"),
     "positive": ((2,), "positive"),
     "interval": ((2, 2), "interval(-1, 3)"),
     "bounds": ((2,), constraints.interval(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 4.0]))),

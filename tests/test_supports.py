@@ -15,6 +15,7 @@ from torch.distributions import Dirichlet, LKJCholesky, biject_to, constraints
 from vifamily.errors import ConfigError, ShapeError, SupportError
 from vifamily.rng import scoped
 from vifamily.supports import Layout, Site, describe_support, support_from
+from vifamily.types import Space
 
 # name -> (shape, support, which constrained entries are free coordinates)
 LOWER3 = [(i, j) for i in range(3) for j in range(i + 1)]
@@ -215,6 +216,44 @@ def test_discrete_and_continuous_do_not_mix():
     with pytest.raises(SupportError, match="cannot be mixed"):
         _ = Layout.of({"k": "integer_interval(0, 3)", "x": "real"}).num_categories
     assert Layout.of({"x": "real"}).num_categories is None
+
+
+# --- angles ---
+
+
+def test_angles_are_turned_into_the_circle_and_lose_nothing():
+    layout = Layout.of({"phi": ((2,), "circle"), "psi": "circle"})
+    assert layout.space is Space.CIRCLE and layout.angles() == [0, 1, 2] and layout.dim == 3
+    z = torch.tensor([[0.5, 4.0, -math.pi], [math.pi, -3.5, 100.0]], dtype=torch.float64)
+    theta, log_jacobian = layout.constrain_with_jacobian(z)
+    flat = layout.flatten(theta)
+    assert bool(((flat > -math.pi) & (flat <= math.pi)).all())
+    for part in (torch.cos, torch.sin):
+        torch.testing.assert_close(part(flat), part(z))
+    assert log_jacobian.tolist() == [0.0, 0.0]
+    # within the circle nothing is touched, and the way back is the same map
+    assert flat[0, 0] == 0.5 and flat[1, 0] == math.pi
+    assert torch.equal(layout.unconstrain(theta), flat)
+    torch.testing.assert_close(layout.unconstrain(layout.unflatten(z)), flat)
+    layout.check({"phi": torch.tensor([7.0, -20.0]), "psi": torch.tensor(0.0)})
+    with pytest.raises(SupportError, match="not finite"):
+        layout.check({"phi": torch.tensor([math.inf, 0.0]), "psi": torch.tensor(0.0)})
+    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    assert describe_support(support_from("circle")) == "circle"
+
+
+def test_an_angle_has_a_slope_of_one_beyond_the_cut_too():
+    z = torch.tensor([[4.0], [-9.0], [1.0]], dtype=torch.float64, requires_grad=True)
+    Layout.of({"phi": "circle"}).constrain(z)["phi"].sum().backward()
+    assert z.grad.flatten().tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_space_of_a_layout():
+    assert Layout.of({"x": "positive"}).space is Space.REAL
+    assert Layout.of({"k": "integer_interval(0, 3)"}).space is Space.DISCRETE
+    assert Layout.of({}).space is Space.REAL
+    with pytest.raises(SupportError, match="angles: phi"):
+        _ = Layout.of({"phi": "circle", "x": "real"}).space
 
 
 # --- properties ---

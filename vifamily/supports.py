@@ -31,6 +31,7 @@ from vifamily.numerics.constraint_kinds import (
     plain_of,
     support_from,
 )
+from vifamily.types import Space
 
 __all__ = ["Layout", "Site", "describe_support", "support_from"]
 
@@ -338,6 +339,31 @@ class Layout:
                 f"discrete: {', '.join(mixed)}. Sum them out in the log joint."
             )
         return tuple(c for s, c in zip(self.sites, counts, strict=True) for _ in range(s.size) if c is not None)
+
+    @property
+    def space(self) -> Space:
+        """The space that ``z`` lives on: angles alone on the circle, categories on the discrete space, others real.
+
+        Raises:
+            SupportError: If there are both of angles and others, or of discrete and continuous parameters.
+        """
+        if self.num_categories:
+            return Space.DISCRETE
+        angles = [site.name for site in self.sites if site.plain["kind"] == "circle"]
+        if not angles:
+            return Space.REAL
+        if len(angles) < len(self.sites):
+            raise SupportError(
+                "angles and other parameters cannot be mixed in one layout, since no family covers both; angles: "
+                f"{', '.join(angles)}. Give these the support interval(-3.1416, 3.1416), which is cut at its ends."
+            )
+        return Space.CIRCLE
+
+    def angles(self) -> list[int]:
+        """Places of the angles among :meth:`columns`."""
+        kinds = [(site.plain["kind"], math.prod(site.shape)) for site in self.sites]
+        each = [kind for kind, number in kinds for _ in range(number)]
+        return [i for i, kind in enumerate(each) if kind == "circle"]
 
     # -- files ---------------------------------------------------------------------------------------------------------
     def to_json(self) -> dict[str, Any]:

@@ -70,9 +70,14 @@ class FamilyEntry(abc.ABC):
         from vifamily.registry import entry_name
 
         if latent.space is not self.space:
+            hint = ""
+            if self.space is Space.CIRCLE and latent.space is Space.REAL:
+                hint = " Angles are declared by a von Mises prior, or by their support: parameters={'theta': 'circle'}."
+            elif latent.space is Space.CIRCLE:
+                hint = " Angles have natural(kind='von_mises'); declared as 'real', they are numbers like others."
             raise IncompatibleError(
                 f"the family {entry_name(self)!r} lives on the {self.space} space, "
-                f"but the model's latents are {latent.space}.",
+                f"but the model's latents are {latent.space}.{hint}",
                 missing=(str(latent.space),),
             )
         if latent.context_dim is not None and Capability.CONDITIONAL not in self.capabilities:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, VonMises
 
 from vifamily.errors import ConfigError, DataError, ModelError, ShapeError, SupportError
 from vifamily.models._calls import call_seeded
 from vifamily.supports import Layout
+from vifamily.types import Space
 
 __all__ = ["Prior"]
 
 _NAME = "theta"
+_ROUNDING = 1e-5
 
 
 class Prior:
@@ -41,6 +44,7 @@ class Prior:
         # one sampler may draw several named parameters at once
         self.joint = isinstance(given, Mapping) is False and parameters is not None
         self.layout = Layout.of(parameters if parameters is not None else self._read_off())
+        self.space = self.layout.space
         self.has_log_prob = all(callable(getattr(part, "log_prob", None)) for part in self.parts.values())
 
     def _read_off(self) -> dict[str, Any]:
@@ -51,7 +55,9 @@ class Prior:
                 raise ConfigError("a prior that draws named parameters needs their supports: parameters={name: ...}.")
             shape = tuple(drawn.shape[1:])
             support: Any = "real"
-            if isinstance(part, Distribution) or hasattr(part, "support"):
+            if _is_von_mises(part):
+                support = "circle"  # torch calls it real
+            elif isinstance(part, Distribution) or hasattr(part, "support"):
                 support = part.support
             if support is None:
                 support = "real"
@@ -107,6 +113,8 @@ class Prior:
         total: Tensor | None = None
         for name, part in self.parts.items():
             value = theta[name] if name in theta else self.layout.flatten(theta)
+            if self.space is Space.CIRCLE:
+                value = _turned(value, part)
             try:
                 each = torch.as_tensor(part.log_prob(value))
             except (ValueError, RuntimeError, TypeError) as error:
@@ -118,3 +126,21 @@ class Prior:
         if total is None:
             raise SupportError("there are no parameters.")
         return total
+
+
+def _is_von_mises(part: Any) -> bool:
+    base = part.base_dist if isinstance(part, Independent) else part
+    return isinstance(base, VonMises)
+
+
+def _turned(angle: Tensor, part: Any) -> Tensor:
+    """Angles turned to where a prior on an interval has its mass; others have a density of any turn."""
+    support = getattr(part, "support", None)
+    support = getattr(support, "base_constraint", support)
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if low is None or high is None:
+        return angle
+    least, most = torch.as_tensor(low).to(angle), torch.as_tensor(high).to(angle)
+    moved: Tensor = least + torch.remainder(angle - least, 2 * math.pi)
+    # a turn that rounding took past the end
+    return torch.where((moved > most) & (moved - most < _ROUNDING), most, moved)

@@ -96,7 +96,8 @@ class Density(Model):
         self._computes_in: tuple[torch.device, torch.dtype] | None = None
         self._named = parameters is not None
         self.num_categories = layout.num_categories
-        self.space = Space.DISCRETE if self.num_categories else _checked_space(space, named=self._named)
+        asked = _checked_space(space, named=self._named)
+        self.space = layout.space if self._named else asked
         capabilities = {Capability.LOG_JOINT} | (set() if self.space is Space.DISCRETE else _SMOOTH)
         if sample_prior is not None:
             check_callable(sample_prior, "sample_prior", "sample_prior(num_draws, generator)")
@@ -161,5 +162,5 @@ def _checked_space(space: Space | str, *, named: bool) -> Space:
         return chosen
     raise SupportError(
         f"the space {chosen.value!r} cannot be set here: name the parameters with their supports "
-        "(simplex, integer_interval …) in parameters= instead."
+        "(circle, simplex, integer_interval …) in parameters= instead."
     )

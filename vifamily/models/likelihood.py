@@ -103,7 +103,7 @@ class LikelihoodModel(Model):
         self._groups = self._read_groups(groups)
         self.name, self._named = name, dim is None
         self.num_categories = layout.num_categories if layout.sites else None
-        self.space = Space.DISCRETE if self.num_categories else Space.REAL
+        self.space = layout.space if layout.sites else Space.REAL
         self.local_layout = None if local is None else Layout.of(local)
         self.local_function, self.likelihood_function = log_local, log_likelihood
         self._normal = _normal_prior(log_prior, layout, self) if isinstance(log_prior, tuple) else None

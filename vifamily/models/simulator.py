@@ -19,7 +19,7 @@ from vifamily.models._calls import call_seeded, check_callable, check_count, che
 from vifamily.models._prior import Prior
 from vifamily.models._simulations import SimulationFolder, Simulations
 from vifamily.registry import register
-from vifamily.types import Batch, Capability, Space
+from vifamily.types import Batch, Capability
 
 __all__ = ["ObservedSimulator", "Simulations", "Simulator"]
 
@@ -39,7 +39,8 @@ class Simulator(Model):
     *shape)``, or one parameter ``(dim,)`` to one datum. Beyond them the prior may be a function of the number of draws,
     or a dictionary of independent priors by name: the simulator then gets a dictionary of tensors. Parameters are
     moved to unconstrained space by their supports, so that no posterior leaks out of its prior. Discrete ones, not
-    mixed with continuous ones, are coded 0, 1, ....
+    mixed with continuous ones, are coded 0, 1, .... Angles, under von Mises priors or of the support ``circle``, are
+    not cut anywhere: their families live on the circle, and draws lie in ``(-pi, pi]``.
 
     Prior and simulator draw from an explicit generator: it is passed to those that take ``generator=``, and others run
     under its seed, after which global random states are put back.
@@ -62,7 +63,7 @@ class Simulator(Model):
 
     Raises:
         ConfigError: If an argument cannot be used.
-        SupportError: If the support of a prior has no map to unconstrained space.
+        SupportError: If the support of a prior has no map to unconstrained space, or angles are mixed with others.
 
     Example:
         >>> prior = torch.distributions.Uniform(torch.zeros(2), torch.ones(2))
@@ -95,7 +96,7 @@ class Simulator(Model):
         found = Prior(prior, parameters)
         super().__init__(found.layout, dtype=check_dtype(dtype), device=check_device(device))
         self.num_categories = found.layout.num_categories
-        self.space = Space.REAL if self.num_categories is None else Space.DISCRETE
+        self.space = found.space
         self.prior, self.function, self.log_likelihood_function = found, simulate, log_likelihood
         self.name, self._batched = name, batched
         self.stored: Simulations | None = None

@@ -16,6 +16,8 @@ from torch.distributions import constraints
 from torch.distributions.transforms import Transform
 
 __all__ = [
+    "Angle",
+    "CircleConstraint",
     "CorrCholesky",
     "CorrMatrix",
     "CorrMatrixConstraint",
@@ -27,6 +29,14 @@ __all__ = [
     "PositiveOrderedConstraint",
     "matrix_size",
 ]
+
+
+class CircleConstraint(constraints.Constraint):
+    """Angles in radians, any number of turns."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return whether each angle is finite."""
+        return value.isfinite()
 
 
 class OrderedConstraint(constraints.Constraint):
@@ -68,6 +78,34 @@ class _Bijection(Transform):
 
     def __init__(self) -> None:
         super().__init__(cache_size=0)
+
+
+class Angle(Transform):
+    """Any number to the angle in ``(-pi, pi]`` that it stands for: a bijection of the circle, with Jacobian one.
+
+    Example:
+        >>> Angle()(torch.tensor([0.5, 2 * math.pi + 0.5, -math.pi])).numpy().round(4)
+        array([0.5   , 0.5   , 3.1416], dtype=float32)
+    """
+
+    bijective = True
+    domain = constraints.real
+    codomain = CircleConstraint()
+
+    def __init__(self) -> None:
+        super().__init__(cache_size=0)
+
+    def _call(self, x: Tensor) -> Tensor:
+        inside: Tensor = math.pi - torch.remainder(math.pi - x, 2 * math.pi)
+        # angles that are there already stay as they are, to the last digit
+        return torch.where((x > -math.pi) & (x <= math.pi), x, inside)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._call(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(x)
 
 
 class Ordered(_Bijection):

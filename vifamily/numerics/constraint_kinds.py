@@ -25,6 +25,7 @@ _BOUNDED = {
 }
 _NAMED: dict[str, Constraint] = {
     "real": constraints.real,
+    "circle": own.CircleConstraint(),
     "positive": constraints.positive,
     "unit_interval": constraints.unit_interval,
     "simplex": constraints.simplex,
@@ -38,6 +39,7 @@ _NAMED: dict[str, Constraint] = {
 # Constraint classes by name, so that Pyro's are understood without importing Pyro.
 _BY_CLASS = {
     "_Real": "real",
+    "CircleConstraint": "circle",
     "_GreaterThan": "greater_than",
     "_GreaterThanEq": "greater_than",
     "_LessThan": "less_than",
@@ -74,9 +76,10 @@ def support_from(spec: Constraint | str) -> Constraint:
 
     Args:
         spec: A constraint of torch (or Pyro), or its name: ``"real"``, ``"positive"``, ``"unit_interval"``,
-            ``"interval(0, 2)"``, ``"greater_than(1)"``, ``"less_than(0)"``, ``"simplex"``, ``"ordered"``,
-            ``"positive_ordered"``, ``"corr_cholesky"``, ``"corr_matrix"``, ``"lower_cholesky"``,
-            ``"positive_definite"``, ``"integer_interval(0, 3)"``. Names are parsed, never evaluated.
+            ``"interval(0, 2)"``, ``"greater_than(1)"``, ``"less_than(0)"``, ``"circle"`` (angles in radians),
+            ``"simplex"``, ``"ordered"``, ``"positive_ordered"``, ``"corr_cholesky"``, ``"corr_matrix"``,
+            ``"lower_cholesky"``, ``"positive_definite"``, ``"integer_interval(0, 3)"``. Names are parsed, never
+            evaluated.
 
     Returns:
         The constraint. Closed ends are read as open, wrappers that only declare event dimensions are dropped.
@@ -205,6 +208,8 @@ def make_bijection(
     kind = plain["kind"]
     if kind in MATRICES:
         return MATRICES[kind](shape[-1])
+    if kind == "circle":
+        return own.Angle()
     if kind == "ordered":
         return own.Ordered()
     if kind == "positive_ordered":

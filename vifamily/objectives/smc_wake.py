@@ -74,7 +74,7 @@ class SmcWake(Objective):
         stages: Number of temperatures of a fixed ladder, or None.
         moves: Metropolis-Hastings steps at each temperature, the last included.
         kernel: ``"pcn"``, a Gaussian autoregression about the mean of the particles; ``"random_walk"``; or
-            ``"mala"``, Langevin proposals along the score.
+            ``"mala"``, Langevin proposals along the score. The last two take angles, too.
         refresh: Steps of the fit from one run of the sampler to the next.
         keep: Number of runs whose particles count.
         estimator: ``"auto"``, ``"from_family"`` or ``"from_prior"``.
@@ -139,6 +139,9 @@ class SmcWake(Objective):
         if self.estimator == "from_prior":
             needs |= _PRIOR
         object.__setattr__(self, "needs_model", needs)
+        if self.kernel != "pcn":
+            # steps without a centre are as good on the circle; an autoregression would see its cut
+            object.__setattr__(self, "spaces", frozenset({Space.REAL, Space.CIRCLE}))
         if self.refresh > 1 or self.keep > 1:
             # kept particles are of the model as it was
             object.__setattr__(self, "never_model", type(self).never_model | {Capability.POINT_PARAMETERS})

@@ -188,6 +188,8 @@ def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list
         elif model.space is Space.DISCRETE:
             simulated = Capability.SIMULATE in model.capabilities
             family = "natural(kind='categorical')" if simulated else "categorical"
+        elif model.space is Space.CIRCLE:
+            family = "natural(kind='von_mises')"
         elif Capability.SIMULATE in model.capabilities:
             family = "flow"
         else:

@@ -227,7 +227,7 @@ class PosteriorCore:
             except NotAvailableError:
                 pass
         z = self.draws(num_draws, seed=seed)
-        x = z if unconstrained else self._flat(z).to(z.dtype)
+        x = self._unrolled(z if unconstrained else self._flat(z).to(z.dtype))
         centred = x - x.mean(0)
         return x.mean(0), centred.T @ centred / max(x.shape[0] - 1, 1)
 
@@ -239,6 +239,8 @@ class PosteriorCore:
         probabilities: Sequence[float] = (0.05, 0.5, 0.95),
     ) -> Summary:
         """Mean, standard deviation, quantiles and Monte-Carlo error of each parameter.
+
+        Those of angles are taken within half a turn of their mean direction, so numbers may lie beyond a half turn.
 
         The Monte-Carlo error of a mean is that of the draws of this table and that of the fit together: a solver that
         minimises on fixed draws says for each coordinate how far the mean may have moved by their chance; of others the
@@ -253,8 +255,19 @@ class PosteriorCore:
             A table: prints, shows in a notebook, and gives ``.to_dict()``.
         """
         z = self.draws(num_draws, seed=seed)
-        table = summarise(self._flat(z), self.layout.columns(), probabilities=probabilities)
+        table = summarise(self._unrolled(self._flat(z)), self.layout.columns(), probabilities=probabilities)
         return dataclasses.replace(table, mcse=torch.hypot(table.mcse, self._fit_error(z[:_MOVED], table.sd)))
+
+    def _unrolled(self, columns: Tensor) -> Tensor:
+        """Angles turned to within half a turn of their mean direction, so that moments and quantiles see no cut."""
+        places = self.layout.angles()
+        if not places:
+            return columns
+        angle = columns[:, places]
+        centre = torch.atan2(angle.sin().mean(0), angle.cos().mean(0))
+        out = columns.clone()
+        out[:, places] = centre + torch.remainder(angle - centre + math.pi, 2 * math.pi) - math.pi
+        return out
 
     @torch.no_grad()
     def _fit_error(self, z: Tensor, sd: Tensor) -> Tensor:

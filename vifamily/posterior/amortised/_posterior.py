@@ -249,7 +249,11 @@ class AmortisedPosterior:
         return simulator.unconstrained(made.theta), made.x
 
     def _columns(self, z: Tensor) -> Tensor:
-        return self.layout.flatten(self.layout.constrain(z))
+        """Parameters side by side; of angles their points on the plane, between which distances have no cut."""
+        columns = self.layout.flatten(self.layout.constrain(z))
+        if self.layout.angles():
+            return torch.cat([columns.cos(), columns.sin()], -1)
+        return columns
 
     # -- files ---------------------------------------------------------------------------------------------------------
     def save(self, path: str | os.PathLike[str]) -> Path:
