@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_the_last_iterate_is_the_answer() -> None:
 
 
 def test_a_fit_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    options = {"steps": 120, "seed": 3, "progress": False, "compile": False}
+    options: dict[str, Any] = {"steps": 120, "seed": 3, "progress": False, "compile": False}
     whole = vf.fit("banana", "mean_field", "elbo", CYCLE, **options)
     folder = tmp_path / "fit"
     vf.fit("banana", "mean_field", "elbo", CYCLE, checkpoint=folder, checkpoint_every=10,
