@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -287,7 +288,10 @@ def reproduce_command(
     peers_dir: Annotated[Path | None, typer.Option(help="Folder of the peers' environments.")] = None,
     install_peers: Annotated[bool, typer.Option("--install-peers", help="Create missing environments.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the claims.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for claims, tables and figures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for claims, tables, figures and finished parts, which are taken up.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compute every part anew.")] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> int:
@@ -307,12 +311,16 @@ def reproduce_command(
     failed, rows = False, []
     for each, paper in papers.items():
         console.print(f"{paper.title} ({paper.source})", markup=False)
-        found = paper.run(Options(quick, seed, data, say, peers_dir, install_peers))
+        folder = None if out is None else out / each if name == "all" else out
+        parts = None if folder is None else folder / "parts"
+        if fresh and parts is not None:
+            shutil.rmtree(parts, ignore_errors=True)
+        found = paper.run(Options(quick, seed, data, say, peers_dir, install_peers, parts))
         console.print(found.table())
         failed = failed or found.failed
         rows += found.plain_rows()
-        if out is not None:
-            for path in found.write(out / each if name == "all" else out):
+        if folder is not None:
+            for path in found.write(folder):
                 console.print(f"wrote {path}", markup=False)
     if json_file is not None:
         text = json.dumps(rows, indent=1, allow_nan=False) + "\n"

@@ -133,6 +133,7 @@ def fit(
         model, family, objective, solver, draws=draws, batch_size=batch_size, device=device, dtype=dtype,
         compile=compile,
     )  # fmt: skip
+    planned.solver.check_steps(steps)
     if show_plan:
         print(planned, flush=True)
     folder = None if checkpoint is None else checkpoints.prepare(checkpoint)

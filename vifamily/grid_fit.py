@@ -27,7 +27,7 @@ from vifamily.progress import FitProgress
 from vifamily.rng import check_seed, generator
 from vifamily.solvers import Adam, Task
 from vifamily.solvers._adam_rows import AdamRows
-from vifamily.solvers.adam import AdamRun
+from vifamily.solvers._adam_run import AdamRun
 from vifamily.types import Capability
 
 __all__ = ["SeedGrid", "fit_seeds", "why_one_by_one"]
@@ -45,6 +45,8 @@ def why_one_by_one(planned: Plan) -> str | None:
     model = planned.model
     if not isinstance(planned.solver, Adam):
         return "the solver is not adam"
+    if planned.solver.schedule is not None:
+        return "a schedule of step sizes is followed by one fit at a time"
     if planned.batch_size is not None:
         return "each fit has minibatches of its own"
     if Capability.LOCAL in model.capabilities:

@@ -193,6 +193,7 @@ class FitLoop:
                 stream.span,
                 self.batches.index_at,
                 self.compiled,
+                self.most_steps,
             )  # fmt: skip
         )
 

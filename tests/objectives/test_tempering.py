@@ -8,7 +8,7 @@ from vifamily import registry
 from vifamily.errors import ConfigError, IncompatibleError, SpecError
 from vifamily.objectives import Annealed, Elbo, Renyi, RocArc, Tempered
 from vifamily.objectives._tempering import TemperedModel, packed, unpacked
-from vifamily.solvers.adam import AdamRun
+from vifamily.solvers._adam_run import AdamRun
 from vifamily.testing import targets
 from vifamily.testing._tools import descend, flat_gradient, grid_noise
 from vifamily.types import Capability

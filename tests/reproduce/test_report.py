@@ -12,6 +12,7 @@ from vifamily import reproduce
 from vifamily.cli import app
 from vifamily.errors import ConfigError, UnknownNameError
 from vifamily.reproduce import Claim, Options, Paper, Reproduction
+from vifamily.reproduce._parts import digest
 
 
 def claims(*holds):
@@ -85,3 +86,85 @@ def test_the_command_hands_on_the_folder_of_data(monkeypatch, tmp_path):
     assert seen == [tmp_path]
     refused = CliRunner().invoke(app, ["reproduce", "x", "--data", str(tmp_path / "nothing")])
     assert refused.exit_code == 2 and "must be a folder" in refused.output
+
+
+def part(counted, name="a part", value=1.0, **settings):
+    def compute():
+        counted.append(name)
+        return [{"name": name, "value": value, "pair": (1, 2)}]
+
+    return {"name": name, "compute": compute, **settings}
+
+
+def test_finished_parts_are_taken_up(tmp_path):
+    said, counted = [], []
+    options = Options(say=said.append, parts=tmp_path / "parts")
+    first = options.rows(**part(counted, value=float("inf"), seed=1))
+    again = options.rows(**part(counted, value=2.0, seed=1))
+    assert again == first == [{"name": "a part", "value": float("inf"), "pair": [1, 2]}]
+    assert counted == ["a part"] and said == ["a part", "a part (kept from before)"]
+
+
+@pytest.mark.parametrize(("name", "seed"), [("another", 1), ("a part", 2)])
+def test_a_part_of_other_settings_is_computed(name, seed, tmp_path):
+    counted = []
+    options = Options(say=lambda line: None, parts=tmp_path)
+    options.rows(**part(counted, seed=1))
+    assert options.rows(**part(counted, name, 3.0, seed=seed))[0]["value"] == 3.0
+    assert options.rows(**part(counted, seed=1))[0]["value"] == 1.0
+    assert len(counted) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"key": 3}', '{"rows": []}', "[]", '"text"'])
+def test_a_damaged_part_is_computed_anew(content, tmp_path):
+    counted = []
+    options = Options(say=lambda line: None, parts=tmp_path)
+    options.rows(**part(counted))
+    (path,) = tmp_path.iterdir()
+    path.write_text(content)
+    assert options.rows(**part(counted, value=5.0))[0]["value"] == 5.0
+    assert options.rows(**part(counted, value=6.0))[0]["value"] == 5.0
+
+
+def test_versions_are_part_of_what_a_part_depends_on(tmp_path, monkeypatch):
+    counted = []
+    options = Options(say=lambda line: None, parts=tmp_path)
+    options.rows(**part(counted))
+    monkeypatch.setattr("vifamily.reproduce._parts.versions", lambda: {"torch": "0"})
+    options.rows(**part(counted))
+    assert len(counted) == 2
+
+
+def test_a_part_that_fails_leaves_those_before_it(tmp_path):
+    counted = []
+    options = Options(say=lambda line: None, parts=tmp_path)
+    options.rows(**part(counted))
+    with pytest.raises(ZeroDivisionError):
+        options.row("broken", lambda: {"value": 1 / 0})
+    assert options.row("broken", lambda: {"value": 4}) == {"value": 4}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_command_keeps_parts_in_its_folder_and_computes_them_anew_when_asked(monkeypatch, tmp_path):
+    counted = []
+
+    def run(options):
+        options.rows(**part(counted))
+        return Reproduction(claims(True))
+
+    paper = Paper("A title", "somewhere", run)
+    monkeypatch.setattr(reproduce, "paper_named", lambda name: paper)
+    monkeypatch.setattr(reproduce, "names", lambda: ("x",))
+    call = ["reproduce", "x", "--out", str(tmp_path)]
+    for more in ([], [], ["--fresh"]):
+        assert CliRunner().invoke(app, [*call, *more]).exit_code == 0
+    assert len(counted) == 2
+
+
+def test_a_digest_is_that_of_the_contents(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("a")
+    before = digest([one, other])
+    assert digest([other, one]) == before
+    other.write_text("b")
+    assert digest([one, other]) != before

@@ -15,8 +15,8 @@ from vifamily.fit import fit
 from vifamily.models import Density, LikelihoodModel
 from vifamily.rng import NoiseStream, draw_noise, generator
 from vifamily.solvers import Adam, Task
+from vifamily.solvers._adam_run import AdamRun
 from vifamily.solvers._stopping import StoppingRule
-from vifamily.solvers.adam import AdamRun
 from vifamily.types import LatentSpec
 
 DOUBLE = torch.float64

@@ -16,6 +16,7 @@ from vifamily.models import Density, LikelihoodModel
 from vifamily.objectives import Objective
 from vifamily.rng import NoiseStream, draw_noise, generator
 from vifamily.solvers import Lbfgs, Task
+from vifamily.solvers._draw_sets import fix_on
 from vifamily.solvers._fixed_draws import FixedLoss, balanced_draws, independent_draws, part_size
 from vifamily.solvers._quasi_newton import Descent, NotFinite
 from vifamily.testing import targets
@@ -272,7 +273,7 @@ def test_a_loss_that_takes_no_hooks_keeps_small_parts():
 def test_a_cheap_density_is_evaluated_in_few_parts():
     run = make_run(registry.build("problems", "banana").model)
     draws = torch.zeros(65536, *run.family.noise_spec.shape, dtype=torch.float64)
-    run._fix_on(run.loss, draws)
+    fix_on(run.task, run.loss, draws, run.options)
     assert len(run.loss.parts[0]) > 1024
     assert sum(len(part) for part in run.loss.parts) == 65536
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vifamily.errors import ConfigError
 from vifamily.report import png, write_bytes, write_text
+from vifamily.reproduce._parts import kept_rows
 
 __all__ = ["Claim", "Options", "Paper", "Reproduction"]
 
@@ -57,6 +58,7 @@ class Options:
         peers_dir: Folder of the environments of libraries that are compared with; the user's cache by default. Where a
             library is not installed, its claim is not tried.
         install_peers: Whether to create missing environments.
+        parts: Folder of finished parts, which a run that was cut off takes up; None keeps none.
     """
 
     quick: bool = False
@@ -65,6 +67,33 @@ class Options:
     say: Callable[[str], None] = print
     peers_dir: Path | None = None
     install_peers: bool = False
+    parts: Path | None = None
+
+    def rows(
+        self, name: str, compute: Callable[[], Sequence[Mapping[str, Any]]], **settings: Any
+    ) -> list[dict[str, Any]]:
+        """Return the rows of a part, computed or as they were kept (see :func:`kept_rows`), and say which.
+
+        Args:
+            name: What the part is, in words.
+            compute: Makes the rows.
+            **settings: What they depend on besides the name; plain values.
+        """
+        fresh = []
+
+        def made() -> Sequence[Mapping[str, Any]]:
+            fresh.append(name)
+            self.say(name)
+            return compute()
+
+        found = kept_rows(self.parts, name, settings, made)
+        if not fresh:
+            self.say(f"{name} (kept from before)")
+        return found
+
+    def row(self, name: str, compute: Callable[[], Mapping[str, Any]], **settings: Any) -> dict[str, Any]:
+        """Return the only row of a part (see :meth:`rows`)."""
+        return self.rows(name, lambda: [compute()], **settings)[0]
 
 
 @dataclasses.dataclass(frozen=True)

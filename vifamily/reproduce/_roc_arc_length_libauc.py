@@ -51,13 +51,17 @@ def libauc_rows(
             return [], NOT_INSTALLED
         rows: list[dict[str, Any]] = []
         for task, make in TASKS.items():
-            options.say(f"{LIBAUC}: {task}, {len(fractions) * len(seeds)} splits")
             at = [(fraction, seed) for fraction in fractions for seed in seeds]
-            aucs = _aucs(python, [(prepare(make(fraction, seed), seed), seed) for fraction, seed in at], max_iter)
-            rows += [
-                {"task": task, "fraction": fraction, "seed": seed, "method": LIBAUC, "auc": auc}
-                for (fraction, seed), auc in zip(at, aucs, strict=True)
-            ]
+
+            def computed(task: str = task, make: Any = make, at: Any = at) -> list[dict[str, Any]]:
+                aucs = _aucs(python, [(prepare(make(fraction, seed), seed), seed) for fraction, seed in at], max_iter)
+                return [
+                    {"task": task, "fraction": fraction, "seed": seed, "method": LIBAUC, "auc": auc}
+                    for (fraction, seed), auc in zip(at, aucs, strict=True)
+                ]
+
+            name = f"{LIBAUC}: {task}, {len(at)} splits"
+            rows += options.rows(name, computed, at=at, max_iter=max_iter, version=_VERSION)
     except BenchmarkError as error:
         return [], str(error)
     return rows, ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,16 +53,23 @@ def run(options: Options) -> Reproduction:
 # -- the length --------------------------------------------------------------------------------------------------------
 def _lengths(options: Options) -> tuple[list[Claim], dict[str, Rows]]:
     size = 2000 if options.quick else 10_000
-    options.say(f"{len(PAIRS)} pairs at {size} points of each class")
-    table = errors_of_table(size, options.seed)
+    table = options.rows(
+        f"{len(PAIRS)} pairs at {size} points of each class",
+        functools.partial(errors_of_table, size, options.seed), seed=options.seed,
+    )  # fmt: skip
     worst = max(table, key=lambda row: abs(row["off"]))
     rows: Rows = []
     full = not options.quick
     for n, repeats in [(1000, 4)] if options.quick else [(1000, 60), (10_000, 30)]:
-        options.say(f"estimate beside the true ratio at {n} points, {repeats} repetitions")
-        rows += efficiency(n, repeats, options.seed)
-    options.say("the same on pairs beyond the table")
-    beyond = efficiency_outside(1000, 4 if options.quick else 30, options.seed)
+        rows += options.rows(
+            f"estimate beside the true ratio at {n} points, {repeats} repetitions",
+            functools.partial(efficiency, n, repeats, options.seed), seed=options.seed,
+        )  # fmt: skip
+    repeats = 4 if options.quick else 30
+    beyond = options.rows(
+        f"estimate beside the true ratio on pairs beyond the table, {repeats} repetitions",
+        functools.partial(efficiency_outside, 1000, repeats, options.seed), seed=options.seed,
+    )  # fmt: skip
     claims = [
         Claim(
             "The arc length is an f-divergence, the largest value of a variational objective", "stated",
@@ -96,8 +104,11 @@ def _rates(options: Options) -> tuple[list[Claim], Rows]:
     sizes, repeats = ((100, 316, 1000), 5) if options.quick else ((100, 316, 1000, 3162, 10_000), 10)
     rows, claims = [], []
     for dim in (1, 2, 5):
-        options.say(f"convergence in {dim} dimensions")
-        mine = convergence(dim, sizes, repeats, options.seed)
+        mine = options.rows(
+            f"convergence in {dim} dimensions",
+            functools.partial(convergence, dim, sizes, repeats, options.seed),
+            sizes=sizes, repeats=repeats, seed=options.seed,
+        )  # fmt: skip
         rows += mine
         logs = np.log([row["size"] for row in mine])
         slope = {key: float(np.polyfit(logs, np.log([row[key] for row in mine]), 1)[0]) for key in ("angle", "length")}
@@ -129,15 +140,20 @@ def _inference(options: Options) -> tuple[list[Claim], dict[str, Rows]]:
     repeats = 50 if options.quick else 1000
     rows = []
     for shift in (0.0, 0.25, 1.0, 2.0, 3.0):
-        options.say(f"coverage at a shift of {shift:g}, {repeats} repetitions")
-        rows.append(coverage(shift, 200, repeats, options.seed))
-    options.say(f"level of the test at equality, {repeats} repetitions")
-    equal = level(50, repeats, options.seed)
+        rows.append(options.row(
+            f"coverage at a shift of {shift:g}, {repeats} repetitions",
+            functools.partial(coverage, shift, 200, repeats, options.seed), seed=options.seed,
+        ))  # fmt: skip
+    equal = options.row(
+        f"level of the test at equality, {repeats} repetitions",
+        functools.partial(level, 50, repeats, options.seed), seed=options.seed,
+    )  # fmt: skip
     apart, near = ([row for row in rows if (row["shift"] >= 1) == far] for far in (True, False))
-    tested = []
-    for name in ALTERNATIVES:
-        options.say(f"tests: {name}")
-        tested.append(power(name, 20 if options.quick else 200, options.seed))
+    each = 20 if options.quick else 200
+    tested = [
+        options.row(f"tests: {name}", functools.partial(power, name, each, options.seed), each=each, seed=options.seed)
+        for name in ALTERNATIVES
+    ]
     shares = "; ".join(
         f"{row['setting']}: {row['arc_length']:.2f}, {row['auc']:.2f}, {row['accuracy']:.2f}, {row['mmd']:.2f}"
         for row in tested
@@ -183,12 +199,15 @@ def _inference(options: Options) -> tuple[list[Claim], dict[str, Rows]]:
 # -- imbalanced classes ------------------------------------------------------------------------------------------------
 def _imbalance(options: Options) -> tuple[list[Claim], Rows]:
     seeds = range(options.seed, options.seed + (3 if options.quick else 10))
+    steps = 300 if options.quick else 2000
     rows: Rows = []
     for task, make in TASKS.items():
         for fraction in _FRACTIONS:
-            options.say(f"{task} with {fraction:.0%} of positives, {len(seeds)} seeds")
             for seed in seeds:
-                found = method_aucs(make(fraction, seed), seed, max_iter=300 if options.quick else 2000)
+                found = options.row(
+                    f"{task} with {fraction:.0%} of positives, seed {seed}",
+                    functools.partial(_aucs, make, fraction, seed, steps), steps=steps,
+                )  # fmt: skip
                 rows += [
                     {"task": task, "fraction": fraction, "seed": seed, "method": m, "auc": found[m]} for m in METHODS
                 ]
@@ -214,8 +233,12 @@ def _imbalance(options: Options) -> tuple[list[Claim], Rows]:
             + _verdict(by_pair, by_pair_error),
         ),
     ]  # fmt: skip
-    theirs, missing = libauc_rows(_FRACTIONS, seeds, options, max_iter=300 if options.quick else 2000)
+    theirs, missing = libauc_rows(_FRACTIONS, seeds, options, max_iter=steps)
     return [*claims, _beside_libauc(rows + theirs, setting, missing)], rows + theirs
+
+
+def _aucs(make: Callable[..., Any], fraction: float, seed: int, steps: int) -> dict[str, float]:
+    return method_aucs(make(fraction, seed), seed, max_iter=steps)
 
 
 def _beside_libauc(rows: Rows, setting: str, missing: str) -> Claim:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from vifamily.diagnostics import c2st
 from vifamily.errors import ReferenceDataError
 from vifamily.fit import fit
 from vifamily.problems._sbibm_tasks import TASKS, observations
+from vifamily.reproduce._parts import digest
 from vifamily.reproduce._report import Claim, Options, Paper, Reproduction
 from vifamily.rng import split
 
@@ -39,8 +41,12 @@ def run(options: Options) -> Reproduction:
     claims, rows = [], []
     for name in tasks:
         for size in sizes:
-            options.say(f"{name}: {size} simulations")
-            found = measure(name, size, folder, options.seed, _QUICK_DRAWS if options.quick else _DRAWS)
+            draws = _QUICK_DRAWS if options.quick else _DRAWS
+            found = options.rows(
+                f"{name}: {size} simulations",
+                functools.partial(measure, name, size, folder, options.seed, draws),
+                seed=options.seed, draws=draws, data=digest(folder.glob(f"{name}*")),
+            )  # fmt: skip
             rows += found
             claims.append(_judged(name, size, found))
     return Reproduction(claims, {}, {"sbibm": rows})

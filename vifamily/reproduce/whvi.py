@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from vifamily.reproduce._network_baselines import Budget
+from vifamily.reproduce._parts import digest
 from vifamily.reproduce._report import Claim, Options, Paper, Reproduction
 from vifamily.reproduce._uci import num_splits
 from vifamily.reproduce._whvi_algebra import algebra, noise, parameters
@@ -32,7 +35,7 @@ def run(options: Options) -> Reproduction:
     Args:
         options: ``data`` is the folder of the regression sets; ``quick`` takes one split of two sets and few steps.
     """
-    budget = Budget(steps=1500 if options.quick else 6000)
+    budget = Budget(steps=1500 if options.quick else 12_000)
     exact = [*algebra(options), noise(options), parameters()]
     claims, tables, figures = _regression(options, budget)
     found, rows = _digits(options, budget)
@@ -54,11 +57,15 @@ def _regression(options: Options, budget: Budget) -> tuple[list[Claim], dict[str
     names = [name for name in (SETS[:2] if options.quick else SETS) if (options.data / f"{name}.npz").exists()]
     rows: Rows = []
     for name in names:
+        data = digest([options.data / f"{name}.npz"])
         splits = 1 if options.quick else min(5, num_splits(options.data, name))
         for split in range(splits):
             for method in METHODS:
-                options.say(f"{name}, split {split}, {method}")
-                rows.append(regression_row(options.data, name, split, method, budget))
+                rows.append(options.row(
+                    f"{name}, split {split}, {method}",
+                    functools.partial(regression_row, options.data, name, split, method, budget),
+                    budget=dataclasses.asdict(budget), data=data,
+                ))  # fmt: skip
     table = [_mean_row(rows, name, method) for name in names for method in METHODS]
     claims = []
     for name in names:
@@ -140,8 +147,14 @@ def _digits(options: Options, budget: Budget) -> tuple[list[Claim], Rows]:
     rows: Rows = []
     for kind in ("dense", "convolutional"):
         for method in _CLASSIFIERS:
-            options.say(f"digits, {kind}, {method}")
-            rows += [classified(kind, method, budget, seed) for seed in seeds]
+            rows += [
+                options.row(
+                    f"digits, {kind}, {method}, seed {seed}",
+                    functools.partial(classified, kind, method, budget, seed),
+                    budget=dataclasses.asdict(budget),
+                )
+                for seed in seeds
+            ]
     claims = []
     for kind in ("dense", "convolutional"):
         of = {

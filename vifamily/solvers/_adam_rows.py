@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vifamily.solvers._adam_run import AdamRun
 from vifamily.solvers._base import Task
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._watch import has_moments, watched
-from vifamily.solvers.adam import AdamRun
 from vifamily.types import Loss
 
 __all__ = ["AdamRows"]
@@ -96,7 +96,8 @@ class AdamRows:
             run.gradient_count += len(losses)
             run.step_count = self.step_count
             if len(losses):
-                run.record(losses[:, row : row + 1], {name: column[:, row : row + 1] for name, column in terms.items()})
+                own = {name: column[:, row : row + 1] for name, column in terms.items()}
+                run.record(losses[:, row : row + 1], [run.step_size] * len(losses), own)
             if len(seen):
                 run.monitor.add(torch.from_numpy(seen[:, row]))
             parameter = run.optimiser.param_groups[0]["params"][0]

@@ -40,6 +40,7 @@ class Task:
         noise_span: First step and count to the noise of so many steps, ``(step, ...)``; None where they come singly.
         index_at: Step to the positions of its batch in the data, or to None.
         compiled: Whether to compile the steps, where the solver can.
+        most_steps: Steps that the fit will take at most, for a schedule that runs over all of them; None if unknown.
     """
 
     objective_loss: Callable[[FamilyLike, ModelLike, Tensor, Batch | None, Any], Loss]
@@ -59,6 +60,7 @@ class Task:
     noise_span: Callable[[int, int], Tensor] | None = None
     index_at: Callable[[int], Tensor | None] | None = None
     compiled: bool = False
+    most_steps: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,6 +168,13 @@ class Solver(abc.ABC):
 
         Raises:
             IncompatibleError: Naming why, and what would work.
+        """
+
+    def check_steps(self, steps: int | None) -> None:  # noqa: B027
+        """Refuse a number of steps that it cannot work with; called before the first step, with what was asked for.
+
+        Raises:
+            ConfigError: Naming why, and what would work.
         """
 
     def check_objective(self, objective: Any) -> None:  # noqa: B027

@@ -16,7 +16,7 @@ from vifamily.solvers._watch import watched
 from vifamily.types import Batch, Loss
 
 if TYPE_CHECKING:
-    from vifamily.solvers.adam import AdamRun
+    from vifamily.solvers._adam_run import AdamRun
 
 __all__ = ["AdamLoop", "compile_adam", "worth_compiling"]
 
@@ -88,7 +88,7 @@ class AdamLoop:
         if self._step_size != run.step_size:
             self.rates.copy_(torch.tensor([run._rate(group) for group in run.groups], dtype=torch.float64))
             self._step_size = run.step_size
-        sliced = [_span(run, first, count), _corrections(begun, count)]
+        sliced = [_span(run, first, count), _corrections(begun, run.pace(first, count))]
         if self.batched:
             sliced.append(_positions(run, first, count))
         taken, (losses, terms), rows = self.loop(
@@ -128,9 +128,15 @@ class AdamLoop:
         return taken, losses, rows[0]
 
 
-def _corrections(begun: int, count: int) -> Tensor:
-    """What the first steps of the running means are divided by, ``(count, 2)``, in float64 as torch takes them."""
-    return _correction_table(1 << (begun + count).bit_length())[begun : begun + count]
+def _corrections(begun: int, pace: np.ndarray) -> Tensor:
+    """What the running means are divided by, ``(count, 2)``, in float64 as torch takes them.
+
+    The first divides the step too, so the pace of a schedule goes in there; a step of size 0
+    is one divided by infinity.
+    """
+    table = _correction_table(1 << (begun + len(pace)).bit_length())[begun : begun + len(pace)].clone()
+    table[:, 0] /= torch.from_numpy(pace)
+    return table
 
 
 @functools.lru_cache(maxsize=4)

@@ -57,10 +57,10 @@ class History:
         for name, term in terms.items():
             self.terms.setdefault(name, Trail(1)).add([term])
 
-    def extend(self, losses: np.ndarray, step_size: float, terms: Mapping[str, np.ndarray]) -> None:
-        """Note several steps of one size: losses ``(step, restart)`` and each term, ``(step, 1)``."""
+    def extend(self, losses: np.ndarray, step_sizes: Sequence[float], terms: Mapping[str, np.ndarray]) -> None:
+        """Note several steps: losses ``(step, restart)``, the size of each, and each term, ``(step, 1)``."""
         self.losses.extend(losses)
-        self.step_sizes += [step_size] * len(losses)
+        self.step_sizes += step_sizes
         for name, column in terms.items():
             self.terms.setdefault(name, Trail(1)).extend(column)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from vifamily.errors import ConfigError, IncompatibleError
 from vifamily.registry import entry_name, register
 from vifamily.rng import draw_noise, generator
+from vifamily.solvers._adam_run import AdamRun
 from vifamily.solvers._base import Solver, StepReport, Task
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._stopping import StoppingRule
 from vifamily.solvers._watch import units
-from vifamily.solvers.adam import AdamRun
 from vifamily.types import Capability, GameState, Loss
 
 __all__ = ["TwoPlayer"]
