@@ -157,7 +157,8 @@ def _no_gain(objective: Objective) -> None:
         mean, error = float(rows.mean()), float(rows.std()) / len(rows) ** 0.5
         gains[family is exact] = mean
         # a critic learns reference draws by heart, which no fresh draws of q take off: a little is gained from them
-        least = 0.1 * gains[False] if family is exact and Capability.REFERENCE_DRAWS in s.objective.needs_model else 0.0
+        learnt = "reference" in s.objective.estimators
+        least = 0.1 * gains[False] if family is exact and learnt else 0.0
         gained = mean > least + tolerances.STANDARD_ERRORS * error
         if gained is (family is exact):
             where = "at q = p" if family is exact else "elsewhere"
