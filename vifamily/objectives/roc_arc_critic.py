@@ -1,4 +1,4 @@
-"""The length of the optimal ROC curve between q and reference draws, by a critic: draws alone are needed."""
+"""The length of the optimal ROC curve that tells draws of q from those of p, by a critic: draws alone are needed."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ class RocArcCritic(Objective):
     than a bounded weight. The critic is a quadratic form, which is the best there is between Gaussians, and a network
     beside it, in coordinates scaled by the reference draws; the solver ``two_player`` drives both.
 
+    On a simulator (``estimator="joint"``) pairs of parameters and data are told apart: a positive is a pair as it was
+    simulated, a negative has parameters that q drew at the data of a simulation. Both have one law of the data, so the
+    supremum is the divergence of posteriors, averaged over data,
+
+    .. math:: \mathbb{E}_{p(x)} \int \sqrt{p(\theta \mid x)^2 + q(\theta \mid x)^2} \, d\theta - \sqrt2 ,
+
+    and an amortised posterior is fitted without a density of q, so that implicit conditional families may be taken.
+
     What the family descends on is V itself (``minimax``), or a loss with the same fixed point whose pull fades less
     where draws are told apart easily: :math:`-\mathbb{E}_q[\sin u]` (``non_saturating``), or
     :math:`-\mathbb{E}_q[g]` (``log_ratio``), which at the best critic is the reverse Kullback-Leibler divergence.
@@ -52,8 +60,9 @@ class RocArcCritic(Objective):
     **Blind to.** What the critic does not learn to see. Not to the weights of modes: the reference draws hold them.
 
     **Fails when.** q starts where its draws and the reference draws are told apart without error: all forms but
-    ``log_ratio`` lose their pull. There are few reference draws. q moves faster than the critic follows, and turns
-    about the answer without coming to rest.
+    ``log_ratio`` lose their pull. There are few reference draws or simulations. q moves faster than the critic
+    follows, and turns about the answer without coming to rest. The posterior has fine structure: where q has a density
+    and the model is a simulator, ``inclusive_kl`` learns it far better.
 
     Source: the length as an f-divergence with this variational form is Liu (2022), "Estimating the arc length of the
     optimal ROC curve and lower bounding the maximal AUC". The form in logits and its use to fit q are derived for this
@@ -64,6 +73,8 @@ class RocArcCritic(Objective):
         family_loss: ``"minimax"``, ``"non_saturating"`` or ``"log_ratio"``.
         hidden: Widths of the critic's hidden layers; None takes two of four times the dimension, between 32 and 256.
         reference_batch: Most reference draws of one step; more take turns. None for all.
+        simulations: On a simulator, simulations to make beforehand; None simulates fresh ones for every epoch.
+        estimator: ``"reference"``, ``"joint"`` or ``"auto"``: what the model has, reference draws or a simulator.
 
     Raises:
         ConfigError: If an option is not one of these.
@@ -99,6 +110,9 @@ class RocArcCritic(Objective):
         check_part(self.reference_batch)
         if self.family_loss not in _FORMS:
             raise ConfigError(f"family_loss must be one of {', '.join(_FORMS)}, got {self.family_loss!r}.")
+        number = self.simulations
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 20):
+            raise ConfigError(f"simulations must be an integer of at least 20, or None, got {number!r}.")
         if self.hidden is not None:
             widths = tuple(self.hidden) if isinstance(self.hidden, (list, tuple)) else (self.hidden,)
             if any(isinstance(w, bool) or not isinstance(w, int) or w < 1 for w in widths):

@@ -15,7 +15,7 @@ from vifamily.testing import targets, tolerances
 from vifamily.testing._report import Broken, Contracts, NotApplicable
 from vifamily.testing._settings import Setting, build_at, exact_family
 from vifamily.testing._tools import agree, finite_difference, flat_gradient, grid_noise, mean_is, seeded
-from vifamily.types import Capability, GameState
+from vifamily.types import GameState
 
 __all__ = ["check_game", "is_game"]
 

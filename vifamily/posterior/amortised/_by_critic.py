@@ -16,12 +16,14 @@ from vifamily.posterior.amortised._training import EpochReport, Pairs
 from vifamily.rng import draw_noise, generator
 from vifamily.types import Batch, Loss
 
-__all__ = ["MOST_STEPS", "GameTrainer"]
+__all__ = ["DRAWS", "MOST_STEPS", "STEP_SIZE", "GameTrainer"]
 
-MOST_STEPS = 10_000
+MOST_STEPS = 4000
 """Steps of a game that is given no number of them."""
-_CRITIC_PACE = 1.0
-"""Step size of the critic over that of the family."""
+STEP_SIZE = 1e-3
+"""First step size of both players, a quarter of what descent on a loss takes: flows run away from a critic at more."""
+DRAWS = 4
+"""Draws of q at each datum of a step."""
 _INNER = 2
 """Steps of the critic for one of the family."""
 _BETAS = (0.5, 0.99)
@@ -39,8 +41,8 @@ _LARGEST_NORM = 5.0
 class GameTrainer:
     """Two players on simulated pairs, by alternating steps of Adam on one schedule.
 
-    The step sizes are constant over the first half of the steps and fall to a fiftieth along half a cosine; what is
-    returned is a running average of the family's parameters. At the end the critic is trained on against that average,
+    The step size of q is constant over the first half of the steps and falls to a fiftieth along half a cosine, that of
+    the critic stays; what is returned is a running average of q's parameters. At the end the critic is trained on against that average,
     which stays, and judged on held-out pairs: the audit, whose value compares restarts, and says whether q can still
     be told from the posterior.
 
@@ -52,7 +54,7 @@ class GameTrainer:
         holdout: Pairs that are held out.
         batch_size: Pairs per step.
         draws: Draws of q at each datum of a step.
-        step_size: First step size of the family.
+        step_size: First step size of q, and the step size of the critic.
         most_steps: Length of the schedule.
         seed: Root seed of order and noise.
         fresh: Whether every epoch has new pairs, which need no shuffling.
@@ -78,10 +80,7 @@ class GameTrainer:
         self.batch_size, self.draws, self.first_step_size = batch_size, draws, step_size
         self.total, self.seed, self.fresh = most_steps, seed, fresh
         self.players = [[p for p in m.parameters() if p.requires_grad] for m in (module, critic)]
-        self.optimisers = [
-            torch.optim.Adam(group, lr=size, betas=_BETAS)
-            for group, size in zip(self.players, (step_size, _CRITIC_PACE * step_size), strict=True)
-        ]
+        self.optimisers = [torch.optim.Adam(group, lr=step_size, betas=_BETAS) for group in self.players]
         self.average = [p.detach().clone() for p in self.players[0]]
         self.noise = generator(seed, "noise")
         self.step, self.epoch, self.non_finite = 0, 0, 0
@@ -230,5 +229,3 @@ class GameTrainer:
     def restore_best(self) -> None:
         """Put the average into the module; there is no earlier state that could be told to be better."""
         self._swap(self.average)
-
-

@@ -21,8 +21,7 @@ from vifamily.objectives import Objective
 from vifamily.objectives._joint_ratio import JointRatio
 from vifamily.plan import describe, make_plan
 from vifamily.posterior._record import FitRecord, versions
-from vifamily.posterior.amortised._by_critic import MOST_STEPS as GAME_STEPS
-from vifamily.posterior.amortised._by_critic import GameTrainer
+from vifamily.posterior.amortised import _by_critic as game
 from vifamily.posterior.amortised._by_likelihood import (
     ByLikelihood,
     by_likelihood,
@@ -51,7 +50,6 @@ _SIMULATIONS, _HOLDOUT, _PATIENCE = 10_000, 0.1, 20
 _LEAST_STEPS = 30
 """Steps that make an epoch at least."""
 _MOST_STEPS = 50_000
-_GAME_DRAWS = 4
 _SCALING = 1000
 """Simulations that set the scales of data and parameters where observations are learnt from."""
 
@@ -84,16 +82,17 @@ def fit_amortised(
     Args:
         simulator: The simulator; the simulations or observations it carries are used, where it does.
         family: A conditional family's name or entry; ``"auto"`` takes a neural spline flow.
-        objective: ``inclusive_kl``, with options, or an objective by the likelihood.
+        objective: ``inclusive_kl``, with options; ``roc_arc_critic``, a game on draws alone; or an objective by the
+            likelihood.
         encoder: A module, or a name such as ``"set(outputs=16)"``; None takes the standardised data for a flow, whose
             networks see them, and a perceptron for other families.
         seed: Root seed of simulations, networks and the order of the pairs.
-        steps: Most steps.
+        steps: Most steps; of a game the length of its schedule.
         restarts: Networks to train on the same simulations; the best on the held-out ones is returned.
-        draws: Draws of q at each datum of a step, for objectives by the likelihood; None takes two where the loss is a
-            mean over draws, and the objective's default elsewhere.
+        draws: Draws of q at each datum of a step, for objectives that draw from it; None takes two where the loss is a
+            mean over draws, four for a game, and the objective's default elsewhere.
         batch_size: Pairs per step; None takes 256, or less where simulations are few.
-        step_size: First step size of Adam; None takes 0.004.
+        step_size: First step size of Adam; None takes 0.004, and 0.001 for a game.
         init: ``"auto"``, or an amortised posterior to go on from.
         callbacks: Functions called after every epoch with a :class:`~vifamily.solvers.StepReport`; a true result ends
             the fit.
@@ -116,7 +115,7 @@ def fit_amortised(
     run.prepare()
     simulated = time.monotonic() - began
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    done: list[tuple[Trainer | GameTrainer, AmortisedFamily, str]] = []
+    done: list[tuple[Trainer | game.GameTrainer, AmortisedFamily, str]] = []
     if tracker is not None:
         tracker.start(run.config(restarts))
     try:
@@ -140,7 +139,7 @@ def fit_amortised(
 
 
 def _drive(
-    trainer: Trainer | GameTrainer,
+    trainer: Trainer | game.GameTrainer,
     most_steps: int,
     callbacks: Sequence[Callable[[StepReport], Any]],
     tracker: Tracker | None,
@@ -185,7 +184,7 @@ class _Run:
             draws = draws_per_datum(asked, draws)
         self.by_critic = isinstance(asked, Objective) and asked.by_pairs
         if self.by_critic:
-            draws = _GAME_DRAWS if draws is None else draws
+            draws = game.DRAWS if draws is None else draws
         elif not self.by_likelihood and draws is not None:
             raise ConfigError("draws= is for objectives that draw from q: the pairs in a step are batch_size=.")
         planned = make_plan(simulator, family, asked, "auto", draws=draws, batch_size=batch_size, device=None,
@@ -202,7 +201,8 @@ class _Run:
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
-        self.asked_batch, self.step_size = batch_size, step_size or _STEP_SIZE
+        self.asked_batch = batch_size
+        self.step_size = step_size or (game.STEP_SIZE if self.by_critic else _STEP_SIZE)
         self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
 
     # -- simulations ---------------------------------------------------------------------------------------------------
@@ -298,10 +298,10 @@ class _Run:
 
     def most_steps(self, asked: int) -> int:
         """Steps of the fit: those asked for, and those of a game's schedule where it was given none."""
-        self.steps = min(asked, GAME_STEPS) if self.by_critic and asked == _MOST_STEPS else asked
+        self.steps = min(asked, game.MOST_STEPS) if self.by_critic and asked == _MOST_STEPS else asked
         return self.steps
 
-    def trainer(self, restart: int) -> tuple[Trainer | GameTrainer, AmortisedFamily]:
+    def trainer(self, restart: int) -> tuple[Trainer | game.GameTrainer, AmortisedFamily]:
         """Build a network and what trains it."""
         module = self._module(restart)
         if self.by_likelihood:
@@ -326,13 +326,13 @@ class _Run:
         )  # fmt: skip
         return trainer, module
 
-    def _game_trainer(self, module: AmortisedFamily, restart: int) -> GameTrainer:
+    def _game_trainer(self, module: AmortisedFamily, restart: int) -> game.GameTrainer:
         source = generator(self.seed, "critic", restart)
         options: dict[str, Any] = {"dtype": self.simulator.dtype, "device": self.simulator.device}
         encoder = self.encoder.build(tuple(self.all.x.shape[1:]), generator=source, **options)
         encoder.fit_scale(self.all.x)
         critic = JointRatio(encoder, self.all.z, self.all.x, self.objective.hidden, source)
-        return GameTrainer(
+        return game.GameTrainer(
             module, critic, self.objective.joint_loss, self._epoch(restart), self.holdout, batch_size=self.batch_size,
             draws=self.draws, step_size=self.step_size, most_steps=self.steps, seed=split(self.seed, "order", restart),
             fresh=self.fresh,
@@ -367,7 +367,11 @@ class _Run:
         return None if found is None else getattr(found, "estimator", None)
 
     def posterior(
-        self, done: Sequence[tuple[Trainer | GameTrainer, AmortisedFamily, str]], restarts: int, seconds: float, simulated: float
+        self,
+        done: Sequence[tuple[Trainer | game.GameTrainer, AmortisedFamily, str]],
+        restarts: int,
+        seconds: float,
+        simulated: float,
     ) -> AmortisedPosterior:
         """Pack the best network."""
         losses = [trainer.best_loss for trainer, _, _ in done]
