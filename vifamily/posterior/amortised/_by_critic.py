@@ -1,4 +1,4 @@
-"""A game on simulated pairs: a critic learns to tell them from pairs whose parameters q drew, and q learns not to be."""
+"""A game on simulated pairs: a critic learns to tell them from pairs with draws of q, and q learns to prevent it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _LARGEST_NORM = 5.0
 class GameTrainer:
     """Two players on simulated pairs, by alternating steps of Adam on one schedule.
 
-    The step size of q is constant over the first half of the steps and falls to a fiftieth along half a cosine, that of
-    the critic stays; what is returned is a running average of q's parameters. At the end the critic is trained on against that average,
-    which stays, and judged on held-out pairs: the audit, whose value compares restarts, and says whether q can still
-    be told from the posterior.
+    The step size of q is constant over the first half of the steps and falls to a fiftieth along half a cosine, that
+    of the critic stays; what is returned is a running average of q's parameters. At the end the critic is trained on
+    against that average, which stays, and judged on held-out pairs: the audit, whose value compares restarts, and says
+    whether q can still be told from the posterior.
 
     Args:
         module: The family and its encoder.

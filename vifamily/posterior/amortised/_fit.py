@@ -53,6 +53,10 @@ _MOST_STEPS = 50_000
 _SCALING = 1000
 """Simulations that set the scales of data and parameters where observations are learnt from."""
 
+AnyTrainer = Trainer | game.GameTrainer
+Done = tuple[AnyTrainer, AmortisedFamily, str]
+"""A trainer that has ended, what it trained, and why it ended."""
+
 
 def fit_amortised(
     simulator: Simulator,
@@ -115,7 +119,7 @@ def fit_amortised(
     run.prepare()
     simulated = time.monotonic() - began
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    done: list[tuple[Trainer | game.GameTrainer, AmortisedFamily, str]] = []
+    done: list[Done] = []
     if tracker is not None:
         tracker.start(run.config(restarts))
     try:
@@ -139,7 +143,7 @@ def fit_amortised(
 
 
 def _drive(
-    trainer: Trainer | game.GameTrainer,
+    trainer: AnyTrainer,
     most_steps: int,
     callbacks: Sequence[Callable[[StepReport], Any]],
     tracker: Tracker | None,
@@ -301,7 +305,7 @@ class _Run:
         self.steps = min(asked, game.MOST_STEPS) if self.by_critic and asked == _MOST_STEPS else asked
         return self.steps
 
-    def trainer(self, restart: int) -> tuple[Trainer | game.GameTrainer, AmortisedFamily]:
+    def trainer(self, restart: int) -> tuple[AnyTrainer, AmortisedFamily]:
         """Build a network and what trains it."""
         module = self._module(restart)
         if self.by_likelihood:
