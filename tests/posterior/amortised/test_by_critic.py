@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 import vifamily as vf
-from vifamily import registry, tolerances
+from vifamily import registry
 from vifamily.errors import ConfigError, IncompatibleError
 from vifamily.models import Density, Simulator
 from vifamily.objectives._joint_ratio import JointRatio
@@ -22,6 +23,7 @@ from vifamily.posterior.amortised._at_data import FamilyAtData
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised.encoders import as_encoder
 from vifamily.rng import draw_noise, generator
+from vifamily.testing import tolerances
 from vifamily.types import Batch, LatentSpec
 
 NOISE = 0.5
@@ -48,10 +50,8 @@ def pairs(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def networks(family: str = "mean_field") -> AmortisedFamily:
     """A family that begins at N(0, 1), whatever the data."""
     encoder = as_encoder("vector").build((1,), generator=generator(0, "encoder"), dtype=DOUBLE, device="cpu")
-    entry = registry.build("families", family)
-    return AmortisedFamily(
-        encoder, entry.build(LatentSpec(1, context_dim=1, dtype=DOUBLE), generator=generator(0, "f"))
-    )
+    latent = LatentSpec(1, context_dim=1, dtype=DOUBLE)
+    return AmortisedFamily(encoder, registry.build("families", family).build(latent, generator=generator(0, "f")))
 
 
 def blank_critic(z: Tensor, x: Tensor) -> JointRatio:
@@ -96,9 +96,8 @@ def test_at_the_true_ratio_the_value_is_the_divergence_averaged_over_data() -> N
         return float(integrate.trapezoid(np.hypot(p, q), grid)) - math.sqrt(2)
 
     nodes, weights = np.polynomial.hermite_e.hermegauss(31)
-    exact = sum(w * at(n * math.sqrt(1 + NOISE**2)) for n, w in zip(nodes, weights, strict=True)) / math.sqrt(
-        2 * math.pi
-    )
+    values = np.array([at(n * math.sqrt(1 + NOISE**2)) for n in nodes])
+    exact = float(weights @ values) / math.sqrt(2 * math.pi)
     error = float(found.std()) / len(found) ** 0.5
     assert exact > 0.1
     assert abs(float(found.mean()) - exact) < tolerances.STANDARD_ERRORS * error
@@ -148,14 +147,11 @@ def test_gradients_are_those_of_differences(form: str) -> None:
         assert seen > 1e-3
 
 
-def fit(
-    family: str, objective: str = "roc_arc_critic", model: Simulator | None = None, **options
-) -> AmortisedPosterior:
+def fit(family: str, objective: str = "roc_arc_critic", model: Any = None, **given: Any) -> AmortisedPosterior:
+    options = {"seed": 0, "steps": 500, "progress": False, **given}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        posterior = vf.fit(
-            model or simulator(), family, objective, progress=False, **{"seed": 0, "steps": 500, **options}
-        )
+        posterior: Any = vf.fit(model or simulator(), family, objective, **options)
     assert isinstance(posterior, AmortisedPosterior)
     return posterior
 
