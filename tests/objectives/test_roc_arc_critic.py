@@ -10,7 +10,7 @@ from vifamily import registry, testing
 from vifamily.errors import ConfigError, IncompatibleError
 from vifamily.models import Density
 from vifamily.numerics.arctangent_ratio import logit_terms
-from vifamily.objectives.roc_arc_critic import LogRatio
+from vifamily.objectives._ratio_critic import LogRatio
 from vifamily.rng import draw_noise, generator
 
 DOUBLE = torch.float64

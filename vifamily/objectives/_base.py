@@ -92,6 +92,8 @@ class Objective(abc.ABC):
     """What a finite number of draws does to the answer, a clause that plans show (``{draws}`` stands for the draws per
     step); empty for nothing. None: plans call biased what weighs by ratios and is not linear in its draws, and what is
     declared ``biased_at_posterior``."""
+    by_pairs: ClassVar[bool] = False
+    """Whether a simulator's pairs are all that it needs of one, beside what it needs of other models."""
     inclusive: ClassVar[bool] = False
     """Whether it stands for ``KL(p || q)``, so that a Gaussian q ends at the mean and the (marginal) variances of p."""
     biased_at_posterior: ClassVar[bool] = False

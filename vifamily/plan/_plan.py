@@ -403,7 +403,8 @@ def make_plan(
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     simulated = Capability.SIMULATE in found.capabilities
-    pairs_only = loss.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT} == {Capability.SIMULATE}
+    both = loss.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT}
+    pairs_only = loss.by_pairs or both == {Capability.SIMULATE}
     if simulated and not pairs_only:
         found = found.by_likelihood()
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)

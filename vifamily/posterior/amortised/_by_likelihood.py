@@ -27,6 +27,8 @@ _CRITERION_DRAWS, _MOST_TIMES = 256, 32
 
 def by_likelihood(objective: Objective) -> bool:
     """Whether an objective evaluates the log joint, and not simulated pairs alone."""
+    if objective.by_pairs:
+        return False
     both = objective.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT}
     return both != {Capability.SIMULATE}
 

@@ -18,8 +18,10 @@ from vifamily.interrupts import Interrupts
 from vifamily.models import Simulations, Simulator
 from vifamily.numerics.threads import few_threads
 from vifamily.objectives import Objective
+from vifamily.objectives._joint_ratio import JointRatio
 from vifamily.plan import describe, make_plan
 from vifamily.posterior._record import FitRecord, versions
+from vifamily.posterior.amortised import _by_critic as game
 from vifamily.posterior.amortised._by_likelihood import (
     ByLikelihood,
     by_likelihood,
@@ -47,8 +49,13 @@ _SIMULATIONS, _HOLDOUT, _PATIENCE = 10_000, 0.1, 20
 """For objectives that do not say: simulations to make, share held out, passes without an improvement that end a fit."""
 _LEAST_STEPS = 30
 """Steps that make an epoch at least."""
+_MOST_STEPS = 50_000
 _SCALING = 1000
 """Simulations that set the scales of data and parameters where observations are learnt from."""
+
+AnyTrainer = Trainer | game.GameTrainer
+Done = tuple[AnyTrainer, AmortisedFamily, str]
+"""A trainer that has ended, what it trained, and why it ended."""
 
 
 def fit_amortised(
@@ -58,7 +65,7 @@ def fit_amortised(
     *,
     encoder: Any = None,
     seed: int = 0,
-    steps: int = 50_000,
+    steps: int = _MOST_STEPS,
     restarts: int = 1,
     draws: int | None = None,
     batch_size: int | None = None,
@@ -79,16 +86,17 @@ def fit_amortised(
     Args:
         simulator: The simulator; the simulations or observations it carries are used, where it does.
         family: A conditional family's name or entry; ``"auto"`` takes a neural spline flow.
-        objective: ``inclusive_kl``, with options, or an objective by the likelihood.
+        objective: ``inclusive_kl``, with options; ``roc_arc_critic``, a game on draws alone; or an objective by the
+            likelihood.
         encoder: A module, or a name such as ``"set(outputs=16)"``; None takes the standardised data for a flow, whose
             networks see them, and a perceptron for other families.
         seed: Root seed of simulations, networks and the order of the pairs.
-        steps: Most steps.
+        steps: Most steps; of a game the length of its schedule.
         restarts: Networks to train on the same simulations; the best on the held-out ones is returned.
-        draws: Draws of q at each datum of a step, for objectives by the likelihood; None takes two where the loss is a
-            mean over draws, and the objective's default elsewhere.
+        draws: Draws of q at each datum of a step, for objectives that draw from it; None takes two where the loss is a
+            mean over draws, four for a game, and the objective's default elsewhere.
         batch_size: Pairs per step; None takes 256, or less where simulations are few.
-        step_size: First step size of Adam; None takes 0.004.
+        step_size: First step size of Adam; None takes 0.004, and 0.001 for a game.
         init: ``"auto"``, or an amortised posterior to go on from.
         callbacks: Functions called after every epoch with a :class:`~vifamily.solvers.StepReport`; a true result ends
             the fit.
@@ -106,11 +114,12 @@ def fit_amortised(
         ModelError: If prior or simulator raise.
     """
     run = _Run(simulator, family, objective, encoder, seed, draws, batch_size, step_size, init, workers)
+    steps = run.most_steps(steps)
     began = time.monotonic()
     run.prepare()
     simulated = time.monotonic() - began
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-    done: list[tuple[Trainer, AmortisedFamily, str]] = []
+    done: list[Done] = []
     if tracker is not None:
         tracker.start(run.config(restarts))
     try:
@@ -134,7 +143,7 @@ def fit_amortised(
 
 
 def _drive(
-    trainer: Trainer,
+    trainer: AnyTrainer,
     most_steps: int,
     callbacks: Sequence[Callable[[StepReport], Any]],
     tracker: Tracker | None,
@@ -177,8 +186,11 @@ class _Run:
             if Capability.LOG_JOINT in asked.needs_model:
                 refuse_without_likelihood(simulator, asked)
             draws = draws_per_datum(asked, draws)
-        elif draws is not None:
-            raise ConfigError("draws= is for objectives by the likelihood: the pairs in a step are batch_size=.")
+        self.by_critic = isinstance(asked, Objective) and asked.by_pairs
+        if self.by_critic:
+            draws = game.DRAWS if draws is None else draws
+        elif not self.by_likelihood and draws is not None:
+            raise ConfigError("draws= is for objectives that draw from q: the pairs in a step are batch_size=.")
         planned = make_plan(simulator, family, asked, "auto", draws=draws, batch_size=batch_size, device=None,
                             dtype=None)  # fmt: skip
         self.objective: Any = asked if self.by_likelihood else planned.objective
@@ -193,7 +205,8 @@ class _Run:
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
-        self.asked_batch, self.step_size = batch_size, step_size or _STEP_SIZE
+        self.asked_batch = batch_size
+        self.step_size = step_size or (game.STEP_SIZE if self.by_critic else _STEP_SIZE)
         self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
 
     # -- simulations ---------------------------------------------------------------------------------------------------
@@ -287,11 +300,18 @@ class _Run:
         family.precondition(self.all.z.double().mean(0), sd)
         return AmortisedFamily(encoder, family)
 
-    def trainer(self, restart: int) -> tuple[Trainer, AmortisedFamily]:
+    def most_steps(self, asked: int) -> int:
+        """Steps of the fit: those asked for, and those of a game's schedule where it was given none."""
+        self.steps = min(asked, game.MOST_STEPS) if self.by_critic and asked == _MOST_STEPS else asked
+        return self.steps
+
+    def trainer(self, restart: int) -> tuple[AnyTrainer, AmortisedFamily]:
         """Build a network and what trains it."""
         module = self._module(restart)
         if self.by_likelihood:
             return self._likelihood_trainer(module, restart), module
+        if self.by_critic:
+            return self._game_trainer(module, restart), module
         objective, simulator = self.objective, self.simulator
         noise = torch.zeros(0, dtype=simulator.dtype, device=simulator.device)
 
@@ -309,6 +329,18 @@ class _Run:
             fresh=self.fresh,
         )  # fmt: skip
         return trainer, module
+
+    def _game_trainer(self, module: AmortisedFamily, restart: int) -> game.GameTrainer:
+        source = generator(self.seed, "critic", restart)
+        options: dict[str, Any] = {"dtype": self.simulator.dtype, "device": self.simulator.device}
+        encoder = self.encoder.build(tuple(self.all.x.shape[1:]), generator=source, **options)
+        encoder.fit_scale(self.all.x)
+        critic = JointRatio(encoder, self.all.z, self.all.x, self.objective.hidden, source)
+        return game.GameTrainer(
+            module, critic, self.objective.joint_loss, self._epoch(restart), self.holdout, batch_size=self.batch_size,
+            draws=self.draws, step_size=self.step_size, most_steps=self.steps, seed=split(self.seed, "order", restart),
+            fresh=self.fresh,
+        )  # fmt: skip
 
     def _likelihood_trainer(self, module: AmortisedFamily, restart: int) -> Trainer:
         kept = Pairs(torch.arange(len(self.kept), device=self.kept.x.device).unsqueeze(-1), self.kept.x)
@@ -339,18 +371,24 @@ class _Run:
         return None if found is None else getattr(found, "estimator", None)
 
     def posterior(
-        self, done: Sequence[tuple[Trainer, AmortisedFamily, str]], restarts: int, seconds: float, simulated: float
+        self,
+        done: Sequence[tuple[Trainer | game.GameTrainer, AmortisedFamily, str]],
+        restarts: int,
+        seconds: float,
+        simulated: float,
     ) -> AmortisedPosterior:
         """Pack the best network."""
         losses = [trainer.best_loss for trainer, _, _ in done]
         best = min(range(len(done)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
         trainer, module, reason = done[best]
         reports = trainer.reports
+        self.notes += getattr(trainer, "notes", [])
         self.notes.append(f"simulating took {simulated:.1f} s of {seconds:.1f} s")
         record = FitRecord(
-            objective=describe(self.objective), estimator=self._estimator(), family=describe(self.entry), solver="adam",
+            objective=describe(self.objective), estimator=self._estimator(), family=describe(self.entry),
+            solver="two_player" if self.by_critic else "adam",
             seed=self.seed, steps=trainer.step, stop_reason=reason, converged=reason == "converged", seconds=seconds,
-            draws_per_step=self.batch_size * (self.draws if self.by_likelihood else 1),
+            draws_per_step=self.batch_size * (self.draws if self.by_likelihood or self.by_critic else 1),
             num_restarts=len(done), restart_losses=tuple(losses), best_restart=best,
             non_finite=self.non_finite + trainer.non_finite, notes=tuple(self.notes), versions=versions(),
             trace={
