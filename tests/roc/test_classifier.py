@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from vifamily.errors import ConfigError, DataError
+from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.numerics.arctangent_ratio import sine_bound
 from vifamily.rng import scoped
 from vifamily.roc import AUCBoundClassifier
@@ -144,6 +144,7 @@ def test_bad_input_is_refused():
     for settings, words in [
         ({"model": "forest"}, "network"), ({"step2": "cosine"}, "tanh"), ({"patience": 0}, "patience"),
         ({"validation_fraction": 0}, "validation_fraction"), ({"hidden": (0,)}, "hidden"),
+        ({"num_centers": 1.5}, "num_centers"), ({"bandwidth": float("inf")}, "bandwidth"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             AUCBoundClassifier(**settings).fit(x, y)
@@ -151,3 +152,7 @@ def test_bad_input_is_refused():
         AUCBoundClassifier().fit(x, np.ones(8))
     with pytest.raises(DataError, match="labels"):
         AUCBoundClassifier(max_iter=2).fit(x, y).certify(x, [2] * 8)
+    with pytest.raises(ShapeError, match="one label"):
+        AUCBoundClassifier(max_iter=2).fit(x, y).certify(x, y[:-1])
+    with pytest.raises(DataError, match="got 0 and 4"):
+        AUCBoundClassifier(max_iter=2).fit(x, y).certify(x[::2], [0] * 4)

@@ -20,6 +20,7 @@ from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.numerics.kernel_angle import kernel_features, robust_scale
 from vifamily.rng import generator
 from vifamily.roc._arc_length import ArcLength, arc_length_from_angles
+from vifamily.roc._checks import check_fraction, check_positive, check_whole, check_widths, one_label_each
 from vifamily.roc._decisions import RatioDecisions
 from vifamily.roc._ratio import two_classes
 from vifamily.roc._training import (
@@ -167,13 +168,12 @@ class AUCBoundClassifier(RatioDecisions):
             raise ConfigError(f'model must be "network" or "kernel", got {self.model!r}.')
         if self.step2 not in ("tanh", "sine", "none"):
             raise ConfigError(f'step2 must be "tanh", "sine" or "none", got {self.step2!r}.')
-        for name in ("num_centers", "bandwidth", "learning_rate", "batch_size", "max_iter", "patience"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction!r}.")
-        if any(int(width) < 1 for width in self.hidden):
-            raise ConfigError(f"hidden must hold positive widths, got {self.hidden!r}.")
+        for name in ("num_centers", "batch_size", "max_iter", "patience"):
+            check_whole(name, getattr(self, name))
+        for name in ("bandwidth", "learning_rate"):
+            check_positive(name, getattr(self, name))
+        check_fraction("validation_fraction", self.validation_fraction)
+        check_widths(self.hidden, 0)
 
     def _widths(self) -> list[int]:
         return [] if self.model == "kernel" else [int(width) for width in self.hidden]
@@ -247,11 +247,18 @@ class AUCBoundClassifier(RatioDecisions):
             The arc length of the calibrated score with ``auc_lower_bound`` and its ``certificate``.
 
         Raises:
-            DataError: If a label is unknown.
+            ShapeError: If there is not one label for each point.
+            DataError: If a label is unknown, or a class has fewer than two points.
         """
-        y, u = np.asarray(y), self.angle(X)
+        check_is_fitted(self)
+        y = np.asarray(y)
+        one_label_each(X, y)
         if not np.isin(y, self.classes_).all():
             raise DataError(f"labels must be among {self.classes_.tolist()}, got {np.unique(y).tolist()}.")
+        sizes = [int((y == label).sum()) for label in self.classes_]
+        if min(sizes) < 2:
+            raise DataError(f"two points of each class are needed to bound the AUC, got {sizes[1]} and {sizes[0]}.")
+        u = self.angle(X)
         return arc_length_from_angles(u[y == self.classes_[1]], u[y == self.classes_[0]], level=level)
 
 
