@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def arc_length(draws: Any, reference: Any, *, generator: torch.Generator, folds:
         >>> arc_length(x + 9, x, generator=torch.Generator().manual_seed(1)).value > 1.95
         True
     """
-    if isinstance(folds, bool) or not isinstance(folds, numbers.Integral) or folds < 2:
+    if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)) or folds < 2:
         raise ConfigError(f"folds must be an integer of at least 2, got {folds!r}.")
     pair = checked_pair(draws, reference)
     if min(len(x) for x in pair) < 2 * folds:

@@ -42,6 +42,9 @@ __all__ = ["AUCBoundClassifier"]
 Array = NDArray[np.float64]
 _KERNEL_RATE = 10.0
 """The kernel's coefficients are many times those of a network, and its problem is smooth: so are its steps."""
+_PAIRED = 2000
+"""Held-out points of each class whose pairs are watched. All pairs of the held-out part, every few steps, would take
+longer than the steps; that part is in random order, so the first ones are a sample of it."""
 NETWORK_SCALE = 4.0
 """Units of log ratio in one unit of a network's output. Losses that want scores of several units are otherwise stopped
 early while the network has learned noise alone, above all where the signal is not in the means of the features."""
@@ -139,6 +142,7 @@ class AUCBoundClassifier(RatioDecisions):
         Raises:
             ConfigError: If a setting cannot be used.
             DataError: If there are not two classes, or a weight is negative.
+            ValueError: If a value is not finite or lengths differ, in scikit-learn's words.
         """
         self._check()
         X, y = validate_data(self, X, y, dtype=np.float64)
@@ -194,9 +198,10 @@ class AUCBoundClassifier(RatioDecisions):
         if self.step2 != "none":
             kept = copy.deepcopy(self._module.state_dict())
             loss: Loss = tanh_loss
+            watched = held[0][:_PAIRED], held[1][:_PAIRED]
             if self.step2 == "sine":
-                loss, trained = sine_loss, Stretched(self._module)
-            self.n_iter_ += train(trained, pos, neg, held, loss, loss, how, seed, "roc/classifier/second")
+                loss, trained, watched = sine_loss, Stretched(self._module), held
+            self.n_iter_ += train(trained, pos, neg, watched, loss, loss, how, seed, "roc/classifier/second")
             aucs.append(self._held_auc(held))
             self.kept_step_ = 2 if aucs[1] >= aucs[0] else 1
             if self.kept_step_ == 1:

@@ -124,6 +124,7 @@ class ArcLengthRatio(RatioDecisions):
         Raises:
             ConfigError: If a setting cannot be used.
             DataError: If there are not two classes, or a weight is negative.
+            ValueError: If a value is not finite or lengths differ, in scikit-learn's words.
         """
         self._check()
         X, y = validate_data(self, X, y, dtype=np.float64)

@@ -58,6 +58,7 @@ class ArcLengthStream:
         Raises:
             ShapeError: If there is not one label for each point.
             DataError: If a label is unknown.
+            ValueError: If a value is not finite or the width is not that of the fit; nothing is taken in then.
         """
         y = np.asarray(y)
         one_label_each(X, y)
