@@ -175,6 +175,9 @@ def test_two_different_points_give_a_long_curve_and_an_honest_bound():
     assert found.value > 1.9
     assert found.auc == 1
     assert found.auc_lower_bound == pytest.approx(0.05 ** (1 / 20))
+    for kind in ("wald", "bootstrap", "permutation"):
+        low, high = arc_length(np.ones((20, 1)), np.zeros((20, 1)), interval=kind).interval
+        assert low <= found.interval[0] < 1.95 < high
 
 
 def test_bad_input_is_refused():
@@ -192,6 +195,8 @@ def test_bad_input_is_refused():
         arc_length(x, x, level=95)
     with pytest.raises(ConfigError, match="num_bootstrap"):
         arc_length(x, x, interval="bootstrap", num_bootstrap=0)
+    with pytest.raises(DataError, match="overflow"):
+        arc_length(x + 1e307, x)
     for ratio in (LogisticRegression(), "kernel", ArcLengthRatio):
         with pytest.raises(ConfigError, match="wrap"):
             arc_length(x, x, ratio=ratio)

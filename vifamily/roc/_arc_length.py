@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["ArcLength", "arc_length", "arc_length_from_angles"]
 
 Array = NDArray[np.float64]
+_LARGEST = 1e305
+_ROUNDING = 1e-9
 _INTERVALS = ("auto", "score", "wald", "permutation", "bootstrap")
 
 
@@ -199,7 +201,7 @@ def arc_length(
         kind, ends = "permutation", (min(wald[0], ends[0]), max(wald[1], ends[1]))
     elif interval == "bootstrap":
         drawn = _resampled(found.out_of_fold, num_bootstrap, source)
-        kind, ends = interval, (float(np.quantile(drawn, (1 - level) / 2)), float(np.quantile(drawn, (1 + level) / 2)))
+        kind, ends = interval, _not_closed(found, *np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist())
     elif interval == "wald":
         kind, ends = interval, wald
     else:
@@ -249,6 +251,10 @@ def two_samples(x_pos: Any, x_neg: Any, fewest: int, why: str) -> tuple[Array, A
         raise ShapeError(f"two matrices of equal width are needed, got shapes {a.shape} and {b.shape}.{advice}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise DataError("the samples hold NaN or infinite values: drop those rows.")
+    if max(np.abs(x).max(initial=0.0) for x in (a, b)) > _LARGEST:
+        raise DataError(
+            f"the samples hold values beyond {_LARGEST:.0e}, which overflow: change their unit."
+        )
     if min(len(a), len(b)) < fewest:
         raise DataError(f"{fewest} points of each class are needed {why}, got {len(a)} and {len(b)}.")
     return a, b
@@ -299,8 +305,12 @@ def summarise(angles: OutOfFold, level: float, folds: int) -> ArcLength:
 
 def _wald(found: ArcLength) -> tuple[float, float]:
     width = float(stats.norm.ppf((1 + found.level) / 2)) * found.standard_error
-    # told apart without error, the standard error is zero: the bound of as many trials without a failure stays
-    return min(found.value - width, found.interval[0]) if width == 0 else found.value - width, found.value + width
+    return _not_closed(found, found.value - width, found.value + width)
+
+
+def _not_closed(found: ArcLength, low: float, high: float) -> tuple[float, float]:
+    """Told apart without error, the standard error is rounding: the bound of as many trials without a failure stays."""
+    return (min(low, found.interval[0]) if found.standard_error < _ROUNDING else low), high
 
 
 def _resampled(angles: OutOfFold, count: int, source: np.random.Generator) -> Array:
