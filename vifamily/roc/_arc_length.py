@@ -252,9 +252,7 @@ def two_samples(x_pos: Any, x_neg: Any, fewest: int, why: str) -> tuple[Array, A
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise DataError("the samples hold NaN or infinite values: drop those rows.")
     if max(np.abs(x).max(initial=0.0) for x in (a, b)) > _LARGEST:
-        raise DataError(
-            f"the samples hold values beyond {_LARGEST:.0e}, which overflow: change their unit."
-        )
+        raise DataError(f"the samples hold values beyond {_LARGEST:.0e}, which overflow: change their unit.")
     if min(len(a), len(b)) < fewest:
         raise DataError(f"{fewest} points of each class are needed {why}, got {len(a)} and {len(b)}.")
     return a, b
