@@ -35,9 +35,10 @@ def test_bad_input_is_refused(generator):
     x = torch.zeros(20, 2)
     with pytest.raises(ShapeError, match="10 draws"):
         arc_length(x[:9], x, generator=generator)
+    for folds in (1, 2.5):
+        with pytest.raises(ConfigError, match="folds"):
+            arc_length(x, x, generator=generator, folds=folds)
     with pytest.raises(ShapeError, match="columns"):
         arc_length(x, torch.zeros(20, 3), generator=generator)
     with pytest.raises(DataError, match="NaN"):
         arc_length(x, x * math.nan, generator=generator)
-    with pytest.raises(ConfigError, match="folds"):
-        arc_length(x, x, generator=generator, folds=1)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -156,11 +157,27 @@ def test_equal_points_give_the_shortest_curve():
     assert "near equality" in str(found)
 
 
+def test_a_constant_feature_and_units_change_nothing(seed):
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(1, 1, (60, 1)), rng.normal(size=(60, 1))
+    plain = arc_length(a, b).value
+    constant = arc_length(np.c_[a, np.full(60, 3.0)], np.c_[b, np.full(60, 3.0)]).value
+    assert constant == pytest.approx(plain, abs=1e-9)
+    with np.errstate(over="raise"):
+        for unit in (1e300, 1e-300):
+            assert arc_length(unit * a, unit * b).value == pytest.approx(plain, abs=1e-9)
+    on_graph = torch.from_numpy(a).requires_grad_()
+    assert arc_length(on_graph, b).value == plain
+
+
 def test_two_different_points_give_a_long_curve_and_an_honest_bound():
     found = arc_length(np.ones((20, 1)), np.zeros((20, 1)))
     assert found.value > 1.9
     assert found.auc == 1
     assert found.auc_lower_bound == pytest.approx(0.05 ** (1 / 20))
+    for kind in ("wald", "bootstrap", "permutation"):
+        low, high = arc_length(np.ones((20, 1)), np.zeros((20, 1)), interval=kind).interval
+        assert low <= found.interval[0] < 1.95 < high
 
 
 def test_bad_input_is_refused():
@@ -171,8 +188,23 @@ def test_bad_input_is_refused():
         arc_length(x, x * np.nan)
     with pytest.raises(DataError, match="10 points"):
         arc_length(x[:1], x)
-    with pytest.raises(ConfigError, match="folds"):
-        arc_length(x, x, folds=1)
+    for folds in (1, 2.5, "5"):
+        with pytest.raises(ConfigError, match="folds"):
+            arc_length(x, x, folds=folds)
+    with pytest.raises(ConfigError, match="level"):
+        arc_length(x, x, level=95)
+    with pytest.raises(ConfigError, match="num_bootstrap"):
+        arc_length(x, x, interval="bootstrap", num_bootstrap=0)
+    with pytest.raises(DataError, match="overflow"):
+        arc_length(x + 1e307, x)
+    for ratio in (LogisticRegression(), "kernel", ArcLengthRatio):
+        with pytest.raises(ConfigError, match="wrap"):
+            arc_length(x, x, ratio=ratio)
+    for values in ([["a"]] * 20, [[0.0], [0.0, 1.0]], x + 1j):
+        with pytest.raises(DataError, match="real numbers"):
+            arc_length(values, x)
+    with pytest.raises(ShapeError, match="x\\[:, None\\]"):
+        arc_length(x[:, 0], x[:, 0])
     with pytest.raises(ConfigError, match="interval"):
         arc_length(x, x, interval="exact")
     with pytest.raises(ConfigError, match="39"):

@@ -9,12 +9,12 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from vifamily.errors import ConfigError, DataError
+from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.numerics.arctangent_ratio import sine_bound
 from vifamily.rng import scoped
 from vifamily.roc import AUCBoundClassifier
 from vifamily.roc._classifier import NETWORK_SCALE, Stretched, calibrating_line, sine_loss, tanh_loss, weighted_auc
-from vifamily.roc._training import Perceptron
+from vifamily.roc._training import Perceptron, train
 
 REASON = "rows are held out and batched at random"
 
@@ -69,6 +69,31 @@ def test_step_two_is_left_out_where_it_does_harm(seed):
     assert two.kept_step_ == (2 if two.validation_auc_[1] >= two.validation_auc_[0] else 1)
     if two.kept_step_ == 1:
         assert np.array_equal(one.log_density_ratio(x), two.log_density_ratio(x))
+
+
+@pytest.mark.parametrize(("step2", "most"), [("tanh", 2000), ("sine", 3000)])
+def test_pairs_of_a_large_held_out_part_are_watched_by_a_sample(seed, step2, most, monkeypatch):
+    seen = []
+
+    def watching(module, pos, neg, held, *rest):
+        seen.append((len(held[0]), len(held[1])))
+        return train(module, pos, neg, held, *rest)
+
+    monkeypatch.setattr("vifamily.roc._classifier.train", watching)
+    x, y = normal_pair(seed, (1000, 15_000))
+    fitted = AUCBoundClassifier(step2=step2, max_iter=2, random_state=0).fit(x, y)
+    # a fifth of each class is held out; pairs are the only cost that grows with the product of the two
+    assert seen == [(200, 3000), (200, most)]
+    assert 0 < fitted.auc_bound_ < 1
+
+
+@pytest.mark.slow
+def test_a_million_points(seed):
+    x, y = normal_pair(seed, (500_000, 500_000))
+    fitted = AUCBoundClassifier(random_state=0).fit(x, y)
+    new_x, new_y = normal_pair(seed + 1, (20_000, 20_000))
+    # four standard errors of the area of 20,000 points of each class are 0.01
+    assert roc_auc_score(new_y, fitted.decision_function(new_x)) == pytest.approx(0.760250, abs=0.012)
 
 
 def test_losses_by_hand(generator):
@@ -144,6 +169,7 @@ def test_bad_input_is_refused():
     for settings, words in [
         ({"model": "forest"}, "network"), ({"step2": "cosine"}, "tanh"), ({"patience": 0}, "patience"),
         ({"validation_fraction": 0}, "validation_fraction"), ({"hidden": (0,)}, "hidden"),
+        ({"num_centers": 1.5}, "num_centers"), ({"bandwidth": float("inf")}, "bandwidth"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             AUCBoundClassifier(**settings).fit(x, y)
@@ -151,3 +177,7 @@ def test_bad_input_is_refused():
         AUCBoundClassifier().fit(x, np.ones(8))
     with pytest.raises(DataError, match="labels"):
         AUCBoundClassifier(max_iter=2).fit(x, y).certify(x, [2] * 8)
+    with pytest.raises(ShapeError, match="one label"):
+        AUCBoundClassifier(max_iter=2).fit(x, y).certify(x, y[:-1])
+    with pytest.raises(DataError, match="got 0 and 4"):
+        AUCBoundClassifier(max_iter=2).fit(x, y).certify(x[::2], [0] * 4)

@@ -66,6 +66,9 @@ def test_bad_input_is_refused():
         OptimalRocDisplay.from_estimator(LogisticRegression(), [[0.0]], [1])
     with pytest.raises(ShapeError, match="one angle"):
         OptimalRocDisplay.from_predictions([0, 1], [0.1])
+    fitted = ArcLengthRatio().fit([[0.0], [1.0]], [0, 1])
+    with pytest.raises(DataError, match="among"):
+        OptimalRocDisplay.from_estimator(fitted, [[0.0], [1.0]], ["ill", "well"])
     with pytest.raises(DataError, match="two points"):
         OptimalRocDisplay.from_predictions([0, 0, 1], [0.1, 0.2, 0.3])
     with pytest.raises(DataError, match="pi/2"):

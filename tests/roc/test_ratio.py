@@ -112,6 +112,14 @@ def test_constant_features_and_equal_points_give_even_odds():
         ({"model": StandardScaler()}, "predict_proba"),
         ({"scaling": "log"}, "scaling"),
         ({"hidden": ()}, "hidden"),
+        ({"hidden": 32}, "hidden"),
+        ({"hidden": (3.5,)}, "positive integer"),
+        ({"num_centers": 2.5}, "num_centers must be a positive integer"),
+        ({"batch_size": True}, "batch_size"),
+        ({"max_iter": "20"}, "max_iter"),
+        ({"bandwidth": None}, "bandwidth"),
+        ({"learning_rate": float("inf")}, "finite"),
+        ({"validation_fraction": "a fifth"}, "validation_fraction"),
         ({"validation_fraction": 1}, "validation_fraction"),
         ({"random_state": "x"}, "random_state"),
     ],
@@ -131,3 +139,7 @@ def test_bad_data_is_refused():
         ArcLengthRatio(LogisticRegression(class_weight="balanced")).fit(x, [0, 1] * 3, sample_weight=np.ones(6))
     with pytest.raises(ConfigError, match="prior"):
         ArcLengthRatio().fit(x, [0, 1] * 3).predict_proba(x, prior=1)
+    with pytest.raises(ConfigError, match="prior"):
+        ArcLengthRatio().fit(x, [0, 1] * 3).predict_proba(x, prior="even")
+    with pytest.raises(ValueError, match="NaN"):
+        ArcLengthRatio().fit(x * np.nan, [0, 1] * 3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from vifamily.errors import ConfigError, DataError
+from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.roc import ArcLengthRatio, ArcLengthStream, arc_length, arc_length_from_angles
 
 
@@ -55,5 +55,12 @@ def test_bad_input_is_refused():
     stream = ArcLengthStream(ArcLengthRatio().fit(x, [0, 1] * 3))
     with pytest.raises(DataError, match="labels"):
         stream.update(x, [2] * 6)
+    for labels in (1, [1], [[1]] * 6):
+        with pytest.raises(ShapeError, match="one label"):
+            stream.update(x, labels)
+    stream.update(x[:0], [])
+    assert (stream.num_pos, stream.num_neg) == (0, 0)
+    with pytest.raises(ConfigError, match="not fitted"):
+        ArcLengthStream(ArcLengthRatio())
     with pytest.raises(ConfigError, match="level"):
         stream.lower_bound(1.0)

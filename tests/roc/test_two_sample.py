@@ -73,5 +73,9 @@ def test_bad_input_is_refused():
         arc_length_test(x, x, split=1)
     with pytest.raises(ShapeError, match="width"):
         arc_length_test(x, np.zeros((10, 2)))
+    with pytest.raises(ConfigError, match="num_permutations"):
+        arc_length_test(x, x, num_permutations=1.5)
+    with pytest.raises(ConfigError, match="wrap"):
+        arc_length_test(x, x, ratio=LogisticRegression())
     with pytest.raises(DataError, match="4 points"):
         arc_length_test(x[:3], x)

@@ -43,15 +43,15 @@ def arc_length(draws: Any, reference: Any, *, generator: torch.Generator, folds:
     Raises:
         ShapeError: If a sample is not a matrix, has fewer than two draws for each fold, or their columns differ.
         DataError: If a value is not finite.
-        ConfigError: If there are fewer than two folds.
+        ConfigError: If folds is no integer of at least 2.
 
     Example:
         >>> x = torch.randn(300, 1, generator=torch.Generator().manual_seed(0))
         >>> arc_length(x + 9, x, generator=torch.Generator().manual_seed(1)).value > 1.95
         True
     """
-    if folds < 2:
-        raise ConfigError(f"folds must be at least 2, got {folds}.")
+    if isinstance(folds, bool) or not isinstance(folds, (int, np.integer)) or folds < 2:
+        raise ConfigError(f"folds must be an integer of at least 2, got {folds!r}.")
     pair = checked_pair(draws, reference)
     if min(len(x) for x in pair) < 2 * folds:
         sizes = " and ".join(str(len(x)) for x in pair)

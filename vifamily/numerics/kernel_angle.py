@@ -81,7 +81,10 @@ def robust_scale(x: Array, weight: Array | None = None) -> RobustScale:
         array([4.])
     """
     low, middle, high = _quantiles(x, (0.25, 0.5, 0.75), weight)
-    spread, deviation = 2 * (high - low), np.sqrt(np.average((x - np.average(x, 0, weight)) ** 2, 0, weight))
+    off = np.abs(x - np.average(x, 0, weight))
+    # in units of the largest, whose square does not overflow
+    unit = np.where((largest := off.max(0)) > 0, largest, 1.0)
+    spread, deviation = 2 * (high - low), unit * np.sqrt(np.average((off / unit) ** 2, 0, weight))
     return RobustScale(middle, np.where(spread > 0, spread, np.where(deviation > 0, deviation, 1.0)))
 
 

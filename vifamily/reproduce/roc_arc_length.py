@@ -126,7 +126,7 @@ def _rates(options: Options) -> tuple[list[Claim], Rows]:
 
 # -- intervals and tests -----------------------------------------------------------------------------------------------
 def _binomial(share: float, repeats: int, nominal: float) -> bool:
-    """Whether a share is at least what its nominal level allows, by a one-sided 99 % binomial bound."""
+    """Whether a share is at least the lower end of the 99 % binomial interval about its nominal level."""
     return bool(round(share * repeats) >= stats.binom.ppf(0.005, repeats, nominal))
 
 

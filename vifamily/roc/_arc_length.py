@@ -15,6 +15,7 @@ from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.numerics.arctangent_ratio import LONGEST, RIGHT_ANGLE, SHORTEST, auc_range
 from vifamily.numerics.cross_fit import AngleFit, FittedAngle, OutOfFold, cross_fit, length_of, permuted_values
 from vifamily.rng import check_seed
+from vifamily.roc._checks import check_fraction, check_whole, numbers_of
 from vifamily.roc._ratio import ArcLengthRatio
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["ArcLength", "arc_length", "arc_length_from_angles"]
 
 Array = NDArray[np.float64]
+_LARGEST = 1e305
+_ROUNDING = 1e-9
 _INTERVALS = ("auto", "score", "wald", "permutation", "bootstrap")
 
 
@@ -163,7 +166,7 @@ def arc_length(
     Raises:
         ConfigError: If a setting cannot be used.
         ShapeError: If the samples are not matrices of equal width.
-        DataError: If a value is not finite, or a class has fewer than ``2 * folds`` points.
+        DataError: If a value is not a finite real number, or a class has fewer than ``2 * folds`` points.
 
     Source: Liu (2022), "Estimating the arc length of the optimal ROC curve and lower bounding the maximal AUC"; length
     as a divergence also in Bantis et al. (2021), Statistics in Medicine.
@@ -173,19 +176,20 @@ def arc_length(
         >>> arc_length(x + 9, x).value > 1.95
         True
     """
-    if folds < 2 or not 0 < level < 1:
-        raise ConfigError(f"folds must be at least 2 and level between 0 and 1, got {folds} and {level}.")
+    check_whole("folds", folds, 2)
+    check_fraction("level", level)
+    check_whole("num_permutations", num_permutations, 0)
+    check_whole("num_bootstrap", num_bootstrap)
     if interval not in _INTERVALS:
         raise ConfigError(f"interval must be one of {', '.join(_INTERVALS)}, got {interval!r}.")
     tail = math.floor((num_permutations + 1) * (1 - level) / 2 + 1e-9)
+    check_ratio(ratio)
     other = ratio is not None and ratio.model != "kernel"
     if (interval == "permutation" or (interval == "auto" and other)) and tail < 1:
         raise ConfigError(
             f"{num_permutations} permutations are too few for level {level}: take at least "
             f"{math.ceil(2 / (1 - level)) - 1}, or interval='wald'."
         )
-    if num_bootstrap < 1:
-        raise ConfigError(f"num_bootstrap must be positive, got {num_bootstrap}.")
     a, b = two_samples(x_pos, x_neg, 2 * folds, f"for {folds} folds")
     source, fit = np.random.default_rng(check_seed(seed)), angle_fit(ratio, seed)
     found = summarise(cross_fit(a, b, fit, folds, source), level, folds)
@@ -197,7 +201,7 @@ def arc_length(
         kind, ends = "permutation", (min(wald[0], ends[0]), max(wald[1], ends[1]))
     elif interval == "bootstrap":
         drawn = _resampled(found.out_of_fold, num_bootstrap, source)
-        kind, ends = interval, (float(np.quantile(drawn, (1 - level) / 2)), float(np.quantile(drawn, (1 + level) / 2)))
+        kind, ends = interval, _not_closed(found, *np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist())
     elif interval == "wald":
         kind, ends = interval, wald
     else:
@@ -223,9 +227,8 @@ def arc_length_from_angles(angle_pos: Any, angle_neg: Any, *, level: float = 0.9
         >>> round(arc_length_from_angles([0.8, 1.2, 1.3], [0.1, 0.2, 0.9]).auc, 4)
         0.8889
     """
-    if not 0 < level < 1:
-        raise ConfigError(f"level must be between 0 and 1, got {level}.")
-    a, b = np.asarray(angle_pos, dtype=float), np.asarray(angle_neg, dtype=float)
+    check_fraction("level", level)
+    a, b = (numbers_of(angles, "angles") for angles in (angle_pos, angle_neg))
     if a.ndim != 1 or b.ndim != 1 or min(len(a), len(b)) < 2:
         raise ShapeError(f"two vectors of at least two angles are needed, got shapes {a.shape} and {b.shape}.")
     for angles in (a, b):
@@ -240,20 +243,40 @@ def two_samples(x_pos: Any, x_neg: Any, fewest: int, why: str) -> tuple[Array, A
 
     Raises:
         ShapeError: If they are not matrices of equal width.
-        DataError: If a value is not finite, or a class has fewer than ``fewest`` points.
+        DataError: If a value is not a finite real number, or a class has fewer than ``fewest`` points.
     """
-    a, b = np.asarray(x_pos, dtype=float), np.asarray(x_neg, dtype=float)
+    a, b = (numbers_of(x, "the samples") for x in (x_pos, x_neg))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.shape[1] == 0:
-        raise ShapeError(f"two matrices of equal width are needed, got shapes {a.shape} and {b.shape}.")
+        advice = " For one feature pass x[:, None]." if a.ndim == b.ndim == 1 else ""
+        raise ShapeError(f"two matrices of equal width are needed, got shapes {a.shape} and {b.shape}.{advice}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise DataError("the samples hold NaN or infinite values: drop those rows.")
+    if max(np.abs(x).max(initial=0.0) for x in (a, b)) > _LARGEST:
+        raise DataError(f"the samples hold values beyond {_LARGEST:.0e}, which overflow: change their unit.")
     if min(len(a), len(b)) < fewest:
         raise DataError(f"{fewest} points of each class are needed {why}, got {len(a)} and {len(b)}.")
     return a, b
 
 
+def check_ratio(ratio: Any) -> None:
+    """See that a ratio is an estimator of the angle, or None.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if ratio is not None and not isinstance(ratio, ArcLengthRatio):
+        raise ConfigError(
+            f"ratio must be an ArcLengthRatio, got {ratio!r}: wrap a classifier, ratio=ArcLengthRatio(classifier)."
+        )
+
+
 def angle_fit(ratio: ArcLengthRatio | None, seed: int) -> AngleFit:
-    """A fit of the angle by clones of an estimator."""
+    """A fit of the angle by clones of an estimator.
+
+    Raises:
+        ConfigError: If it is no :class:`ArcLengthRatio`.
+    """
+    check_ratio(ratio)
     template = clone(ratio) if ratio is not None else ArcLengthRatio()
     if template.random_state is None:
         template.set_params(random_state=int(seed) % 2**31)
@@ -280,8 +303,12 @@ def summarise(angles: OutOfFold, level: float, folds: int) -> ArcLength:
 
 def _wald(found: ArcLength) -> tuple[float, float]:
     width = float(stats.norm.ppf((1 + found.level) / 2)) * found.standard_error
-    # told apart without error, the standard error is zero: the bound of as many trials without a failure stays
-    return min(found.value - width, found.interval[0]) if width == 0 else found.value - width, found.value + width
+    return _not_closed(found, found.value - width, found.value + width)
+
+
+def _not_closed(found: ArcLength, low: float, high: float) -> tuple[float, float]:
+    """Told apart without error, the standard error is rounding: the bound of as many trials without a failure stays."""
+    return (min(low, found.interval[0]) if found.standard_error < _ROUNDING else low), high
 
 
 def _resampled(angles: OutOfFold, count: int, source: np.random.Generator) -> Array:

@@ -20,6 +20,7 @@ from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.numerics.kernel_angle import kernel_features, robust_scale
 from vifamily.rng import generator
 from vifamily.roc._arc_length import ArcLength, arc_length_from_angles
+from vifamily.roc._checks import check_fraction, check_positive, check_whole, check_widths, one_label_each
 from vifamily.roc._decisions import RatioDecisions
 from vifamily.roc._ratio import two_classes
 from vifamily.roc._training import (
@@ -41,6 +42,9 @@ __all__ = ["AUCBoundClassifier"]
 Array = NDArray[np.float64]
 _KERNEL_RATE = 10.0
 """The kernel's coefficients are many times those of a network, and its problem is smooth: so are its steps."""
+_PAIRED = 2000
+"""Held-out points of each class whose pairs are watched. All pairs of the held-out part, every few steps, would take
+longer than the steps; that part is in random order, so the first ones are a sample of it."""
 NETWORK_SCALE = 4.0
 """Units of log ratio in one unit of a network's output. Losses that want scores of several units are otherwise stopped
 early while the network has learned noise alone, above all where the signal is not in the means of the features."""
@@ -138,6 +142,7 @@ class AUCBoundClassifier(RatioDecisions):
         Raises:
             ConfigError: If a setting cannot be used.
             DataError: If there are not two classes, or a weight is negative.
+            ValueError: If a value is not finite or lengths differ, in scikit-learn's words.
         """
         self._check()
         X, y = validate_data(self, X, y, dtype=np.float64)
@@ -167,13 +172,12 @@ class AUCBoundClassifier(RatioDecisions):
             raise ConfigError(f'model must be "network" or "kernel", got {self.model!r}.')
         if self.step2 not in ("tanh", "sine", "none"):
             raise ConfigError(f'step2 must be "tanh", "sine" or "none", got {self.step2!r}.')
-        for name in ("num_centers", "bandwidth", "learning_rate", "batch_size", "max_iter", "patience"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction!r}.")
-        if any(int(width) < 1 for width in self.hidden):
-            raise ConfigError(f"hidden must hold positive widths, got {self.hidden!r}.")
+        for name in ("num_centers", "batch_size", "max_iter", "patience"):
+            check_whole(name, getattr(self, name))
+        for name in ("bandwidth", "learning_rate"):
+            check_positive(name, getattr(self, name))
+        check_fraction("validation_fraction", self.validation_fraction)
+        check_widths(self.hidden, 0)
 
     def _widths(self) -> list[int]:
         return [] if self.model == "kernel" else [int(width) for width in self.hidden]
@@ -194,9 +198,10 @@ class AUCBoundClassifier(RatioDecisions):
         if self.step2 != "none":
             kept = copy.deepcopy(self._module.state_dict())
             loss: Loss = tanh_loss
+            watched = held[0][:_PAIRED], held[1][:_PAIRED]
             if self.step2 == "sine":
-                loss, trained = sine_loss, Stretched(self._module)
-            self.n_iter_ += train(trained, pos, neg, held, loss, loss, how, seed, "roc/classifier/second")
+                loss, trained, watched = sine_loss, Stretched(self._module), held
+            self.n_iter_ += train(trained, pos, neg, watched, loss, loss, how, seed, "roc/classifier/second")
             aucs.append(self._held_auc(held))
             self.kept_step_ = 2 if aucs[1] >= aucs[0] else 1
             if self.kept_step_ == 1:
@@ -247,11 +252,18 @@ class AUCBoundClassifier(RatioDecisions):
             The arc length of the calibrated score with ``auc_lower_bound`` and its ``certificate``.
 
         Raises:
-            DataError: If a label is unknown.
+            ShapeError: If there is not one label for each point.
+            DataError: If a label is unknown, or a class has fewer than two points.
         """
-        y, u = np.asarray(y), self.angle(X)
+        check_is_fitted(self)
+        y = np.asarray(y)
+        one_label_each(X, y)
         if not np.isin(y, self.classes_).all():
             raise DataError(f"labels must be among {self.classes_.tolist()}, got {np.unique(y).tolist()}.")
+        sizes = [int((y == label).sum()) for label in self.classes_]
+        if min(sizes) < 2:
+            raise DataError(f"two points of each class are needed to bound the AUC, got {sizes[1]} and {sizes[0]}.")
+        u = self.angle(X)
         return arc_length_from_angles(u[y == self.classes_[1]], u[y == self.classes_[0]], level=level)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 
-from vifamily.errors import ConfigError
+from vifamily.roc._checks import check_fraction
 
 __all__ = ["RatioDecisions"]
 
@@ -49,8 +49,7 @@ def _probabilities(log_ratio: Array, prior: float) -> Array:
     Raises:
         ConfigError: If the prior is not between 0 and 1.
     """
-    if not 0 < prior < 1:
-        raise ConfigError(f"the prior is a fraction of positives between 0 and 1, got {prior!r}.")
+    check_fraction("the prior, a fraction of positives,", prior)
     odds = log_ratio + math.log(prior / (1 - prior))
     # the smaller of the two from the exponential, so that neither is lost to rounding
     small = np.exp(-np.abs(odds)) / (1 + np.exp(-np.abs(odds)))

@@ -13,6 +13,7 @@ from vifamily.errors import ConfigError, DataError, ShapeError
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.plots._style import GREY, INK, LABEL_SIZE, POSTERIOR, REFERENCE, TICK_SIZE, dress, new_figure
 from vifamily.roc._arc_length import ArcLength, arc_length_from_angles
+from vifamily.roc._checks import numbers_of
 from vifamily.roc._curves import concave_hull, fitted_curve, polyline_length, staircase
 from vifamily.roc._ratio import two_classes
 
@@ -94,11 +95,14 @@ class OptimalRocDisplay:
 
         Raises:
             ConfigError: If the estimator has no angles.
-            DataError: If there are not two classes.
+            DataError: If there are not two classes, or a label is unknown to the estimator.
         """
         kind = type(estimator).__name__
         if not hasattr(estimator, "angle"):
             raise ConfigError(f"{kind} has no angles: wrap it, ArcLengthRatio(model={kind}()).")
+        known = getattr(estimator, "classes_", None)
+        if known is not None and not np.isin(np.unique(y), known).all():
+            raise DataError(f"labels must be among {known.tolist()}, got {np.unique(y).tolist()}.")
         label = kind if name is None else name
         return cls.from_predictions(y, estimator.angle(X), level=level, name=label, ax=ax)
 
@@ -119,7 +123,7 @@ class OptimalRocDisplay:
             ShapeError: If the lengths differ.
             DataError: If there are not two classes, or an angle is out of its range.
         """
-        y, u = np.asarray(y_true), np.asarray(y_angle, dtype=float)
+        y, u = np.asarray(y_true), numbers_of(y_angle, "angles")
         if y.ndim != 1 or u.shape != y.shape:
             raise ShapeError(f"one angle for each label is needed, got shapes {u.shape} and {y.shape}.")
         classes = two_classes(y)

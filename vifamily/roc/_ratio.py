@@ -15,6 +15,7 @@ from vifamily.errors import ConfigError, DataError
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.numerics.kernel_angle import KernelAngle, kernel_angle, robust_scale
 from vifamily.rng import generator
+from vifamily.roc._checks import check_fraction, check_positive, check_whole, check_widths
 from vifamily.roc._decisions import RatioDecisions
 from vifamily.roc._nuisance import ClassifierRatio
 from vifamily.roc._training import Perceptron, Schedule, arc_loss, hold_out, root_seed, sample_of, scores_of, train
@@ -123,6 +124,7 @@ class ArcLengthRatio(RatioDecisions):
         Raises:
             ConfigError: If a setting cannot be used.
             DataError: If there are not two classes, or a weight is negative.
+            ValueError: If a value is not finite or lengths differ, in scikit-learn's words.
         """
         self._check()
         X, y = validate_data(self, X, y, dtype=np.float64)
@@ -147,18 +149,16 @@ class ArcLengthRatio(RatioDecisions):
         return self
 
     def _check(self) -> None:
-        positive = ("num_centers", "bandwidth", "max_samples", "learning_rate", "batch_size", "max_iter", "patience")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"alpha must be positive, or None for its default, got {self.alpha!r}.")
+        for name in ("num_centers", "max_samples", "batch_size", "max_iter", "patience"):
+            check_whole(name, getattr(self, name))
+        for name in ("bandwidth", "learning_rate"):
+            check_positive(name, getattr(self, name))
+        if self.alpha is not None:
+            check_positive("alpha (or None for its default)", self.alpha)
         if self.scaling not in ("robust", "none"):
             raise ConfigError(f'scaling must be "robust" or "none", got {self.scaling!r}.')
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction!r}.")
-        if not self.hidden or any(int(width) < 1 for width in self.hidden):
-            raise ConfigError(f"hidden must name the widths of one layer or more, got {self.hidden!r}.")
+        check_fraction("validation_fraction", self.validation_fraction)
+        check_widths(self.hidden, 1)
         if isinstance(self.model, str) and self.model not in ("kernel", "network"):
             raise ConfigError(f'model must be "kernel", "network" or a classifier, got {self.model!r}.')
 

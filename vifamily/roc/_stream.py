@@ -10,6 +10,7 @@ from scipy import stats
 
 from vifamily.errors import ConfigError, DataError
 from vifamily.numerics.arctangent_ratio import LONGEST, SHORTEST
+from vifamily.roc._checks import check_fraction, one_label_each
 
 __all__ = ["ArcLengthStream"]
 
@@ -26,7 +27,7 @@ class ArcLengthStream:
         ratio: A fitted :class:`ArcLengthRatio` or :class:`AUCBoundClassifier`, or what has ``angle``.
 
     Raises:
-        ConfigError: If the ratio has no angles.
+        ConfigError: If the ratio has no angles, or is not fitted.
 
     Example:
         >>> from vifamily.roc import ArcLengthRatio
@@ -41,21 +42,28 @@ class ArcLengthStream:
     def __init__(self, ratio: Any) -> None:
         if not hasattr(ratio, "angle"):
             raise ConfigError(f"{type(ratio).__name__} has no angles: fit an ArcLengthRatio.")
+        if not hasattr(ratio, "classes_"):
+            raise ConfigError(f"{type(ratio).__name__} is not fitted, and a stream does not fit it: call fit first.")
         self.ratio = ratio
         # count, mean, sum of squared deviations of each class
         self._sums = np.zeros((2, 3))
 
     def update(self, X: Any, y: Any) -> None:  # noqa: N803
-        """Take in a block; one class alone will do.
+        """Take in a block; one class alone will do, and an empty block changes nothing.
 
         Args:
             X: ``(sample, feature)``.
             y: ``(sample,)``, labels among the two of the fit.
 
         Raises:
+            ShapeError: If there is not one label for each point.
             DataError: If a label is unknown.
+            ValueError: If a value is not finite or the width is not that of the fit; nothing is taken in then.
         """
         y = np.asarray(y)
+        one_label_each(X, y)
+        if len(y) == 0:
+            return
         if not np.isin(y, self.ratio.classes_).all():
             raise DataError(f"labels must be among {self.ratio.classes_.tolist()}, got {np.unique(y).tolist()}.")
         u, positive = self.ratio.angle(X), y == self.ratio.classes_[1]
@@ -95,8 +103,7 @@ class ArcLengthStream:
         Raises:
             ConfigError: If the level is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ConfigError(f"level must be between 0 and 1, got {level}.")
+        check_fraction("level", level)
         return float(np.clip(self.value - stats.norm.ppf(level) * self.standard_error, SHORTEST, LONGEST))
 
 

@@ -13,6 +13,7 @@ from vifamily.errors import ConfigError
 from vifamily.numerics.arctangent_ratio import RIGHT_ANGLE
 from vifamily.rng import check_seed
 from vifamily.roc._arc_length import angle_fit, two_samples
+from vifamily.roc._checks import check_fraction, check_whole
 from vifamily.roc._ratio import ArcLengthRatio
 
 __all__ = ["ArcLengthTest", "arc_length_test"]
@@ -79,7 +80,7 @@ def arc_length_test(
     Raises:
         ConfigError: If a setting cannot be used.
         ShapeError: If the samples are not matrices of equal width.
-        DataError: If a value is not finite, or a sample has fewer than four points.
+        DataError: If a value is not a finite real number, or a sample has fewer than four points.
 
     Example:
         >>> x = np.random.default_rng(0).normal(size=(100, 1))
@@ -88,10 +89,8 @@ def arc_length_test(
     """
     if statistic not in _STATISTICS:
         raise ConfigError(f"statistic must be one of {', '.join(_STATISTICS)}, got {statistic!r}.")
-    if num_permutations < 1 or not 0 < split < 1:
-        raise ConfigError(
-            f"num_permutations must be positive and split between 0 and 1, got {num_permutations} and {split}."
-        )
+    check_whole("num_permutations", num_permutations)
+    check_fraction("split", split)
     a, b = two_samples(x, y, 4, "to fit on some and judge by others")
     source = np.random.default_rng(check_seed(seed))
     a, b = (s[source.permutation(len(s))] for s in (a, b))
