@@ -32,7 +32,7 @@ class Budget:
         draws: Draws of a prediction.
     """
 
-    steps: int = 12_000
+    steps: int = 6000
     batch: int = 64
     peak: float = 5e-3
     hidden: Sequence[int] = (128, 128)

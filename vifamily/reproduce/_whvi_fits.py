@@ -32,8 +32,6 @@ BESIDE = {
     "SWAG": baselines.swag,
 }
 """The other methods of the table, by name."""
-_CYCLE = "adam(schedule=one_cycle, step_size=0.04, model_step_size=1)"
-"""One cycle of step sizes, as the other methods have; eight times their largest: the latent has 128 numbers a layer."""
 
 
 def dense_net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Sequential:
@@ -46,10 +44,10 @@ def dense_net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Se
     return nn.Sequential(*layers)
 
 
-def _fitted(model: Network, budget: baselines.Budget, seed: int, solver: str = _CYCLE, **options: Any) -> Tensor:
+def _fitted(model: Network, budget: baselines.Budget, seed: int, **options: Any) -> Tensor:
     """Fit a network in mean field with noise per example; return posterior draws."""
     posterior = fit(
-        model, "mean_field", "elbo(estimator=example)", solver, batch_size=budget.batch, steps=budget.steps, draws=1,
+        model, "mean_field", "elbo(estimator=example)", "adam", batch_size=budget.batch, steps=budget.steps, draws=1,
         seed=seed, progress=False, **options,
     )  # fmt: skip
     draws: Tensor = posterior.draws(budget.draws)
@@ -171,7 +169,7 @@ def toy_bands(budget: baselines.Budget, seed: int) -> dict[str, Tensor]:
                 layer.bias.copy_(2 * math.pi * torch.rand(layer.bias.shape, generator=source))
     # diagonals that are points would take up the spread of the prior: here they are latent
     model = Network(net, f"gaussian(sd={math.exp(-1.5)})", (x, y), "walsh_hadamard(scales=latent)", seed=seed)
-    draws = _fitted(model, budget, seed, "adam")
+    draws = _fitted(model, budget, seed)
     grid = torch.linspace(-3, 3, 301)[:, None]
     found = model.predict(draws, grid)
     return {

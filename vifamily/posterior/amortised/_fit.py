@@ -367,7 +367,7 @@ class _Run:
         }  # fmt: skip
 
     def _estimator(self) -> str | None:
-        found = getattr(self, "resolved", None)
+        found = getattr(self, "resolved", self.objective if self.by_critic else None)
         return None if found is None else getattr(found, "estimator", None)
 
     def posterior(
