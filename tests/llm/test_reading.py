@@ -97,3 +97,11 @@ def test_package_that_breaks_is_told_from_one_that_is_missing(tmp_path: Path, mo
         require("broken_package", "this")
     with pytest.raises(MissingExtraError, match="installed but cannot be imported: No module named 'package_that"):
         require("needs_another", "this")
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_text_that_is_nested_too_deeply_is_refused(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"nested too deeply|not JSON"):
+        read_records(path)

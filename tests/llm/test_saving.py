@@ -12,9 +12,10 @@ from vifamily.errors import CheckpointError, ConfigError
 from vifamily.rng import scoped
 
 peft = pytest.importorskip("peft")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from vifamily.llm._stacked import StackedCausalLM  # noqa: E402
-from vifamily.llm.manifest import base_digest, read_manifest  # noqa: E402
+from vifamily.llm.manifest import base_digest, file_digest, read_manifest  # noqa: E402
 from vifamily.llm.saving import export_merged, load_members, load_model, save_members  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -149,3 +150,102 @@ def test_the_merged_adapter_is_the_mean_change(tmp_path):
         assert torch.allclose(their.get_delta_weight("default"), mean, atol=1e-6)
         assert math.isclose(their.scaling["default"], layer.scale)
     assert rows
+
+
+# --- damaged and hostile files ---
+
+
+def changed_manifest(folder, **changes):
+    path = folder / "ensemble.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def resealed(folder, name):
+    """The manifest with the digest that a file has now: damage that a digest does not show."""
+    content = json.loads((folder / "ensemble.json").read_text())
+    changed_manifest(folder, files=content["files"] | {name: file_digest(folder / name)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"surprise": 1}, "'surprise' is unknown"),
+        ({"num_members": "3"}, "'num_members' must be int"),
+        ({"files": []}, "'files' must be dict"),
+        ({"files": {"member_0/adapter_model.safetensors": 3}}, "must be a string"),
+        ({"files": {}}, "names no file with its digest for member_0"),
+        ({"weights": [2.0, -0.5, -0.5]}, "has weights"),
+        ({"weights": [float("nan"), 0.5, 0.5]}, "has weights"),
+        ({"weights": ["1", "0", "0"]}, "'weights' must be float"),
+        ({"log_weights": [0.0, 0.0, 0.0]}, "has weights"),
+        ({"base": None}, "'base' must be str"),
+    ],
+)
+def test_manifests_whose_entries_make_no_sense_are_refused(tmp_path, changes, said):
+    folder = tmp_path / "members"
+    save_members(made(), folder)
+    changed_manifest(folder, **changes)
+    with pytest.raises(CheckpointError, match=said):
+        load_members(made(), folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000])
+def test_manifests_that_hold_no_object_are_refused(tmp_path, text):
+    folder = tmp_path / "members"
+    save_members(made(), folder)
+    (folder / "ensemble.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"cannot be read|must hold an object"):
+        load_members(made(), folder)
+
+
+def test_matrices_that_are_not_finite_or_no_matrices_are_refused(tmp_path):
+    folder, name = tmp_path / "members", "member_1/adapter_model.safetensors"
+    save_members(made(), folder)
+    found = safetensors_torch.load_file(folder / name)
+    first = sorted(found)[0]
+    found[first][0, 0] = float("nan")
+    safetensors_torch.save_file(found, folder / name)
+    resealed(folder, name)
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_members(made(), folder)
+    (folder / name).write_bytes(b"\xff" * 64)
+    resealed(folder, name)
+    model = made(seed=8)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_members(model, folder)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+
+
+def test_settings_that_do_not_belong_to_the_matrices_are_refused(tmp_path):
+    folder, name = tmp_path / "members", "member_0/adapter_config.json"
+    save_members(made(), folder)
+    whole = (folder / name).read_text()
+
+    def rewritten(text):
+        (folder / name).write_text(text)
+        content = json.loads((folder / "ensemble.json").read_text())
+        if name in content["files"]:
+            resealed(folder, name)
+
+    base = tiny_base(seed=0, dtype=torch.float32)
+    rewritten(json.dumps(json.loads(whole) | {"r": 10**9}))
+    with pytest.raises(CheckpointError, match="settings with r=1000000000"):
+        load_model(folder, base)
+    rewritten(json.dumps(json.loads(whole) | {"lora_alpha": 1000}))
+    with pytest.raises(CheckpointError, match="would be other adapters"):
+        load_members(made(), folder)
+    rewritten("[]")
+    with pytest.raises(CheckpointError, match="must hold an object"):
+        load_model(folder, base)
+    rewritten(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}))
+    with pytest.raises(ConfigError, match="only LoRA"):
+        load_model(folder, base)
+
+
+def test_a_base_or_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
+    folder = tmp_path / "members"
+    save_members(made(), folder)
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="cannot load the base"):
+        load_model(folder, nowhere, local_files_only=True)

@@ -147,7 +147,7 @@ def _refuse(bad: Sequence[int], what: str) -> None:
     more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
     plural = "s" if len(bad) > 1 else ""
     raise DataError(
-        f"{len(bad)} record{plural} {'each ' if plural else ''}{what}: {names}{more} (counted from 0). "
+        f"{len(bad)} record{plural}{', each of which' if plural else ''} {what}: {names}{more} (counted from 0). "
         "Mend them or leave them out."
     )
 

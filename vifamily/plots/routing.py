@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,6 +61,10 @@ def responsibilities(
     right.axvline(0.1 / len(labels), color=style.WARNING, linewidth=1, linestyle=":")
     right.set_yticks([])
     right.set_ylim(*left.get_ylim())
+    # the panel is narrow: its ends alone are written
+    top = math.ceil(10 * float(map_.mean(1).max()) + 1e-9) / 10
+    right.set_xlim(0, top)
+    right.set_xticks([0, top], ["0", f"{top:g}"])
     right.set_xlabel("usage", fontsize=style.LABEL_SIZE, color=style.INK)
     style.title(figure, title)
     return figure
