@@ -146,7 +146,7 @@ BAD_SFT = {
     "no columns": ([{"question": "a", "answer": "b"}], "got answer, question"),
     "no completion": ([{"prompt": "a"}], "1 record has no column 'completion': 0"),
     "some incomplete": ([{"prompt": "a", "completion": "b"}] + 7 * [{"prompt": "a", "completion": None}],
-                        r"7 records each has no column 'completion': 1, 2, 3, 4, 5 and 2 more"),
+                        r"7 records, each of which has no column 'completion': 1, 2, 3, 4, 5 and 2 more"),
     "blank": ([{"prompt": "a", "completion": "  "}], "has an empty completion: 0"),
     "no answer": ([{"messages": [user("hello")]}], "has no message of the assistant with text: 0"),
     "silent": ([{"messages": [user("hello"), assistant(" ")]}], "has no message of the assistant"),
