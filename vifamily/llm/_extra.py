@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from vifamily.errors import MissingExtraError
+from vifamily.errors import ConfigError, MissingExtraError, VifamilyError
 
-__all__ = ["require"]
+__all__ = ["pretrained", "require"]
 
 _IN_EXTRA = frozenset({"accelerate", "datasets", "peft", "pyarrow", "safetensors", "tokenizers", "transformers"})
 
@@ -39,6 +39,28 @@ def require(module: str, purpose: str) -> Any:
         raise _broken(package, purpose, error) from error
     except (ImportError, RuntimeError) as error:
         raise _broken(package, purpose, error) from error
+
+
+def pretrained(kind: str, name: str, what: str, **options: Any) -> Any:
+    """Load something of transformers by its name or path.
+
+    Args:
+        kind: The class, such as ``"AutoTokenizer"``.
+        name: A folder, or a name on the hub.
+        what: What it is, for the message of an error.
+        options: For its ``from_pretrained``.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+        MissingExtraError: If transformers is not installed.
+    """
+    auto = getattr(require("transformers", f"loading {what}"), kind)
+    try:
+        return auto.from_pretrained(name, **options)
+    except VifamilyError:
+        raise
+    except Exception as error:  # the library and what it stands on raise dozens of kinds
+        raise ConfigError(f"cannot load {what} {name!r}: {error}") from error
 
 
 def _broken(package: str, purpose: str, error: Exception) -> MissingExtraError:

@@ -15,9 +15,10 @@ from vifamily.errors import CheckpointError, ConfigError, ShapeError
 from vifamily.llm._extra import require
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm._targets import adapter_scale, check_lora_config
+from vifamily.llm.manifest import read_object
 from vifamily.rng import generator
 
-__all__ = ["SavedAdapter", "put", "start_from_adapter", "swapped"]
+__all__ = ["SavedAdapter", "put", "read_lora_config", "read_tensors", "start_from_adapter", "swapped"]
 
 _PREFIX = "base_model.model."
 
@@ -46,12 +47,12 @@ class SavedAdapter:
 
     def __init__(self, folder: str | Path, model: StackedCausalLM) -> None:
         self.folder = Path(folder)
-        config = _read_config(self.folder)
+        config = read_lora_config(self.folder)
         check_lora_config(config)
         path = self.folder / "adapter_model.safetensors"
         if not path.is_file():
             raise CheckpointError(f"{self.folder} has no adapter_model.safetensors: save the adapter in that format.")
-        found = require("safetensors.torch", "reading an adapter").load_file(path)
+        found = read_tensors(path)
         layers = dict(model.lora_adapters())
         scale = adapter_scale(config)
         self.matrices: dict[str, tuple[Tensor, Tensor]] = {}
@@ -175,16 +176,49 @@ def _noisy(matrix: Tensor, noise: float, stream: torch.Generator) -> Tensor:
     return matrix + noise * matrix.square().mean().sqrt() * drawn
 
 
-def _read_config(folder: Path) -> Any:
-    if not (folder / "adapter_config.json").is_file():
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it is missing or damaged, or holds a number that is not finite.
+    """
+    safe = require("safetensors.torch", "reading an adapter")
+    try:
+        found: dict[str, Tensor] = safe.load_file(path)
+    except (OSError, ValueError, RuntimeError, MemoryError, require("safetensors", "reading").SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or no safetensors file: {str(error)[:200]}.") from error
+    bad = [name for name, value in found.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise CheckpointError(f"{path} holds numbers that are not finite, first in {bad[0]}.")
+    return found
+
+
+def read_lora_config(folder: Path) -> Any:
+    """Read PEFT's settings of a LoRA adapter.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        A ``LoraConfig``, without what says how training began and what was dropped in it.
+
+    Raises:
+        CheckpointError: If the settings are missing or cannot be read.
+        ConfigError: If the adapter is none of LoRA.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
         raise CheckpointError(f"{folder} has no adapter_config.json: give the folder of a PEFT adapter.")
+    read_object(path)  # PEFT has no message for what is no object
     peft = require("peft", "reading an adapter")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'adapter_config.json'} cannot be read: {error}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
     if not isinstance(config, peft.LoraConfig):
         raise ConfigError(f"{folder} holds a {type(config).__name__}: only LoRA adapters can be read.")
-    # how training began and what was dropped in it say nothing of the adapter that came out
     config.init_lora_weights, config.lora_dropout = True, 0.0
     return config

@@ -27,7 +27,7 @@ from vifamily.llm._answers import (
     positive,
 )
 from vifamily.llm._decode import next_log_prob, picker
-from vifamily.llm._extra import require
+from vifamily.llm._extra import pretrained
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import SavedAdapter
 from vifamily.llm.data import check_tokenizer, prepare_pairs, prepare_sft, prompt_ids
@@ -103,9 +103,8 @@ class Ensemble:
             if not tokenizer:
                 raise ConfigError(f"{path} has no tokenizer and names no base: pass tokenizer=.")
         if isinstance(tokenizer, (str, os.PathLike)):
-            auto = require("transformers", "loading a tokenizer").AutoTokenizer
             passed = {key: options[key] for key in ("revision", "local_files_only", "token") if key in options}
-            tokenizer = auto.from_pretrained(str(tokenizer), **passed)
+            tokenizer = pretrained("AutoTokenizer", str(tokenizer), "the tokenizer", **passed)
         return cls(load_model(path, base, **options), tokenizer, manifest)
 
     @property

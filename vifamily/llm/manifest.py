@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vifamily.checkpoint import field
 from vifamily.errors import CheckpointError
 
-__all__ = ["MANIFEST", "Manifest", "base_digest", "file_digest", "read_manifest", "versions"]
+__all__ = ["MANIFEST", "Manifest", "base_digest", "file_digest", "read_manifest", "read_object", "versions"]
 
 MANIFEST = "ensemble.json"
 FORMAT = 1
@@ -75,28 +76,74 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CheckpointError(
             f"{folder} holds no {MANIFEST}: it is no ensemble, or its writing was broken off. Use another folder."
         )
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        written = content.pop("format", None)
-        if written != FORMAT:
-            raise CheckpointError(f"{path} has format {written!r}; this version reads {FORMAT}.")
-        lists = {key: tuple(float(w) for w in content[key]) for key in ("weights", "log_weights")}
-        found = Manifest(**{**content, **lists})
-    except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} cannot be read: {error}.") from error
-    if {len(found.weights), len(found.log_weights)} != {found.num_members} or not math.isclose(
-        sum(found.weights), 1.0, abs_tol=1e-6
-    ):
-        raise CheckpointError(f"{path} has weights {list(found.weights)} for {found.num_members} members.")
+    found = _checked(path, read_object(path))
     for name, digest in found.files.items():
-        file = folder / name
+        file = folder / str(name)
         if file.resolve().parent.parent != folder.resolve():
             raise CheckpointError(f"{path} names a file outside its folder: {name!r}.")
         if not file.is_file() or file_digest(file) != digest:
             raise CheckpointError(f"{file} is missing or is not the file that was saved. Use another checkpoint.")
+    named = {name.partition("/")[0] for name in found.files}
+    missing = [f"member_{k}" for k in range(found.num_members) if f"member_{k}" not in named]
+    if missing:
+        raise CheckpointError(f"{path} names no file of {', '.join(missing[:5])}, with its digest.")
     return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it is missing, no JSON, nested too deeply, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:200]}. It is missing or damaged.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold an object with named entries, got {type(content).__name__}.")
+    return content
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Manifest:
+    """The manifest, once every entry is known to be of its kind and the entries to fit together."""
+    written = content.pop("format", None)
+    if written != FORMAT:
+        raise CheckpointError(f"{path} has format {written!r}; this version reads {FORMAT}.")
+    unknown = sorted(set(content) - {entry.name for entry in dataclasses.fields(Manifest)})
+    if unknown:
+        raise CheckpointError(f"{path} cannot be read: its entry {unknown[0]!r} is unknown to this version.")
+    try:
+        field(content, "num_members", int)
+        for name in ("base", "base_digest"):
+            field(content, name, str)
+        field(content, "revision", str, optional=True)
+        field(content, "files", dict)
+        for name, kind in (("adapter", str), ("training", dict), ("versions", dict)):
+            field(content, name, kind, optional=True)
+        for name in ("weights", "log_weights"):
+            content[name] = tuple(field({name: w}, name, float) for w in field(content, name, list))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    found = Manifest(**{name: value for name, value in content.items() if value is not None or name == "revision"})
+    _check_weights(path, found)
+    return found
+
+
+def _check_weights(path: Path, found: Manifest) -> None:
+    pairs = list(zip(found.weights, found.log_weights, strict=False))
+    if (
+        {len(found.weights), len(found.log_weights)} != {found.num_members}
+        or not all(0 <= w <= 1 and math.isclose(w, math.exp(min(log, 1.0)), abs_tol=1e-6) for w, log in pairs)
+        or not math.isclose(sum(found.weights), 1.0, abs_tol=1e-6)
+    ):
+        raise CheckpointError(
+            f"{path} has weights {list(found.weights)} with logarithms {list(found.log_weights)} for "
+            f"{found.num_members} members: they must be from 0, sum to one, and agree."
+        )
 
 
 def file_digest(path: Path) -> str:

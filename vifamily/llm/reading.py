@@ -94,6 +94,8 @@ def _json_lines(path: Path) -> list[Record]:
                 records.append(_object(json.loads(line), f"line {number} of '{path}'"))
         except json.JSONDecodeError as error:
             raise DataError(f"line {number} of '{path}' is not JSON: {error}. Each line must be one object.") from error
+        except RecursionError as error:
+            raise DataError(f"line {number} of '{path}' is nested too deeply to be a record.") from error
         except UnicodeDecodeError as error:
             raise DataError(f"'{path}' is not text in UTF-8: {error}.") from error
     return records
@@ -104,6 +106,8 @@ def _json(path: Path) -> list[Record]:
         whole = json.loads(path.read_text("utf-8-sig"))
     except json.JSONDecodeError:
         return _json_lines(path)  # many files named .json hold an object a line
+    except RecursionError as error:
+        raise DataError(f"'{path}' is nested too deeply to hold records.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not text in UTF-8: {error}.") from error
     if isinstance(whole, dict):

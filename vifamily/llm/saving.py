@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vifamily.errors import CheckpointError, ConfigError
-from vifamily.llm._extra import require
+from vifamily.llm._extra import pretrained, require
 from vifamily.llm._layers import StackedLoRA
 from vifamily.llm._stacked import StackedCausalLM
-from vifamily.llm._targets import features, is_linear, matching
-from vifamily.llm.manifest import MANIFEST, Manifest, base_digest, file_digest, read_manifest, versions
+from vifamily.llm._targets import adapter_scale, features, is_linear, matching
+from vifamily.llm.adapter_files import read_lora_config, read_tensors
+from vifamily.llm.manifest import MANIFEST, Manifest, base_digest, file_digest, read_manifest, read_object, versions
 from vifamily.llm.walsh import WalshCausalLM, WalshConfig
 from vifamily.report import write_bytes, write_text
 
@@ -81,20 +82,12 @@ def load_members(model: StackedCausalLM, folder: str | Path, *, check_base: bool
             f"the members in {folder} were trained on another base ({manifest.base or 'without a name'}) than the one "
             f"that is loaded ({getattr(model.config, '_name_or_path', '') or 'without a name'}). Load that base."
         )
-    read = require("safetensors.torch", "loading members").load_file
-    with torch.no_grad():
-        for k in range(model.num_members):
-            path = folder / f"member_{k}" / _FILES[model.adapter][0]
-            found = read(path)
-            wanted = _member_tensors(model, k)
-            if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in wanted.items()}:
-                raise CheckpointError(
-                    f"{path} has adapters of other layers or another rank than this ensemble: make it with the "
-                    f"settings in {path.parent / _FILES[model.adapter][1]}."
-                )
+    found = [_member(model, folder / f"member_{k}", k) for k in range(model.num_members)]
+    with torch.no_grad():  # all of them are fit, so the ensemble is never left half-loaded
+        for k, tensors in enumerate(found):
             for name, layer in model.adapters():
                 for part, saved in zip(layer.trained, layer.saved, strict=True):
-                    part[k].copy_(found[f"{_PREFIX}{name}.{saved}"])
+                    part[k].copy_(tensors[f"{_PREFIX}{name}.{saved}"])
         model.log_weight.copy_(torch.tensor(manifest.log_weights, dtype=torch.float64))
     return manifest
 
@@ -120,14 +113,14 @@ def load_model(folder: str | Path, base: Any = None, **options: Any) -> StackedC
     if not name:
         raise ConfigError(f"{folder / MANIFEST} names no base: give base=, the model that members were trained on.")
     if isinstance(name, (str, Path)):
-        auto = require("transformers", "loading a language model").AutoModelForCausalLM
-        base = auto.from_pretrained(str(name), **options)
+        base = pretrained("AutoModelForCausalLM", str(name), "the base", **options)
     model: StackedCausalLM
     if manifest.adapter == WalshCausalLM.adapter:
         model = WalshCausalLM(base, _walsh_config(folder / "member_0"), manifest.num_members)
     elif manifest.adapter == StackedCausalLM.adapter:
-        config = require("peft", "loading members").LoraConfig.from_pretrained(str(folder / "member_0"))
+        config = read_lora_config(folder / "member_0")
         config.inference_mode = False
+        _check_rank(folder / "member_0", config.r)
         model = StackedCausalLM(base, config, manifest.num_members)
     else:
         known = ", ".join(_FILES)
@@ -273,11 +266,44 @@ def _settings(model: StackedCausalLM) -> str:
 def _walsh_config(folder: Path) -> WalshConfig:
     path = folder / _FILES[WalshCausalLM.adapter][1]
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_object(path)
         del content["adapter"]
         return WalshConfig(**content)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is missing or cannot be read: {error}.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def _member(model: StackedCausalLM, folder: Path, k: int) -> dict[str, Tensor]:
+    """The matrices of a saved member, which are those of the ensemble's k-th in form and scale."""
+    path = folder / _FILES[model.adapter][0]
+    found = read_tensors(path)
+    if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in _member_tensors(model, k).items()}:
+        raise CheckpointError(
+            f"{path} has adapters of other layers or another rank than this ensemble: make it with the settings in "
+            f"{folder / _FILES[model.adapter][1]}."
+        )
+    scale, scales = _saved_scale(folder, model.adapter), {float(layer.scale) for _, layer in model.adapters()}
+    if {scale} != scales:
+        raise CheckpointError(
+            f"the adapters in {folder} are scaled by {scale:g}, those of the ensemble by "
+            f"{', '.join(f'{s:g}' for s in sorted(scales))}, and would be other adapters there: use the lora_alpha and "
+            "lora_r (or walsh_scale) that they were trained with."
+        )
+    return found
+
+
+def _saved_scale(folder: Path, adapter: str) -> float:
+    """The scale that a member's settings say."""
+    if adapter == WalshCausalLM.adapter:
+        return float(_walsh_config(folder).scale)
+    return adapter_scale(read_lora_config(folder))
+
+
+def _check_rank(folder: Path, rank: Any) -> None:
+    """Refuse settings whose rank is not that of the matrices, before memory is taken for them."""
+    wide = {len(value) for name, value in read_tensors(folder / _FILES["lora"][0]).items() if ".lora_A." in name}
+    if wide != {rank}:
+        raise CheckpointError(f"{folder} has matrices of rank {sorted(wide)}, and settings with r={rank!r}.")
 
 
 def _adapter_config(model: StackedCausalLM, config: Any) -> str:
