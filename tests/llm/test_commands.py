@@ -1,6 +1,8 @@
 """The commands on language models: a run from flags and a file, its ensemble in use, and one-line errors."""
 
 import json
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -128,8 +130,18 @@ def test_preferences(home):
     done = call("dpo", *common(home, "pairs.jsonl", home / "dpo"), "--unit", "group", "--group_column", "group",
                 "--num_members", 2, "--beta", 0.2)  # fmt: skip
     assert done.exit_code == 0, done.output
-    found = call("eval", home / "dpo", home / "pairs.jsonl", "--beta", 0.2)
-    assert "log score per unit, 8 units" in found.output
+    found = [
+        json.loads(call("eval", home / "dpo", home / "pairs.jsonl", "--json", *more).stdout)["mixture"]
+        for more in ((), ("--beta", 0.2), ("--beta", 0.9))
+    ]
+    assert found[0] == found[1] != found[2]  # as it was trained
+    assert "log score per unit, 8 units" in call("eval", home / "dpo", home / "pairs.jsonl").output
+    by_pair = call("route", home / "dpo", home / "pairs.jsonl").output
+    by_group = call("route", home / "dpo", home / "pairs.jsonl", "--group-column", "group", "--out", home / "g.png")
+    assert "responsibilities for 8 units (pair)" in by_pair
+    assert "responsibilities for 2 units (group)" in by_group.output and (home / "g.png").stat().st_size > 5000
+    wrong = call("route", home / "dpo", home / "pairs.jsonl", "--group-column", "nobody")
+    assert wrong.exit_code == 2 and "is not among the columns" in wrong.stderr
 
 
 def test_the_demonstration_runs(tmp_path):
@@ -157,6 +169,12 @@ def test_help_and_flags():
         (["sft", "--packing", "true"], "--packing cannot be used for an ensemble: rows must stay apart"),
         (["sft", "--use_dora", "true"], "DoRA rescales the merged weight of each member"),
         (["dpo", "--lora_modules_to_save=lm_head"], "a copy of it for each member"),
+        (["sft", "--deepspeed", "x.json"], "--shard_base true shares"),
+        (["sft", "--use_peft", "false"], "cannot be switched off"),
+        (["sft", "--num_members", "three"], "invalid int value: 'three'"),
+        (["sft", "--num_members", "2", "three"], "of no flag are: ['three']"),
+        (["sft", "three"], "'three' belongs to no flag"),
+        (["sft", "--config", "mmlu"], "Configurations that come along: accelerate-8gpu"),
         (["inspect", "nowhere"], "holds no ensemble.json"),
     ],
 )
@@ -164,6 +182,71 @@ def test_errors_are_one_line(arguments, words):
     done = call(*arguments)
     assert done.exit_code in (1, 2)
     assert words in done.stderr and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--report_to", "nonsense"], "the run cannot be set up: nonsense is not supported"),
+        (["--eval_strategy", "steps", "--eval_steps", 1], "didn't pass an `eval_dataset`"),
+        (["--learning_rate", "nan"], "learning_rate must be a finite number"),
+        (["--per_device_train_batch_size", 0], "per_device_train_batch_size must be from 1"),
+        (["--dtype", "half"], "--dtype must be one of"),
+        (["--lora_alpha", 0], "must be a positive number"),
+        (["--lora_dropout", 0.05], "--lora_dropout 0.05 is for --family dropout alone"),
+        (["--output_dir", "/proc/nowhere"], "cannot write to the folder"),
+        (["--model_name_or_path", "/nowhere"], "cannot load the tokenizer of the base"),
+        (["--pad_token", "nonsense"], "--pad_token 'nonsense' is not in the tokenizer's vocabulary"),
+        (["--chat_template_path", "nowhere"], "cannot read --chat_template_path"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--max_length", 3], "No row is left"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_one_line(home, more, words):
+    done = call("sft", *common(home, "answers.jsonl", home / "refused"), *more)
+    assert done.exit_code in (1, 2) and "Traceback" not in done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert words in done.stderr
+
+
+def test_flags_and_files_as_trl_has_them(home, tmp_path):
+    given = common(home, "answers.jsonl", tmp_path / "flags")
+    assert call("sft", *given, "--lora_target_modules", "q_proj", "v_proj", "--packing", "false", "--use_peft",
+                "--loss_type", "sigmoid").exit_code == 0  # fmt: skip
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "lora_target_modules: [q_proj, v_proj]\nsave_strategy: no\nmodules_to_save: null\nuse_dora: false\n"
+        "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\n"
+    )
+    done = call("sft", "--config", config, *common(home, "answers.jsonl", tmp_path / "file"))
+    assert done.exit_code == 0, done.output
+    names = [json.loads((tmp_path / f / "member_0/adapter_config.json").read_text()) for f in ("flags", "file")]
+    assert [n["target_modules"] for n in names] == [["q_proj", "v_proj"]] * 2
+    config.write_text("a: [\n")
+    wrong = call("sft", "--config", config)
+    assert wrong.exit_code == 2 and "is no YAML" in wrong.stderr
+
+
+def test_a_tokenizer_without_a_pad_token_is_given_one(home, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(home / "base", tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "base")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    given = [tmp_path / "base" if word == home / "base" else word for word in common(home, "answers.jsonl", tmp_path)]
+    wrong = call("sft", *given)
+    assert wrong.exit_code == 2 and "no pad token" in wrong.stderr and "give --pad_token '<|end|>'" in wrong.stderr
+    assert call("sft", *given, "--pad_token", "<|end|>").exit_code == 0
+
+
+def test_warnings_are_sentences(home, tmp_path):
+    lines = (home / "answers.jsonl").read_text().splitlines()
+    (tmp_path / "long.jsonl").write_text("\n".join([*lines, json.dumps({"prompt": "a " * 40, "completion": "b"})]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        done = call("sft", *common(home, tmp_path / "long.jsonl", tmp_path / "out"), "--max_length", 30)
+    assert "warning: 1 of 13 records are longer than max_length=30 tokens" in done.stderr
+    assert ".py:" not in done.stderr and "1 left out as too long" in done.stdout
 
 
 def test_a_file_with_an_unknown_key(tmp_path):

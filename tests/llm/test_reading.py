@@ -42,6 +42,8 @@ BAD_FILES = {
     "list.jsonl": (b"[1, 2]\n", "line 1 .* must be an object .* got list"),
     "number.json": (b"3", "must hold a list of objects, got int"),
     "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "not text in UTF-8"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 .* nested too deeply"),
+    "deep.json": (b"[" * 100_000, "nested too deeply"),
     "rows.csv": (b"a,b\n1,2\n", "must end in one of"),
 }
 

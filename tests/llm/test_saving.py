@@ -135,6 +135,85 @@ def test_folders_that_are_refused(tmp_path):
         load_model(good)
 
 
+def edited(folder, **changes):
+    content = json.loads((folder / "ensemble.json").read_text())
+    (folder / "ensemble.json").write_text(json.dumps(content | changes))
+
+
+def signed(folder, name, data):
+    """Put other bytes in the place of a file, with the digest that they have."""
+    (folder / name).write_bytes(data)
+    files = json.loads((folder / "ensemble.json").read_text())["files"]
+    edited(folder, files=files | {name: file_digest(folder / name)})
+
+
+def settings(folder, **changes):
+    path = folder / "member_1" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+WEIGHTS = "member_0/adapter_model.safetensors"
+HOSTILE = {
+    "a number": (lambda f: (f / "ensemble.json").write_text("3"), "must hold an object"),
+    "nothing": (lambda f: (f / "ensemble.json").write_text("null"), "must hold an object"),
+    "too deep": (lambda f: (f / "ensemble.json").write_text("[" * 100_000), "cannot be read"),
+    "no text": (lambda f: (f / "ensemble.json").write_bytes(b"\xff\xfe"), "cannot be read"),
+    "unknown entry": (lambda f: edited(f, extra=1), "entry 'extra' is unknown"),
+    "negative weights": (lambda f: edited(f, weights=[-1.0, 1.0, 1.0]), "must be from 0, sum to one"),
+    "weights that disagree": (lambda f: edited(f, log_weights=[0.0, math.nan, 5.0]), "and agree"),
+    "texts as weights": (lambda f: edited(f, weights=["a", "b", "c"]), "must be float"),
+    "many members": (lambda f: edited(f, num_members=10**9), "for 1000000000 members"),
+    "files as a list": (lambda f: edited(f, files=[]), "'files' must be dict"),
+    "no files": (lambda f: edited(f, files={}), "names no file with its digest for member_0"),
+    "a digest of no text": (lambda f: edited(f, files={f"member_{k}/a": 1 for k in range(3)}), "must be a string"),
+    "base of no text": (lambda f: edited(f, base=3), "'base' must be str"),
+    "training as a list": (lambda f: edited(f, training=[1]), "'training' must be dict"),
+    "a member without its folder": (lambda f: shutil.rmtree(f / "member_1"), "is missing"),
+    "huge header": (lambda f: signed(f, WEIGHTS, (2**62).to_bytes(8, "little") + b"x"), "no safetensors file"),
+    "bad header": (lambda f: signed(f, WEIGHTS, (4).to_bytes(8, "little") + b"{}}}"), "no safetensors file"),
+    "a pickle": (lambda f: signed(f, WEIGHTS, b"\x80\x04K\x01."), "no safetensors file"),
+    "settings as a list": (lambda f: (f / "member_1/adapter_config.json").write_text("[]"), "must hold an object"),
+    "no settings": (lambda f: (f / "member_1/adapter_config.json").unlink(), "no adapter_config.json"),
+    "another scale": (lambda f: settings(f, lora_alpha=400), "would be other adapters there"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_folders_that_lie_are_refused(name, tmp_path):
+    model = made()
+    save_members(model, tmp_path)
+    before = [p.clone() for p in model.adapter_parameters()]
+    change, words = HOSTILE[name]
+    change(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        load_members(model, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.adapter_parameters(), strict=True))
+
+
+def test_ranks_that_lie_take_no_memory(tmp_path):
+    model = made()
+    save_members(model, tmp_path)
+    for k in range(K):
+        path = tmp_path / f"member_{k}" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**9}))
+    with pytest.raises(CheckpointError, match="settings with r=1000000000"):
+        load_model(tmp_path, tiny_base(dtype=torch.float32))
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    model = made()
+    next(model.adapter_parameters()).data[0].fill_(math.nan)
+    save_members(model, tmp_path)
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_members(made(), tmp_path)
+
+
+def test_bases_that_cannot_be_loaded_are_named(tmp_path):
+    save_members(made(), tmp_path)
+    with pytest.raises(ConfigError, match="cannot load the base"):
+        load_model(tmp_path, tmp_path / "nowhere")
+
+
 def test_the_merged_adapter_is_the_mean_change(tmp_path):
     model, rows = made(), tiny_batch()
     model.log_weight.copy_(torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log())

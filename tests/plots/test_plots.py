@@ -181,3 +181,29 @@ def test_refused(name):
     call, kind, words = REFUSED[name]
     with pytest.raises(kind, match=words):
         call()
+
+
+def test_units_that_the_same_members_share_stand_together():
+    first, second = [0.51, 0.0, 0.49, 0.0], [0.0, 0.5, 0.0, 0.5]
+    # who of two has a little more of a unit does not tear units apart
+    map_ = np.array([first, second, first[::-1], [0.49, 0.0, 0.51, 0.0], second, first]).T
+    axes = plots.responsibilities(map_).axes[0]
+    drawn = axes.images[0].get_array()
+    shared = [tuple(np.flatnonzero(column > 0.4)) for column in drawn.T]
+    assert shared == sorted(shared) and len(set(shared)) == 2
+    assert [label.get_text() for label in plots.responsibilities(map_, unit_names="abcdef").axes[0].get_xticklabels()]
+
+
+def test_many_units_are_averaged_and_counted():
+    map_ = np.zeros((2, 5000))
+    map_[0, :2000], map_[1, 2000:] = 1, 1
+    figure = plots.responsibilities(map_, unit="token", unit_names=[str(i) for i in range(5000)])
+    figure.canvas.draw()
+    axes, usage = figure.axes[0], figure.axes[1]
+    drawn = axes.images[0].get_array()
+    assert drawn.shape[1] < 1000 and np.allclose(drawn.mean(1), [0.4, 0.6], atol=0.01)
+    ticks = [label for label in axes.get_xticklabels() if 0 <= label.get_position()[0] <= 5000]
+    assert 3 <= len(ticks) <= 8 and {label.get_text() for label in ticks} >= {"0", "1000", "4000"}
+    assert len([t for t in usage.get_xticks() if 0 <= t <= usage.get_xlim()[1]]) <= 3
+    with pytest.raises(ShapeError, match="5000 units need 5000 names"):
+        plots.responsibilities(map_, unit_names=["a"])

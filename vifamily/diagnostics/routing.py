@@ -165,7 +165,10 @@ class Responsibilities:
 
         order = torch.argsort(self.usage, descending=True)[:_SHOWN]
         figure = plots.responsibilities(
-            self.weight[order].numpy(), [self.names[i] for i in order.tolist()], unit=self.unit
+            self.weight[order].numpy(),
+            [self.names[i] for i in order.tolist()],
+            unit=self.unit,
+            unit_names=self.unit_names or None,
         )
         if path is not None:
             figure.savefig(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vifamily.errors import ConfigError
@@ -30,6 +31,11 @@ def check_arguments(args: Any) -> None:
         value = getattr(args, name, None)
         if value:
             raise ConfigError(f"{name}={value!r} cannot be used for an ensemble: {reason}. Leave it out.")
+    if not 0 <= args.learning_rate < math.inf:
+        raise ConfigError(f"learning_rate must be a finite number from 0, got {args.learning_rate!r}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} must be from 1, got {getattr(args, name)!r}.")
     if args.n_gpu > 1:
         raise ConfigError(
             f"{args.n_gpu} devices in one process cannot be used: start one process each, with torchrun or accelerate "

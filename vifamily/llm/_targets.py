@@ -58,6 +58,9 @@ def check_lora_config(config: Any) -> None:
         )
     if isinstance(config.r, bool) or not isinstance(config.r, int) or config.r < 1:
         raise ConfigError(f"LoraConfig(r={config.r!r}) must be an integer from 1.")
+    scale = config.lora_alpha
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ConfigError(f"LoraConfig(lora_alpha={scale!r}) must be a positive number, or adapters change nothing.")
 
 
 def adapter_scale(config: Any) -> float:

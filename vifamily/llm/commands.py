@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from vifamily.errors import VifamilyWarning
 from vifamily.llm import ready, running
 from vifamily.llm._extra import require
 from vifamily.llm.manifest import read_manifest
@@ -33,7 +36,13 @@ _FREE = {"allow_extra_args": True, "ignore_unknown_options": True}
 Folder = Annotated[Path, typer.Argument(help="Folder of a saved ensemble.")]
 Data = Annotated[str, typer.Argument(help="A file (.jsonl, .json, .parquet) or a data set on the hub.")]
 Base = Annotated[str | None, typer.Option(help="The base, where it is not the one that the folder names.")]
-Reference = Annotated[str | None, typer.Option(help="Folder of the adapter that preferences were trained against.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="Adapter that preferences are scored against; by default that of training."),
+]
+Beta = Annotated[
+    float | None, typer.Option(help="Beta of preferences; by default the one that the ensemble was trained with.")
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -70,8 +79,28 @@ def llm_app(clean: Callable[[Callable[..., int]], Callable[..., None]]) -> typer
         ("demo", _demo, "vifamily llm demo --out results/demo", False),
     ):
         settings = _FREE if free else None
-        app.command(name, epilog=f"Example:  {example}", context_settings=settings)(clean(command))
+        app.command(name, epilog=f"Example:  {example}", context_settings=settings)(clean(_warned(command)))
     return app
+
+
+def _warned(command: Callable[..., int]) -> Callable[..., int]:
+    """Say the package's warnings as sentences, without the line of code that they come from."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> int:
+        with warnings.catch_warnings():
+            usual = warnings.showwarning
+
+            def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+                if issubclass(category, VifamilyWarning):
+                    typer.echo(f"warning: {message}", err=True)
+                else:
+                    usual(message, category, *where, **more)
+
+            warnings.showwarning = show
+            return command(*args, **kwargs)
+
+    return run
 
 
 # --- training ---
@@ -84,7 +113,8 @@ def _sft(context: typer.Context, *, config: Config = None, debug: Debug = False)
     --lora_target_modules, --renyi_alpha, --routing_entropy (moves alpha to hold it), --reseed_below (members that
     died are put beside live ones), --adapter (lora, walsh_hadamard), --family (mean_field, dropout, laplace: baselines
     whose draws are members), --unit, --group_column and all of transformers' TrainingArguments, such as --output_dir,
-    --learning_rate and --report_to.
+    --learning_rate, --report_to (tensorboard, wandb and others, where they are installed) and --resume_from_checkpoint
+    (true for the newest one).
     `vifamily llm sft --flags` lists ours with their defaults.
     """
     return _train("sft", context.args, config)
@@ -100,7 +130,7 @@ def _dpo(context: typer.Context, *, config: Config = None, debug: Debug = False)
 
 
 def _train(kind: str, arguments: list[str], config: Path | None) -> int:
-    if arguments == ["--flags"]:
+    if "--flags" in arguments:
         for name, default in running.flags():
             typer.echo(f"--{name} {default}".rstrip())
         return 0
@@ -117,23 +147,43 @@ def _loaded(folder: Path, base: str | None) -> Any:
     return require("vifamily.llm.ensemble", "loading an ensemble").Ensemble.from_pretrained(folder, base=base)
 
 
-def _eval(folder: Folder, data: Data, *, base: Base = None, split: str = "test", beta: float = 0.1,
-          reference_adapter: Reference = None, as_json: Json = False, debug: Debug = False) -> int:  # fmt: skip
+def _eval(
+    folder: Folder,
+    data: Data,
+    *,
+    base: Base = None,
+    split: str = "test",
+    beta: Beta = None,
+    reference_adapter: Reference = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
     """Score held-out answers or preferences under the mixture and under each member."""
     from vifamily.diagnostics.routing import mixture_log_score
 
     records, ensemble = read_records(data, split=split), _loaded(folder, base)
-    pairs = "chosen" in records[0]
-    if pairs:
-        ll = ensemble.preference_log_likelihood(records, beta=beta, reference_adapter=reference_adapter)
-    else:
-        ll = ensemble.log_likelihood(records)
+    ll, _ = _scored(ensemble, records, beta, reference_adapter, None)
     score = mixture_log_score(ll, ensemble.log_weight)
     if as_json:
         typer.echo(json.dumps({**score.to_dict(), "member_scores": ll.mean(1).tolist()}, indent=1))
     else:
         typer.echo(str(score))
     return 0
+
+
+def _scored(ensemble: Any, records: list[Any], beta: float | None, reference: str | None, column: str | None) -> Any:
+    """Log likelihoods of answers, or of preferences against the reference they were trained with, and the rows."""
+    from vifamily.llm.data import prepare_pairs, prepare_sft
+
+    pairs = "chosen" in records[0]
+    prepare: Any = prepare_pairs if pairs else prepare_sft
+    rows = list(prepare(records, ensemble.tokenizer, max_length=None, group_column=column))
+    if not pairs:
+        return ensemble.log_likelihood(rows), rows
+    told = ensemble.manifest.training
+    beta = told.get("beta", 0.1) if beta is None else beta
+    adapter = reference if reference is not None else told.get("reference_adapter")
+    return ensemble.preference_log_likelihood(rows, beta=beta, reference_adapter=adapter), rows
 
 
 def _generate(
@@ -172,11 +222,25 @@ def _route(
     base: Base = None,
     split: str = "test",
     alpha: Annotated[float, typer.Option(help="The power at which answers are routed.")] = 1.0,
+    group_column: Annotated[
+        str | None, typer.Option(help="Route all records that share a value of this column as one.")
+    ] = None,
+    beta: Beta = None,
+    reference_adapter: Reference = None,
     out: Annotated[Path | None, typer.Option(help="File for the heat map, PNG.")] = None,
     debug: Debug = False,
 ) -> int:
-    """Show which member explains which answer."""
-    found = _loaded(folder, base).responsibilities(read_records(data, split=split), alpha=alpha)
+    """Show which member explains which answer, preference, or group of them."""
+    from vifamily.diagnostics.routing import responsibilities
+    from vifamily.llm._answers import group_sums
+
+    records, ensemble = read_records(data, split=split), _loaded(folder, base)
+    ll, rows = _scored(ensemble, records, beta, reference_adapter, group_column)
+    if group_column is None:
+        found = responsibilities(ll, ensemble.log_weight, alpha, unit="pair" if "chosen" in records[0] else "answer")
+    else:
+        summed, names = group_sums(ll, rows)
+        found = responsibilities(summed, ensemble.log_weight, alpha, unit="group", unit_names=names)
     typer.echo(str(found))
     if out is not None:
         typer.echo(f"wrote {write_bytes(out, png(found.plot()))}")

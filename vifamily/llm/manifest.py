@@ -78,7 +78,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     found = _checked(path, read_object(path))
     for name, digest in found.files.items():
-        file = folder / name
+        file = folder / str(name)
         if file.resolve().parent.parent != folder.resolve():
             raise CheckpointError(f"{path} names a file outside its folder: {name!r}.")
         if not file.is_file() or file_digest(file) != digest:

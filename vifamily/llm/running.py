@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vifamily.checkpoint import prepare
 from vifamily.errors import ConfigError, VifamilyError
-from vifamily.llm._extra import require
+from vifamily.llm._extra import pretrained, require
+from vifamily.llm._formats import as_pairs, as_supervised, groups_of
+from vifamily.llm._parsing import flag_parser, given_names, merged_words
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.cost import step_cost
@@ -17,7 +19,6 @@ from vifamily.llm.laplace import adapter_laplace
 from vifamily.llm.named_sets import converted
 from vifamily.llm.options import EnsembleOptions
 from vifamily.llm.reading import read_records
-from vifamily.llm.ready import config_path, configs
 from vifamily.llm.sharding import shard_base
 from vifamily.llm.sizes import base_size
 from vifamily.llm.stochastic import FAMILIES, StochasticCausalLM
@@ -28,14 +29,7 @@ __all__ = ["RunSettings", "flags", "parse", "run_training"]
 
 _ADAPTERS = ("lora", "walsh_hadamard")
 
-_FOREIGN = {
-    "packing": "rows must stay apart to be routed",
-    "padding_free": "rows must stay apart to be routed",
-    "use_dora": "DoRA rescales the merged weight of each member, which stacked adapters do not form",
-    "modules_to_save": "a module trained whole would be a copy of it for each member",
-    "lora_modules_to_save": "a module trained whole would be a copy of it for each member",
-}
-"""Flags of TRL that are refused, each with the reason."""
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass
@@ -46,6 +40,12 @@ class RunSettings:
         model_name_or_path: The base: a folder, or a name on the hub.
         model_revision: Its branch, tag or commit.
         dtype: Its dtype: auto, float32, bfloat16 or float16.
+        attn_implementation: How it computes attention, such as eager, sdpa or flash_attention_2; None leaves that to
+            transformers.
+        pad_token: A token of the tokenizer's vocabulary that fills up batches, where it has none; its end-of-sequence
+            token will do, since what fills up is never scored.
+        eos_token: A token that ends answers, in the place of the tokenizer's.
+        chat_template_path: A file with a chat template, in the place of the tokenizer's.
         dataset_name: A file (.jsonl, .json, .parquet) or the name of a data set on the hub.
         dataset_config: Which of several data sets under one name on the hub.
         dataset_format: How records become ones of TRL: mmlu or or_bench; none is needed for TRL's formats.
@@ -59,8 +59,8 @@ class RunSettings:
         walsh_scale: Factor of the change that a Walsh-Hadamard adapter makes.
         lora_r: Rank of the adapters.
         lora_alpha: Their scale is this over the rank.
-        lora_target_modules: Layers that are adapted, by either kind, separated by commas; all-linear takes every linear
-            layer.
+        lora_target_modules: Layers that are adapted, by either kind, separated by spaces or commas; all-linear takes
+            every linear layer.
         use_rslora: Whether the scale is over the root of the rank.
         shard_base: Whether processes share out the weights of the base.
         initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
@@ -75,6 +75,10 @@ class RunSettings:
     model_name_or_path: str = ""
     model_revision: str = "main"
     dtype: str = "auto"
+    attn_implementation: str | None = None
+    pad_token: str | None = None
+    eos_token: str | None = None
+    chat_template_path: str | None = None
     dataset_name: str = ""
     dataset_config: str | None = None
     dataset_format: str | None = None
@@ -87,7 +91,7 @@ class RunSettings:
     walsh_scale: float = 1.0
     lora_r: int = 16
     lora_alpha: int = 32
-    lora_target_modules: str = "all-linear"
+    lora_target_modules: list[str] = dataclasses.field(default_factory=lambda: ["all-linear"])
     use_rslora: bool = False
     shard_base: bool = False
     initial_adapter: str | None = None
@@ -106,7 +110,8 @@ def flags() -> list[tuple[str, str]]:
     out = []
     for kind in (RunSettings, EnsembleOptions):
         for field in dataclasses.fields(kind):
-            out.append((field.name, "" if field.default in (None, "") else str(field.default)))
+            default = " ".join(field.default_factory()) if callable(field.default_factory) else field.default
+            out.append((field.name, "" if default in (None, "") else str(default)))
     return out
 
 
@@ -124,38 +129,25 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
         ConfigError: If a flag or a name in the file is unknown, or a value cannot be used.
     """
     transformers = require("transformers", "training an ensemble")
-    parser = transformers.HfArgumentParser((RunSettings, EnsembleOptions, transformers.TrainingArguments))
-    known = sorted(
-        {action.dest for action in parser._actions} | {option for a in parser._actions for option in a.option_strings}
-    )
-    merged: list[str] = []
-    for name, value in _read_yaml(config).items():
-        _refuse_foreign([f"--{name}"])
-        if name not in known:
-            raise ConfigError(f"{config} has an unknown key {name!r}.{_nearest(name, known)}")
-        if value is not None:
-            merged += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
-    given = [*merged, *arguments]
-    _refuse_foreign(given)
-    unknown = [word for word in given if word.startswith("--") and word.partition("=")[0] not in known]
-    if unknown:
-        raise ConfigError(f"unknown flag {unknown[0]}.{_nearest(unknown[0], known)}")
+    parser = flag_parser((RunSettings, EnsembleOptions, transformers.TrainingArguments))
+    given = merged_words(arguments, config, parser)
     try:
         settings, options, training = parser.parse_args_into_dataclasses(given, look_for_args_file=False)
-    except SystemExit as error:
-        raise ConfigError("the flags cannot be read; the line above says which.") from error
     except (ValueError, ImportError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+        said = str(error).replace("Some specified arguments are not used by the HfArgumentParser", "of no flag are")
+        raise error if isinstance(error, ConfigError) else ConfigError(said) from error
     for name in ("model_name_or_path", "dataset_name"):
         if not getattr(settings, name):
             raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
     if settings.family not in ("points", "laplace", *FAMILIES):
         raise ConfigError(f"--family must be points, laplace or one of {', '.join(FAMILIES)}, got {settings.family!r}.")
+    if settings.dtype not in _DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}.")
     _check_adapter(settings, given)
     if settings.family != "points":
         if settings.initial_adapter is not None:
             raise ConfigError("--initial_adapter starts members of their own: leave it out, or use --family points.")
-        if not any(word.partition("=")[0] == "--renyi_alpha" for word in given):
+        if "renyi_alpha" not in given_names(given):
             options = dataclasses.replace(options, renyi_alpha=0.0)
     return settings, options, training
 
@@ -183,21 +175,21 @@ def run_training(
         ConfigError: If something cannot be used.
         DataError: If the data cannot.
     """
-    transformers = require("transformers", "training an ensemble")
     trainer = require("vifamily.llm.trainer", "training an ensemble")
+    prepare(training.output_dir)
     records = _records(settings, settings.dataset_name, settings.dataset_train_split)
     held = None
     if settings.eval_file is not None:
         held = _records(settings, settings.eval_file, "train")
     elif settings.dataset_test_split is not None:
         held = _records(settings, settings.dataset_name, settings.dataset_test_split)
-    name, revision = settings.model_name_or_path, settings.model_revision
-    where = {} if Path(name).exists() else {"revision": revision}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
-        base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=settings.dtype, **where)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the base {name!r}: {error}") from error
+    for some in (records, held or []):  # before the base is loaded, which may take minutes
+        _check_records(kind, some, options)
+    name = settings.model_name_or_path
+    where = {} if Path(name).exists() else {"revision": settings.model_revision}
+    tokenizer = _tokenizer(settings, name, where)
+    how = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    base = pretrained("AutoModelForCausalLM", name, "the base", dtype=settings.dtype, **where, **how)
     model = _stack(settings, base)
     if settings.initial_adapter is not None:
         start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
@@ -207,7 +199,12 @@ def run_training(
         _ = training.device  # processes meet when it is asked for
         shard_base(model)
     maker = trainer.DPOEnsembleTrainer if kind == "dpo" else trainer.SFTEnsembleTrainer
-    run = maker(model, training, records, held, tokenizer, options=options)
+    try:
+        run = maker(model, training, records, held, tokenizer, options=options)
+    except VifamilyError:
+        raise
+    except (ValueError, RuntimeError, ImportError, OSError) as error:  # what transformers says of its own arguments
+        raise ConfigError(f"the run cannot be set up: {error}") from error
     say(f"data: {run.prepared}")
     longest = max(row.length for row in run.prepared)
     say(_cost(model, settings, options, training, longest, kind))
@@ -232,10 +229,46 @@ def _records(settings: RunSettings, name: str, split: str) -> list[dict[str, Any
     return found if settings.dataset_format is None else converted(found, settings.dataset_format)
 
 
+def _check_records(kind: str, records: list[dict[str, Any]], options: EnsembleOptions) -> None:
+    """Refuse records that are in no format of the kind of training."""
+    if records:
+        (as_pairs if kind == "dpo" else as_supervised)(records)
+        groups_of(records, options.group_column)
+
+
+def _tokenizer(settings: RunSettings, name: str, where: dict[str, str]) -> Any:
+    """The base's tokenizer, with what is given in the place of its own."""
+    tokenizer = pretrained("AutoTokenizer", name, "the tokenizer of the base", **where)
+    for part in ("pad_token", "eos_token"):
+        token = getattr(settings, part)
+        if token is None:
+            continue
+        if token not in tokenizer.get_vocab():
+            raise ConfigError(f"--{part} {token!r} is not in the tokenizer's vocabulary: choose a token that is.")
+        setattr(tokenizer, part, token)
+    if settings.chat_template_path is not None:
+        try:
+            tokenizer.chat_template = Path(settings.chat_template_path).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read --chat_template_path {settings.chat_template_path}: {error}.") from error
+    if tokenizer.pad_token_id is None:
+        hint = f" {tokenizer.eos_token!r}, its end-of-sequence token" if tokenizer.eos_token else ""
+        raise ConfigError(
+            f"the tokenizer of {name} has no pad token, which batches of unequal rows need: give --pad_token{hint}."
+        )
+    return tokenizer
+
+
 def _check_adapter(settings: RunSettings, given: Sequence[str]) -> None:
     """Refuse flags that do not go with the kind of adapters."""
     if settings.adapter not in _ADAPTERS:
         raise ConfigError(f"--adapter must be one of {', '.join(_ADAPTERS)}, got {settings.adapter!r}.")
+    names = given_names(given)
+    if settings.family != "dropout" and "lora_dropout" in names and settings.lora_dropout:
+        raise ConfigError(
+            f"--lora_dropout {settings.lora_dropout:g} is for --family dropout alone: responsibilities and gradients "
+            "must see the same members. Leave it out."
+        )
     if settings.adapter == "lora":
         return
     if settings.family != "points":
@@ -245,16 +278,15 @@ def _check_adapter(settings: RunSettings, given: Sequence[str]) -> None:
         )
     if settings.initial_adapter is not None:
         raise ConfigError("--initial_adapter is a LoRA adapter, which others cannot start from: leave it out.")
-    names = {word.partition("=")[0] for word in given}
-    for name in ("--lora_r", "--lora_alpha", "--use_rslora"):
+    for name in ("lora_r", "lora_alpha", "use_rslora"):
         if name in names:
-            raise ConfigError(f"{name} is of LoRA adapters: with --adapter {settings.adapter} leave it out.")
+            raise ConfigError(f"--{name} is of LoRA adapters: with --adapter {settings.adapter} leave it out.")
 
 
 def _stack(settings: RunSettings, base: Any) -> StackedCausalLM:
     """Members of their own, draws of one adapter, or the one member at which Laplace's approximation is made."""
-    names = settings.lora_target_modules
-    targets = names if names == "all-linear" else [name.strip() for name in names.split(",")]
+    names = [name.strip() for word in settings.lora_target_modules for name in word.split(",") if name.strip()]
+    targets = "all-linear" if names == ["all-linear"] else names
     if settings.adapter == WalshCausalLM.adapter:
         walsh = WalshConfig(targets, scale=settings.walsh_scale)
         return WalshCausalLM(base, walsh, settings.num_members, seed=settings.member_seed)
@@ -306,34 +338,3 @@ def _cost(
         )
     except VifamilyError as error:
         return f"cost of a step: not counted. {error}"
-
-
-def _refuse_foreign(given: Sequence[str]) -> None:
-    """Say why a flag that TRL has is not here, where it stands for what an ensemble cannot do."""
-    for word in given:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in _FOREIGN:
-            raise ConfigError(f"--{name} cannot be used for an ensemble: {_FOREIGN[name]}. Leave it out.")
-
-
-def _read_yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    if not path.exists() and str(path) in configs():
-        path = config_path(str(path))
-    try:
-        content = require("yaml", "reading a configuration").safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no YAML: {error}.") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys with values, such as num_members: 8.")
-    return {str(key): value for key, value in content.items()}
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, 1)
-    return f" Did you mean {found[0]!r}?" if found else ""

@@ -20,6 +20,7 @@ from vifamily.llm._extra import require
 from vifamily.llm._layers import StackedLoRA
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm._targets import features
+from vifamily.llm.adapter_files import read_tensors
 from vifamily.report import write_bytes
 from vifamily.rng import generator
 
@@ -173,7 +174,7 @@ class StochasticCausalLM(StackedCausalLM):
         path = Path(folder) / _FILE
         if not path.is_file():
             raise CheckpointError(f"{folder} has no {_FILE}: it is of an ensemble of points, or is half-written.")
-        found = require("safetensors.torch", "reading a posterior").load_file(path)
+        found = read_tensors(path)
         own = {str(i): p for i, p in enumerate(self.posterior)}
         if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in own.items()}:
             raise CheckpointError(f"{path} is of an adapter of another form or family.")

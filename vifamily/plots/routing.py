@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import ArrayLike
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
 
 from vifamily.errors import ShapeError
 from vifamily.plots import _style as style
 
 __all__ = ["alpha_curve", "responsibilities"]
 
+_NAMED = 24
+"""Most units whose names are written out."""
+_COLUMNS = 480
+"""Most columns of a map; its axes are about as many dots wide."""
+
 
 def responsibilities(
-    weight: ArrayLike, names: Sequence[str] | None = None, *, unit: str = "unit", title: str | None = None
+    weight: ArrayLike,
+    names: Sequence[str] | None = None,
+    *,
+    unit: str = "unit",
+    unit_names: Sequence[str] | None = None,
+    title: str | None = None,
 ) -> Figure:
-    """Responsibilities of members for units as a map, units sorted by the member that takes most of them, with usage.
+    """Responsibilities of members for units as a map, units sorted by the members that share them, with usage.
 
     Args:
         weight: ``(member, unit)``, between 0 and 1.
         names: A name for each member.
         unit: What to call a unit.
+        unit_names: A name for each unit, shown where there are at most 24; else the axis counts units.
         title: Written over the figure.
 
     Returns:
@@ -44,15 +55,31 @@ def responsibilities(
     labels = [f"member {i}" for i in range(len(map_))] if names is None else [str(name) for name in names]
     if len(labels) != len(map_):
         raise ShapeError(f"{len(map_)} members need {len(map_)} names, got {len(labels)}.")
-    first = map_.argmax(0)
-    order = np.lexsort((-map_[first, np.arange(map_.shape[1])], first))
-    figure = style.new_figure(7.0, 1.2 + 0.3 * len(map_))
+    if unit_names is not None and len(unit_names) != map_.shape[1]:
+        raise ShapeError(f"{map_.shape[1]} units need {map_.shape[1]} names, got {len(unit_names)}.")
+    order = _by_sharers(map_)
+    shown = [str(unit_names[i]) for i in order] if unit_names is not None and len(order) <= _NAMED else None
+    longest = 0 if shown is None else max(map(len, shown))
+    figure = style.new_figure(7.0, 1.2 + 0.3 * len(map_) + 0.07 * min(longest, 24))
     left, right = figure.subplots(1, 2, width_ratios=[5, 1])
-    image = left.imshow(map_[:, order], aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    image = left.imshow(
+        _columns(map_[:, order]),
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        extent=(-0.5, len(order) - 0.5, len(map_) - 0.5, -0.5),
+    )
     left.set_yticks(range(len(labels)), labels)
     left.tick_params(labelsize=style.TICK_SIZE, colors=style.INK, length=0)
     left.set_xlabel(f"{unit}, sorted by member", fontsize=style.LABEL_SIZE, color=style.INK)
-    left.set_xticks([])
+    if shown is None:
+        left.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        left.tick_params(axis="x", length=2)
+    else:
+        left.set_xticks(range(len(shown)), [name if len(name) <= 24 else name[:23] + "…" for name in shown])
+        left.tick_params(axis="x", rotation=90)
     bar = figure.colorbar(image, ax=left, location="right", fraction=0.03, pad=0.01)
     bar.ax.tick_params(labelsize=style.TICK_SIZE, colors=style.INK, length=2)
     bar.set_label("responsibility", fontsize=style.TICK_SIZE, color=style.INK)
@@ -61,13 +88,29 @@ def responsibilities(
     right.axvline(0.1 / len(labels), color=style.WARNING, linewidth=1, linestyle=":")
     right.set_yticks([])
     right.set_ylim(*left.get_ylim())
-    # the panel is narrow: its ends alone are written
-    top = math.ceil(10 * float(map_.mean(1).max()) + 1e-9) / 10
-    right.set_xlim(0, top)
-    right.set_xticks([0, top], ["0", f"{top:g}"])
-    right.set_xlabel("usage", fontsize=style.LABEL_SIZE, color=style.INK)
+    right.set_xlim(0, max(1.05 * float(map_.mean(1).max()), 0.2 / len(labels)))
+    right.xaxis.set_major_locator(MaxNLocator(nbins=2, min_n_ticks=2))
+    right.set_xlabel("usage\n(dotted: dead)", fontsize=style.LABEL_SIZE, color=style.INK)
     style.title(figure, title)
     return figure
+
+
+def _columns(map_: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means over neighbours where there are more units than can be seen: picking some would hide the others."""
+    count = map_.shape[1]
+    if count <= _COLUMNS:
+        return map_
+    edges = np.arange(_COLUMNS) * count // _COLUMNS
+    return np.add.reduceat(map_, edges, axis=1) / np.diff([*edges, count])
+
+
+def _by_sharers(map_: NDArray[np.float64]) -> NDArray[np.intp]:
+    """An order of units in which those stand together that the same members share, clearest first."""
+    most = map_.max(0)
+    shares = map_ >= 0.5 * most
+    # members from the first on; those that share a unit are looked at before who has a little more of it
+    keys = [-most, *(~shares[::-1])]
+    return np.lexsort(keys)
 
 
 def alpha_curve(
