@@ -11,6 +11,7 @@ import torch
 
 from vifamily.checkpoint import prepare
 from vifamily.errors import ConfigError, VifamilyError
+from vifamily.llm._bases import load_base, load_tokenizer
 from vifamily.llm._extra import pretrained, require
 from vifamily.llm._formats import as_pairs, as_supervised, groups_of
 from vifamily.llm._parsing import flag_parser, given_names, merged_words
@@ -43,6 +44,8 @@ class RunSettings:
         model_name_or_path: The base: a folder, or a name on the hub.
         model_revision: Its branch, tag or commit.
         dtype: Its dtype: auto, float32, bfloat16 or float16.
+        load_in_4bit: Whether bitsandbytes loads its linear layers in four bits (nf4, computed in dtype).
+        load_in_8bit: Whether it does in eight.
         attn_implementation: How it computes attention, such as eager, sdpa or flash_attention_2; None leaves that to
             transformers.
         pad_token: A token of the tokenizer's vocabulary that fills up batches, where it has none; its end-of-sequence
@@ -80,6 +83,8 @@ class RunSettings:
     model_name_or_path: str = ""
     model_revision: str = "main"
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     attn_implementation: str | None = None
     pad_token: str | None = None
     eos_token: str | None = None
@@ -147,6 +152,8 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
             raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
     if settings.family not in ("points", "laplace", *FAMILIES):
         raise ConfigError(f"--family must be points, laplace or one of {', '.join(FAMILIES)}, got {settings.family!r}.")
+    if settings.load_in_4bit and settings.load_in_8bit:
+        raise ConfigError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
     if settings.dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}.")
     _check_adapter(settings, given)
@@ -196,13 +203,12 @@ def run_training(
         _check_records(kind, some, options)
     name = settings.model_name_or_path
     where: dict[str, Any] = {} if Path(name).exists() else {"revision": settings.model_revision}
-    tokenizer = _tokenizer(settings, name, where)
-    how = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    tokenizer = load_tokenizer(settings, name, where)
     if settings.dry_run:
         config = pretrained("AutoConfig", name, "the settings of the base", **where)
         _rehearse(kind, settings, options, training, records, tokenizer, config, say)
         return Path(training.output_dir)
-    base = pretrained("AutoModelForCausalLM", name, "the base", dtype=settings.dtype, **where, **how)
+    base = load_base(settings, name, where, training.device)
     model = _stack(settings, base)
     if settings.initial_adapter is not None:
         start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
@@ -221,7 +227,7 @@ def run_training(
     say(f"data: {run.prepared}")
     longest = max(row.length for row in run.prepared)
     each = sum(p.numel() for p in model.adapter_parameters()) // model.num_members
-    precision = next(model.base.parameters()).dtype
+    precision = next(p.dtype for p in model.base.parameters() if p.is_floating_point())
     say(_cost(model.config, model.target_names, each, precision, settings, options, training, longest, kind))
     again = training.resume_from_checkpoint
     run.train(resume_from_checkpoint=str(again).lower() == "true" or again if again else None)
@@ -250,29 +256,6 @@ def _check_records(kind: str, records: list[dict[str, Any]], options: EnsembleOp
     if records:
         (as_pairs if kind == "dpo" else as_supervised)(records)
         groups_of(records, options.group_column)
-
-
-def _tokenizer(settings: RunSettings, name: str, where: dict[str, str]) -> Any:
-    """The base's tokenizer, with what is given in the place of its own."""
-    tokenizer = pretrained("AutoTokenizer", name, "the tokenizer of the base", **where)
-    for part in ("pad_token", "eos_token"):
-        token = getattr(settings, part)
-        if token is None:
-            continue
-        if token not in tokenizer.get_vocab():
-            raise ConfigError(f"--{part} {token!r} is not in the tokenizer's vocabulary: choose a token that is.")
-        setattr(tokenizer, part, token)
-    if settings.chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(settings.chat_template_path).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read --chat_template_path {settings.chat_template_path}: {error}.") from error
-    if tokenizer.pad_token_id is None:
-        hint = f" {tokenizer.eos_token!r}, its end-of-sequence token" if tokenizer.eos_token else ""
-        raise ConfigError(
-            f"the tokenizer of {name} has no pad token, which batches of unequal rows need: give --pad_token{hint}."
-        )
-    return tokenizer
 
 
 def _check_adapter(settings: RunSettings, given: Sequence[str]) -> None:
@@ -353,6 +336,13 @@ def _rehearse(
     say("a dry run: the weights of the base were not loaded, nothing was trained, and nothing is written.")
 
 
+def _precision(settings: RunSettings, dtype: torch.dtype) -> str:
+    """What the weights of the base are held in, as the cost model calls it."""
+    if settings.load_in_4bit:
+        return "nf4"
+    return "int8" if settings.load_in_8bit else str(dtype).rpartition(".")[2]
+
+
 def _nothing(_: str) -> None:
     """Say nothing."""
 
@@ -384,7 +374,7 @@ def _cost(
                 target_modules=tuple(sorted({name.rpartition(".")[2] for name in targets})),
                 gradient_checkpointing=bool(training.gradient_checkpointing),
                 route="two_pass" if options.route == "two_pass" else "stacked",
-                base_precision=str(precision).rpartition(".")[2],
+                base_precision=_precision(settings, precision),
                 preferences=kind == "dpo",
                 devices=max(1, training.world_size),
                 sharded=settings.shard_base,
