@@ -189,6 +189,7 @@ def test_errors_are_one_line(arguments, words):
     [
         (["--report_to", "nonsense"], "the run cannot be set up: nonsense is not supported"),
         (["--eval_strategy", "steps", "--eval_steps", 1], "didn't pass an `eval_dataset`"),
+        (["--load_in_4bit", "true", "--load_in_8bit", "true"], "exclude each other"),
         (["--learning_rate", "nan"], "learning_rate must be a finite number"),
         (["--per_device_train_batch_size", 0], "per_device_train_batch_size must be from 1"),
         (["--dtype", "half"], "--dtype must be one of"),

@@ -1,19 +1,21 @@
 """A base of quantised layers, which are no ``nn.Linear`` and have no parameters: every route, saving, and refusals.
 
-The layer stands in for those of quantisers, which need a GPU: eight bits a weight with a scale for each row, taken back
-to full precision in ``forward``.
+The layer stands in for those of quantisers, which are no dependency: eight bits a weight with a scale for each row,
+taken back to full precision in ``forward``.
 """
+
+import types
 
 import pytest
 import torch
 from torch import nn
 
 from tests.llm.conftest import LORA, spread_members, tiny_base, tiny_batch
-from vifamily.errors import ConfigError
+from vifamily.errors import ConfigError, IncompatibleError
 
 peft = pytest.importorskip("peft")
 
-from vifamily.llm import load_members, save_members  # noqa: E402
+from vifamily.llm import _bases, load_members, save_members, saving  # noqa: E402
 from vifamily.llm._fused import plain_weight  # noqa: E402
 from vifamily.llm._passes import stacked_pass, two_pass  # noqa: E402
 from vifamily.llm._routed import supervised_loss  # noqa: E402
@@ -118,3 +120,54 @@ def test_layers_that_are_not_linear_are_refused():
     base.base_model.layers[0].self_attn.q_proj = Sizeless()
     with pytest.raises(ConfigError, match="only linear layers"):
         ensemble(base)
+
+
+def packed(layer):
+    """Make a layer look like one that bitsandbytes has packed for evaluation on the CPU."""
+    layer.weight.quant_state = types.SimpleNamespace(packing_format_for_cpu=True)
+
+
+def test_layers_that_were_packed_for_evaluation_are_not_trained_over():
+    model, rows = (
+        StackedCausalLM(tiny_base(dtype=torch.float32), peft.LoraConfig(r=2, target_modules=TARGETS), 2),
+        tiny_batch(),
+    )
+    packed(model.base.get_submodule(model.target_names[0]).base_layer)
+    given = (rows.input_ids, rows.attention_mask, rows.completion_mask)
+    with torch.no_grad():
+        assert torch.isfinite(model(*given)).all()
+    with pytest.raises(IncompatibleError, match="gradients through it would be wrong"):
+        model(*given)
+
+
+def test_a_base_is_looked_at_in_training_mode_and_left_as_it_was():
+    base, seen = tiny_base(dtype=torch.float32).eval(), []
+    layer = base.get_submodule("model.layers.0.self_attn.q_proj")
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    StackedCausalLM(base, peft.LoraConfig(r=2, target_modules=["v_proj"]), 2)
+    assert seen and all(seen) and not layer.training and not base.training
+
+
+def test_how_a_base_was_quantised_is_kept_and_used_again(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    base = tiny_base(dtype=torch.float32)
+    model = StackedCausalLM(base, peft.LoraConfig(r=2, target_modules=TARGETS), 2)
+    base.config.quantization_config = types.SimpleNamespace(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    manifest = save_members(model, tmp_path)
+    assert manifest.training["quantisation"]["bnb_4bit_compute_dtype"] == "float32"
+    monkeypatch.setattr(_bases, "require", lambda name, _: transformers)
+    monkeypatch.setattr(transformers, "BitsAndBytesConfig", lambda **given: given)
+    asked = []
+
+    def loaded(kind, name, what, **options):
+        asked.append(options)
+        return tiny_base(dtype=torch.float32)
+
+    monkeypatch.setattr(saving, "pretrained", loaded)
+    saving.load_model(tmp_path, "somewhere")
+    told = asked[0]["quantization_config"]
+    assert told["load_in_4bit"] and told["bnb_4bit_quant_type"] == "nf4"
+    saving.load_model(tmp_path, "somewhere", quantization_config=None)
+    assert asked[1] == {"quantization_config": None}

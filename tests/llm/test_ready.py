@@ -1,6 +1,7 @@
 """Configurations that come with the package: all parse, and each trains with a tiny base and tiny data in its place."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -53,6 +54,33 @@ def home(tmp_path_factory):
         lines = [json.dumps({**record, "category": str(i)}) + "\n" for i in range(8)]
         (folder / f"{kind}.jsonl").write_text("".join(lines))
     return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_is_rehearsed_over_a_base_without_weights(name, home, tmp_path):
+    kind, command = ("or_bench", "dpo") if name.startswith("or-bench") else ("mmlu", "sft")
+    shutil.copytree(home / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    done = call(
+        command, "--config", name, "--model_name_or_path", tmp_path / "base", "--dataset_name", home / f"{kind}.jsonl",
+        "--output_dir", tmp_path / "out", "--use_cpu", "true", "--report_to", "none", "--dry_run", "true",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "8 rows of 8 records" in done.stdout and "memory of a device" in done.stdout and "K = 8" in done.stdout
+    assert "nothing is written" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_reads_a_large_base_from_its_settings_alone(home, tmp_path):
+    shutil.copytree(home / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    transformers.Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False, dtype="bfloat16",
+    ).save_pretrained(tmp_path / "base")  # fmt: skip
+    done = call(
+        "sft", "--model_name_or_path", tmp_path / "base", "--dataset_name", home / "mmlu.jsonl", "--dataset_format",
+        "mmlu", "--output_dir", tmp_path / "out", "--use_cpu", "true", "--num_members", 8, "--dry_run", "true",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "7.62 G weights" in done.stdout and "40.4 M weights each" in done.stdout and "bfloat16" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["mmlu-phi-3-mini", "mmlu-qwen2-7b-8gpu", "or-bench-qwen2-1.5b"])

@@ -283,6 +283,49 @@ def test_resuming_is_exact_to_the_bit(tmp_path, tokenizer, corpora):
         other.train(resume_from_checkpoint=True)
 
 
+def test_checkpoints_hold_no_pickle(tmp_path, tokenizer, corpora):
+    trained_to(tmp_path, tokenizer, corpora, 2)
+    names = {p.name for p in (tmp_path / "checkpoint-2").iterdir() if p.is_file()}
+    assert all(name.endswith((".json", ".safetensors", ".jinja")) for name in names), names
+    assert {"optimizer.json", "random_0.json", "trainer_state.json"} <= names
+
+
+DAMAGE = {
+    "no optimiser": (lambda f: (f / "optimizer.json").unlink(), "save_only_model"),
+    "no tensors of it": (lambda f: next(f.glob("optimizer-*")).unlink(), "is missing"),
+    "tensors cut off": (lambda f: cut(next(f.glob("optimizer-*"))), "truncated or changed"),
+    "random states cut off": (lambda f: cut(next(f.glob("random_0-*"))), "truncated or changed"),
+    "no state": (lambda f: (f / "trainer_state.json").unlink(), "half-written"),
+    "an empty state": (lambda f: (f / "trainer_state.json").write_text("{}"), "'global_step' must be int"),
+    "a list as state": (lambda f: (f / "trainer_state.json").write_text("[]"), "must hold an object"),
+}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_checkpoints_are_refused_and_passed_over(name, tmp_path, tokenizer, corpora):
+    trained_to(tmp_path, tokenizer, corpora, 4)
+    change, words = DAMAGE[name]
+    change(tmp_path / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=words):
+        trained_to(tmp_path, tokenizer, corpora, 6, resume=str(tmp_path / "checkpoint-4"))
+    if "random" not in name:
+        assert last_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_other_settings_than_those_of_the_checkpoint(tmp_path, tokenizer, corpora):
+    trained_to(tmp_path, tokenizer, corpora, 2)
+    changed = trainer_for("sft", tmp_path, tokenizer, corpora, {"renyi_alpha": 0.4}, max_steps=3)
+    with pytest.warns(VifamilyWarning, match=r"renyi_alpha=0.4 \(was 0.8\)"):
+        changed.train(resume_from_checkpoint=True)
+    other = trainer_for("sft", tmp_path, tokenizer, corpora, max_steps=3, optim="sgd")
+    with pytest.warns(VifamilyWarning), pytest.raises(CheckpointError, match="of another form"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 # --- refusals ---
 
 

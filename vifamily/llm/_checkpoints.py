@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
 
-from vifamily.errors import CheckpointError, ConfigError
-from vifamily.llm.manifest import read_manifest
+from vifamily.checkpoint import field, read
+from vifamily.errors import CheckpointError, ConfigError, VifamilyWarning
+from vifamily.llm._progress import OPTIMISER
+from vifamily.llm.manifest import read_manifest, read_object
+from vifamily.llm.options import EnsembleOptions
 
-__all__ = ["check_complete", "last_checkpoint"]
+__all__ = ["check_complete", "last_checkpoint", "tell_changes"]
 
 
 def last_checkpoint(folder: str | Path) -> Path:
@@ -37,13 +40,43 @@ def last_checkpoint(folder: str | Path) -> Path:
 
 
 def check_complete(folder: Path) -> None:
-    """Refuse a checkpoint that lacks what is written last, or whose members are not those that were saved.
+    """Refuse a checkpoint that lacks what is written last, or whose members or optimiser are not those that were saved.
 
     Raises:
         CheckpointError: If it is one.
     """
+    state = folder / "trainer_state.json"
     try:
-        json.loads((folder / "trainer_state.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint, or is half-written. Use an earlier one.") from error
+        field(read_object(state), "global_step", int)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint, or is half-written ({error}). Use an earlier one."
+        ) from error
     read_manifest(folder)
+    try:
+        read(folder, name=OPTIMISER)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} cannot be gone on from: {error} Checkpoints written with save_only_model have no optimiser. Use "
+            "an earlier one, or start anew."
+        ) from error
+
+
+def tell_changes(folder: Path, options: EnsembleOptions) -> None:
+    """Warn of options that are others than those of the run that wrote a checkpoint: they hold from there on.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read.
+    """
+    before = read_manifest(folder).training
+    changed = [
+        f"{name}={value!r} (was {before[name]!r})"
+        for name, value in options.plain().items()
+        if name in before and before[name] != value
+    ]
+    if changed:
+        warnings.warn(
+            f"the run goes on from {folder} with other options than it was begun with: {', '.join(changed)}.",
+            VifamilyWarning,
+            stacklevel=2,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -16,7 +17,7 @@ from vifamily.errors import ConfigError, DataError, IncompatibleError, ShapeErro
 from vifamily.llm._head import Head, token_log_prob
 from vifamily.llm._layers import StackedAdapter, StackedLoRA
 from vifamily.llm._selection import Selection
-from vifamily.llm._targets import adapter_scale, check_lora_config, target_names
+from vifamily.llm._targets import adapter_scale, check_lora_config, refuse_packed, target_names
 
 __all__ = ["StackedCausalLM", "StackedLoRA", "completion_rows"]
 
@@ -197,6 +198,8 @@ class StackedCausalLM(nn.Module):
         Returns:
             ``(member, token)``, in float32 or better. :func:`completion_rows` tells the row of each token.
         """
+        if torch.is_grad_enabled():
+            refuse_packed((name, layer.base_layer) for name, layer in self.adapters())
         chosen = (members or (0, self.num_members)) if adapters else None
         count = 1 if chosen is None else chosen[1] - chosen[0]
         scored = completion_mask[:, 1:].bool()
@@ -273,9 +276,11 @@ class StackedCausalLM(nn.Module):
 
     @torch.no_grad()
     def _check_head(self) -> None:
+        if self.device.type == "meta":
+            return  # a base without weights, whose sizes alone are asked for
         token = torch.arange(2, device=self.device).unsqueeze(0) % int(self.config.vocab_size)
         asked = {"input_ids": token, "attention_mask": torch.ones_like(token), "use_cache": False}
-        with self.selection.using(None, 1):
+        with self.selection.using(None, 1), _training(self.base):
             hidden = self.base.base_model(**asked).last_hidden_state  # type: ignore[operator]
             theirs = self.base(**asked).logits.float()
             ours = self._head(hidden).float()
@@ -301,6 +306,18 @@ def completion_rows(completion_mask: Tensor) -> Tensor:
     if empty:
         raise DataError(f"rows {empty[:5]} have no token to score: each needs an answer after its prompt.")
     return scored.nonzero()[:, 0]
+
+
+@contextlib.contextmanager
+def _training(base: nn.Module) -> Iterator[None]:
+    """Put a base in training mode, in which some quantised layers keep the form that they are trained in."""
+    modes = {module: module.training for module in base.modules()}
+    base.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _freeze(base: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from vifamily.errors import ConfigError, IncompatibleError
 from vifamily.llm._extra import require
 
-__all__ = ["adapter_scale", "check_lora_config", "features", "is_linear", "matching", "target_names"]
+__all__ = ["adapter_scale", "check_lora_config", "features", "is_linear", "matching", "refuse_packed", "target_names"]
 
 _UNSET: tuple[Any, ...] = (None, False, "none", "", (), [], {})
 _REASONS = {
@@ -90,6 +90,23 @@ def features(module: nn.Module) -> tuple[int, int]:
     if not isinstance(weight, torch.Tensor):
         raise IncompatibleError(f"a layer of class {type(module).__name__} has no weight to read its size from.")
     return int(weight.shape[0]), int(weight.shape[1])
+
+
+def refuse_packed(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Refuse to train over layers of four bits that bitsandbytes has packed anew for evaluation on a CPU.
+
+    It packs them when they are evaluated without gradients, and the gradients that pass through them later are wrong.
+
+    Raises:
+        IncompatibleError: If there is such a layer.
+    """
+    for name, layer in layers:
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise IncompatibleError(
+                f"bitsandbytes has packed {name} for evaluation on the CPU, and gradients through it would be wrong: "
+                "train in 8 bits, on a GPU, or without evaluations before the end."
+            )
 
 
 def target_names(base: nn.Module, config: Any) -> list[str]:

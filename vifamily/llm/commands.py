@@ -135,8 +135,7 @@ def _train(kind: str, arguments: list[str], config: Path | None) -> int:
             typer.echo(f"--{name} {default}".rstrip())
         return 0
     settings, options, training = running.parse(arguments, config)
-    folder = running.run_training(kind, settings, options, training, typer.echo)
-    typer.echo(f"wrote {folder}")
+    running.run_training(kind, settings, options, training, typer.echo)
     return 0
 
 

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vifamily.checkpoint import prepare
 from vifamily.errors import ConfigError, VifamilyError
+from vifamily.llm._bases import load_base, load_tokenizer
 from vifamily.llm._extra import pretrained, require
 from vifamily.llm._formats import as_pairs, as_supervised, groups_of
 from vifamily.llm._parsing import flag_parser, given_names, merged_words
 from vifamily.llm._stacked import StackedCausalLM
 from vifamily.llm.adapter_files import start_from_adapter
 from vifamily.llm.cost import step_cost
+from vifamily.llm.data import prepare_pairs, prepare_sft
 from vifamily.llm.laplace import adapter_laplace
 from vifamily.llm.named_sets import converted
 from vifamily.llm.options import EnsembleOptions
@@ -40,6 +44,8 @@ class RunSettings:
         model_name_or_path: The base: a folder, or a name on the hub.
         model_revision: Its branch, tag or commit.
         dtype: Its dtype: auto, float32, bfloat16 or float16.
+        load_in_4bit: Whether bitsandbytes loads its linear layers in four bits (nf4, computed in dtype).
+        load_in_8bit: Whether it does in eight.
         attn_implementation: How it computes attention, such as eager, sdpa or flash_attention_2; None leaves that to
             transformers.
         pad_token: A token of the tokenizer's vocabulary that fills up batches, where it has none; its end-of-sequence
@@ -63,6 +69,8 @@ class RunSettings:
             every linear layer.
         use_rslora: Whether the scale is over the root of the rank.
         shard_base: Whether processes share out the weights of the base.
+        dry_run: Whether to stop once the data are read and the cost of a step is counted; the weights of the base are
+            not loaded, and nothing is written.
         initial_adapter: Folder of a PEFT adapter that members start near; for preferences it is the reference too,
             unless reference_adapter names another.
         initial_noise: Size of the noise by which they differ there, relative to the adapter's matrices.
@@ -75,6 +83,8 @@ class RunSettings:
     model_name_or_path: str = ""
     model_revision: str = "main"
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     attn_implementation: str | None = None
     pad_token: str | None = None
     eos_token: str | None = None
@@ -94,6 +104,7 @@ class RunSettings:
     lora_target_modules: list[str] = dataclasses.field(default_factory=lambda: ["all-linear"])
     use_rslora: bool = False
     shard_base: bool = False
+    dry_run: bool = False
     initial_adapter: str | None = None
     initial_noise: float = 0.1
     family: str = "points"
@@ -141,6 +152,8 @@ def parse(arguments: Sequence[str], config: Path | None = None) -> tuple[RunSett
             raise ConfigError(f"--{name} is missing: give it, or write it in the file of --config.")
     if settings.family not in ("points", "laplace", *FAMILIES):
         raise ConfigError(f"--family must be points, laplace or one of {', '.join(FAMILIES)}, got {settings.family!r}.")
+    if settings.load_in_4bit and settings.load_in_8bit:
+        raise ConfigError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
     if settings.dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {settings.dtype!r}.")
     _check_adapter(settings, given)
@@ -176,7 +189,10 @@ def run_training(
         DataError: If the data cannot.
     """
     trainer = require("vifamily.llm.trainer", "training an ensemble")
-    prepare(training.output_dir)
+    if training.process_index:
+        say = _nothing  # the first process speaks for all
+    if not settings.dry_run:
+        prepare(training.output_dir)
     records = _records(settings, settings.dataset_name, settings.dataset_train_split)
     held = None
     if settings.eval_file is not None:
@@ -186,10 +202,13 @@ def run_training(
     for some in (records, held or []):  # before the base is loaded, which may take minutes
         _check_records(kind, some, options)
     name = settings.model_name_or_path
-    where = {} if Path(name).exists() else {"revision": settings.model_revision}
-    tokenizer = _tokenizer(settings, name, where)
-    how = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
-    base = pretrained("AutoModelForCausalLM", name, "the base", dtype=settings.dtype, **where, **how)
+    where: dict[str, Any] = {} if Path(name).exists() else {"revision": settings.model_revision}
+    tokenizer = load_tokenizer(settings, name, where)
+    if settings.dry_run:
+        config = pretrained("AutoConfig", name, "the settings of the base", **where)
+        _rehearse(kind, settings, options, training, records, tokenizer, config, say)
+        return Path(training.output_dir)
+    base = load_base(settings, name, where, training.device)
     model = _stack(settings, base)
     if settings.initial_adapter is not None:
         start_from_adapter(model, settings.initial_adapter, noise=settings.initial_noise, seed=settings.member_seed)
@@ -207,7 +226,9 @@ def run_training(
         raise ConfigError(f"the run cannot be set up: {error}") from error
     say(f"data: {run.prepared}")
     longest = max(row.length for row in run.prepared)
-    say(_cost(model, settings, options, training, longest, kind))
+    each = sum(p.numel() for p in model.adapter_parameters()) // model.num_members
+    precision = next(p.dtype for p in model.base.parameters() if p.is_floating_point())
+    say(_cost(model.config, model.target_names, each, precision, settings, options, training, longest, kind))
     again = training.resume_from_checkpoint
     run.train(resume_from_checkpoint=str(again).lower() == "true" or again if again else None)
     if settings.family == "laplace":
@@ -218,6 +239,7 @@ def run_training(
     if held is not None:
         run.evaluate()
     run.save_model(training.output_dir)
+    say(f"wrote {training.output_dir}")
     return Path(training.output_dir)
 
 
@@ -234,29 +256,6 @@ def _check_records(kind: str, records: list[dict[str, Any]], options: EnsembleOp
     if records:
         (as_pairs if kind == "dpo" else as_supervised)(records)
         groups_of(records, options.group_column)
-
-
-def _tokenizer(settings: RunSettings, name: str, where: dict[str, str]) -> Any:
-    """The base's tokenizer, with what is given in the place of its own."""
-    tokenizer = pretrained("AutoTokenizer", name, "the tokenizer of the base", **where)
-    for part in ("pad_token", "eos_token"):
-        token = getattr(settings, part)
-        if token is None:
-            continue
-        if token not in tokenizer.get_vocab():
-            raise ConfigError(f"--{part} {token!r} is not in the tokenizer's vocabulary: choose a token that is.")
-        setattr(tokenizer, part, token)
-    if settings.chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(settings.chat_template_path).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read --chat_template_path {settings.chat_template_path}: {error}.") from error
-    if tokenizer.pad_token_id is None:
-        hint = f" {tokenizer.eos_token!r}, its end-of-sequence token" if tokenizer.eos_token else ""
-        raise ConfigError(
-            f"the tokenizer of {name} has no pad token, which batches of unequal rows need: give --pad_token{hint}."
-        )
-    return tokenizer
 
 
 def _check_adapter(settings: RunSettings, given: Sequence[str]) -> None:
@@ -310,15 +309,60 @@ def _stack(settings: RunSettings, base: Any) -> StackedCausalLM:
     return StackedCausalLM(base, config, members, seed=settings.member_seed)
 
 
+def _rehearse(
+    kind: str,
+    settings: RunSettings,
+    options: EnsembleOptions,
+    training: Any,
+    records: list[dict[str, Any]],
+    tokenizer: Any,
+    config: Any,
+    say: Callable[[str], None],
+) -> None:
+    """Read the data and count the cost, over a base without weights."""
+    prepare_rows: Any = prepare_pairs if kind == "dpo" else prepare_sft
+    more = {} if kind == "dpo" else {"completion_only_loss": options.completion_only_loss}
+    shared = {"max_length": options.max_length, "overlong": options.overlong, "group_column": options.group_column}
+    rows = prepare_rows(records, tokenizer, **shared, **more)
+    dtype = config.dtype or torch.float32 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    with torch.device("meta"):
+        auto = require("transformers", "counting the cost of a step").AutoModelForCausalLM
+        base = auto.from_config(config, dtype=dtype)
+    model = _stack(settings, base)
+    say(f"data: {rows}")
+    each = sum(p.numel() for p in model.adapter_parameters()) // model.num_members
+    longest = max(row.length for row in rows)
+    say(_cost(config, model.target_names, each, dtype, settings, options, training, longest, kind))
+    say("a dry run: the weights of the base were not loaded, nothing was trained, and nothing is written.")
+
+
+def _precision(settings: RunSettings, dtype: torch.dtype) -> str:
+    """What the weights of the base are held in, as the cost model calls it."""
+    if settings.load_in_4bit:
+        return "nf4"
+    return "int8" if settings.load_in_8bit else str(dtype).rpartition(".")[2]
+
+
+def _nothing(_: str) -> None:
+    """Say nothing."""
+
+
 def _cost(
-    model: StackedCausalLM, settings: RunSettings, options: EnsembleOptions, training: Any, longest: int, kind: str
+    config: Any,
+    targets: Sequence[str],
+    each: int,
+    precision: torch.dtype,
+    settings: RunSettings,
+    options: EnsembleOptions,
+    training: Any,
+    longest: int,
+    kind: str,
 ) -> str:
     """What a step takes, counted before the first one; a sentence where the sizes of the base cannot be read."""
     if settings.adapter != "lora":
-        each = sum(p.numel() for p in model.adapter_parameters()) // model.num_members
         return f"cost of a step: counted for LoRA alone. Members have {each} numbers each."
     try:
-        size = base_size(model.config)
+        size = base_size(config)
         rows = training.per_device_train_batch_size
         return str(
             step_cost(
@@ -327,10 +371,10 @@ def _cost(
                 lora_r=settings.lora_r,
                 batch_size=rows * (2 if kind == "dpo" else 1) * max(1, training.world_size),
                 length=max(2, longest),
-                target_modules=tuple(sorted({name.rpartition(".")[2] for name in model.target_names})),
+                target_modules=tuple(sorted({name.rpartition(".")[2] for name in targets})),
                 gradient_checkpointing=bool(training.gradient_checkpointing),
                 route="two_pass" if options.route == "two_pass" else "stacked",
-                base_precision=str(next(model.base.parameters()).dtype).rpartition(".")[2],
+                base_precision=_precision(settings, precision),
                 preferences=kind == "dpo",
                 devices=max(1, training.world_size),
                 sharded=settings.shard_base,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vifamily.errors import CheckpointError, ConfigError
+from vifamily.llm._bases import quantisation, quantised
 from vifamily.llm._extra import pretrained, require
 from vifamily.llm._layers import StackedLoRA
 from vifamily.llm._stacked import StackedCausalLM
@@ -133,6 +134,10 @@ def load_model(folder: str | Path, base: Any = None, **options: Any) -> StackedC
     if not name:
         raise ConfigError(f"{folder / MANIFEST} names no base: give base=, the model that members were trained on.")
     if isinstance(name, (str, Path)):
+        told = manifest.training.get("quantisation")
+        if isinstance(told, dict) and "quantization_config" not in options:
+            # members fit the numbers that they were trained over
+            options = {**quantised(told, torch.device("cuda" if torch.cuda.is_available() else "cpu")), **options}
         base = pretrained("AutoModelForCausalLM", str(name), "the base", **options)
     model: StackedCausalLM
     if manifest.adapter == WalshCausalLM.adapter:
@@ -252,6 +257,7 @@ def _write(
         write_bytes(own / weights, save(tensors(k), metadata={"format": "pt"}))
         write_text(own / config, settings)
         files[f"member_{k}/{weights}"] = file_digest(own / weights)
+    told = quantisation(model.base)
     manifest = Manifest(
         num_members=model.num_members,
         weights=tuple(model.log_weight.exp().tolist()),
@@ -261,7 +267,7 @@ def _write(
         base_digest=model.known_digest or base_digest(model.base),
         files=files,
         adapter=adapter,
-        training=training,
+        training={**training, **({} if told is None else {"quantisation": told})},
         versions=versions(),
     )
     write_text(folder / MANIFEST, manifest.to_json())

@@ -15,10 +15,11 @@ from vifamily.errors import ConfigError, NonFiniteLossError
 from vifamily.llm._after_step import AfterStep, step_callback
 from vifamily.llm._arguments import check_arguments, check_draws, check_engines, check_reference
 from vifamily.llm._batches import Collator, GroupedRows, Inputs, blocks_of
-from vifamily.llm._checkpoints import check_complete, last_checkpoint
+from vifamily.llm._checkpoints import check_complete, last_checkpoint, tell_changes
 from vifamily.llm._extra import require
 from vifamily.llm._passes import PaddedRows, stacked_pass, two_pass
 from vifamily.llm._prior import normal_prior
+from vifamily.llm._progress import PlainCheckpoints
 from vifamily.llm._ranks import own_members, ranks_pass, whole_batch
 from vifamily.llm._routed import Tally, pair_loss, supervised_loss
 from vifamily.llm._stacked import StackedCausalLM
@@ -36,7 +37,7 @@ _transformers = require("transformers", "training an ensemble")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-defined]
+class _EnsembleTrainer(PlainCheckpoints, _transformers.Trainer):  # type: ignore[misc, name-defined]
     """What both kinds of training share; see :class:`SFTEnsembleTrainer`."""
 
     pairs = False
@@ -345,6 +346,7 @@ class _EnsembleTrainer(_transformers.Trainer):  # type: ignore[misc, name-define
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._after_step.load(self._ensemble, Path(resume_from_checkpoint))
+        tell_changes(Path(resume_from_checkpoint), self.options)
 
     def _load_best_model(self) -> None:
         self._after_step.load(self._ensemble, Path(str(self.state.best_model_checkpoint)), state=False)
