@@ -170,7 +170,7 @@ def _amortised(
         model = model.moved(device=where, dtype=dtype or model.dtype)
     if show_plan:
         print(plan(model, family, objective), flush=True)
-    found = fit_amortised(model, family, objective, steps=steps or _MOST_STEPS, **options)
+    found = fit_amortised(model, family, objective, steps=steps, **options)
     warn_if_unfinished(found, steps)
     return found
 

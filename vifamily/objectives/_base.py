@@ -112,6 +112,12 @@ class Objective(abc.ABC):
     """Name of the only solver that can drive it (closed-form updates, particle flows), or None for gradient descent."""
 
     @property
+    def pairs_alone(self) -> bool:
+        """Whether on a simulator it learns from simulated pairs alone, and evaluates no log joint."""
+        both = self.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT}
+        return self.by_pairs or both == {Capability.SIMULATE}
+
+    @property
     def linear_in_draws(self) -> bool:
         """Whether the loss is a plain mean over draws, so that balanced noise leaves it unbiased."""
         return False

@@ -403,9 +403,7 @@ def make_plan(
         found = copy.deepcopy(found).requires_grad_(requires_grad=False)
         notes.append("the model's own parameters stay as they are: moving the target could fake a match of scores")
     simulated = Capability.SIMULATE in found.capabilities
-    both = loss.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT}
-    pairs_only = loss.by_pairs or both == {Capability.SIMULATE}
-    if simulated and not pairs_only:
+    if simulated and not loss.pairs_alone:
         found = found.by_likelihood()
     named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
     own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named

@@ -231,11 +231,7 @@ class AdamRun(RunWithHistory):
             group.set(value)
         self._note_verdict(verdict)
         row = self.watch()
-        if self.previous is not None:
-            self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
-        # a change that the Monte-Carlo errors of the two averages explain is no change
-        noise = 2 * math.hypot(self.monitor.error, self.previous_error)
-        small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
+        small, near = self._compare(row)
         # two halvings at least: one small change may be chance
         if (
             small
@@ -258,9 +254,17 @@ class AdamRun(RunWithHistory):
         # pass for stationarity
         self.optimiser.state.clear()
         # once shrinking the step size changes little, what is left is Monte-Carlo error: ask for a good average
-        near = self.change < max(4 * self.rule.tolerance, noise)
         self._begin_watch(self.step_count, self.rule.mcse if near else self.rule.rough)
         self._forget()
+
+    def _compare(self, row: Tensor) -> tuple[bool, bool]:
+        """Note how far the watched quantities moved since the last stage; whether that is little, and nearly so."""
+        if self.previous is not None:
+            self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
+        # a change that the Monte-Carlo errors of the two averages explain is no change
+        noise = 2 * math.hypot(self.monitor.error, self.previous_error)
+        small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
+        return small, self.change < max(4 * self.rule.tolerance, noise)
 
     def _note_verdict(self, verdict: str) -> None:
         """Note a stage that ended by its limit, and what it lacked."""
@@ -313,20 +317,23 @@ class AdamRun(RunWithHistory):
         if self.finished is None and self.step_count > self.monitor.first_step:
             for group, value in zip(self.groups, self._better(), strict=True):
                 group.set(value)
-        snr = None
-        if self.gradient_count > 1:
-            mean = self.gradient_sum / self.gradient_count
-            sd = (self.gradient_square / self.gradient_count - mean**2).clamp_min(0).sqrt()
-            ratio = (mean.abs() / sd)[sd > 0]
-            snr = float(ratio.median()) if ratio.numel() else float("inf")
         return {
             "losses": self._probe([g.value.clone() for g in self.groups]).mean(0).tolist(),
             "rhat": self.monitor.rhat,
             "mcse": self.monitor.error,
-            "gradient_snr": snr,
+            "gradient_snr": self._gradient_snr(),
             "notes": (*self.notes, *self._unfinished_warmup()),
             "change": self.change,
         }
+
+    def _gradient_snr(self) -> float | None:
+        """Median over parameters of the gradient's mean over its standard deviation; None before there are two."""
+        if self.gradient_count < 2:
+            return None
+        mean = self.gradient_sum / self.gradient_count
+        sd = (self.gradient_square / self.gradient_count - mean**2).clamp_min(0).sqrt()
+        ratio = (mean.abs() / sd)[sd > 0]
+        return float(ratio.median()) if ratio.numel() else float("inf")
 
     def _unfinished_warmup(self) -> tuple[str, ...]:
         left = self.monitor.first_step - self.step_count

@@ -46,14 +46,13 @@ class LbfgsRun(RunWithHistory):
             raise ConfigError("there is nothing to optimise: neither the family nor the model has parameters.")
         if self.model_flat.parameters and task.restarts > 1:
             raise ConfigError("restarts of a model with parameters of its own run one after the other, not stacked.")
-        options: dict[str, Any] = {"dtype": task.monitor_noise.dtype, "device": task.monitor_noise.device}
-        self.options = options
+        self.options: dict[str, Any] = {"dtype": task.monitor_noise.dtype, "device": task.monitor_noise.device}
         self.counts, self.notes = numbers_of_draws(task, self.family, most_draws)
         self.loss = self._loss_of_rows()
         # a mean that is off by a tenth of the tolerance costs half its square; a hundredth of that, as under strong
         # dependence a factorised family may move by many of its own sds at little cost
         self.descent = Descent(
-            self._held(), goal=0.005 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(options["dtype"]).eps),
+            self._held(), goal=0.005 * (0.1 * tolerance) ** 2, resolution=float(torch.finfo(self.options["dtype"]).eps),
             first=self._guesses(),
         )  # fmt: skip
         self.step_count, self.level, self.level_from = 0, 0, 0

@@ -19,7 +19,6 @@ from vifamily.solvers._adam_run import AdamRun
 from vifamily.solvers._base import Solver, StepReport, Task
 from vifamily.solvers._flat import FlatParameters
 from vifamily.solvers._stopping import StoppingRule
-from vifamily.solvers._watch import units
 from vifamily.types import Capability, GameState, Loss
 
 __all__ = ["TwoPlayer"]
@@ -184,10 +183,7 @@ class TwoPlayerRun(AdamRun):
         """Judge whether smaller steps changed anything, and make them smaller; the players stay where they are."""
         self._note_verdict(verdict)
         row = self._settled()
-        if self.previous is not None:
-            self.change = float(((row - self.previous).abs() / units(self.task.family, row)).nan_to_num(0.0).max())
-        noise = 2 * math.hypot(self.monitor.error, self.previous_error)
-        small = self.change < min(max(self.rule.tolerance, noise), 2 * self.rule.tolerance)
+        small, near = self._compare(row)
         if small and self.stage >= 2 and verdict == "done" and self.monitor.error < self.rule.mcse:
             if not self._lagged():
                 self.finished = "converged"
@@ -206,7 +202,6 @@ class TwoPlayerRun(AdamRun):
         self.step_size *= self.rule.shrink
         for group, one in zip(self.groups, self.optimiser.param_groups, strict=True):
             one["lr"] = self._rate(group)
-        near = self.change < max(4 * self.rule.tolerance, noise)
         self._new_stage(self.rule.mcse if near else self.rule.rough)
 
     def _new_stage(self, goal: float) -> None:
@@ -286,17 +281,11 @@ class TwoPlayerRun(AdamRun):
         chosen = score[1] < score[0] - 2 * apart.nan_to_num(0.0)
         self.flat.set(torch.where(chosen.unsqueeze(-1), last, average))
         rows = {k: torch.where(chosen, found[1][k], found[0][k]) for k in found[0]}
-        snr = None
-        if self.gradient_count > 1:
-            mean = self.gradient_sum / self.gradient_count
-            sd = (self.gradient_square / self.gradient_count - mean**2).clamp_min(0).sqrt()
-            ratio = (mean.abs() / sd)[sd > 0]
-            snr = float(ratio.median()) if ratio.numel() else float("inf")
         return {
             "losses": rows["value"].mean(0).tolist(),
             "rhat": self.monitor.rhat,
             "mcse": self.monitor.error,
-            "gradient_snr": snr,
+            "gradient_snr": self._gradient_snr(),
             "notes": (*self.notes, *self._report_of(rows, int(chosen.sum()))),
             "change": self.change,
         }

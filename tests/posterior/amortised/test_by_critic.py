@@ -22,7 +22,7 @@ from vifamily.objectives._joint_ratio import JointRatio
 from vifamily.posterior.amortised import AmortisedPosterior
 from vifamily.posterior.amortised._at_data import FamilyAtData
 from vifamily.posterior.amortised._family import AmortisedFamily
-from vifamily.posterior.amortised._fit import fit_amortised
+from vifamily.posterior.amortised._fit import _Run, fit_amortised
 from vifamily.posterior.amortised.encoders import as_encoder
 from vifamily.rng import draw_noise, generator
 from vifamily.testing import tolerances
@@ -244,3 +244,9 @@ def test_the_joint_estimator_needs_a_simulator() -> None:
 def test_the_number_of_simulations_is_checked(simulations: object) -> None:
     with pytest.raises(ConfigError, match="simulations"):
         RocArcCritic(simulations=simulations)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "length"), [(None, 4000), (50_000, 50_000), (7, 7)])
+def test_the_schedule_is_as_long_as_was_asked_for(steps: int | None, length: int) -> None:
+    run = _Run(simulator(), "mean_field", "roc_arc_critic", None, 0, None, None, None, steps, "auto", 1)
+    assert run.steps == length

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vifamily.errors import NonFiniteLossError
 from vifamily.posterior.amortised._at_data import FamilyAtData
 from vifamily.posterior.amortised._family import AmortisedFamily
-from vifamily.posterior.amortised._training import EpochReport, Pairs
+from vifamily.posterior.amortised._training import EpochReport, Pairs, batches_of, finite_values, move_average
 from vifamily.rng import draw_noise, generator
 from vifamily.types import Batch, Loss
 
@@ -110,14 +109,7 @@ class GameTrainer:
                 break
             values.append(self._one(batch))
         self.epoch += 1
-        seen = torch.stack(values).double() if values else torch.full((1,), math.nan)
-        seen = seen[seen.isfinite()]
-        if not len(seen):
-            raise NonFiniteLossError(
-                f"the value of the game was not finite in every step of epoch {self.epoch}: simulated data or "
-                "parameters may span too many orders of magnitude; simulate their logarithms.",
-                step=self.step, term="log ratio",
-            )  # fmt: skip
+        seen = finite_values(values, step=self.step, epoch=self.epoch, term="log ratio")
         used, finished = self.step_size, None
         if self.step >= min(self.total, most_steps):
             finished = self._audit()
@@ -129,13 +121,7 @@ class GameTrainer:
         return report
 
     def _batches(self, epoch: int) -> list[Batch]:
-        pairs = self.train(epoch)
-        if not self.fresh:
-            order = torch.randperm(len(pairs), generator=generator(self.seed, "batches", epoch)).to(pairs.z.device)
-            pairs = Pairs(pairs.z[order], pairs.x[order])
-        size = min(self.batch_size, len(pairs))
-        starts = range(0, len(pairs) // size * size, size)
-        return [Batch((pairs.z[i : i + size], pairs.x[i : i + size]), size) for i in starts]
+        return batches_of(self.train(epoch), self.batch_size, None if self.fresh else (self.seed, epoch))
 
     def _one(self, batch: Batch) -> Tensor:
         # the critic keeps its pace while q slows down, so that it follows ever more closely
@@ -144,9 +130,7 @@ class GameTrainer:
             self._ascend(batch)
         value = self._descend(batch)
         self.step += 1
-        look_back = max(1.0, _AVERAGED * self.total)
-        keep = min(math.exp(-1 / look_back), self.step / (self.step + 10))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.players[0]], 1 - keep)
+        move_average(self.average, self.players[0], self.step, _AVERAGED * self.total)
         return value
 
     def _game(self, batch: Batch, source: torch.Generator, draws: int) -> Loss:

@@ -15,7 +15,7 @@ from vifamily.registry import entry_name
 from vifamily.rng import draw_noise, generator
 from vifamily.types import Batch, Capability
 
-__all__ = ["ByLikelihood", "by_likelihood", "draws_per_datum", "refuse_without_likelihood"]
+__all__ = ["ByLikelihood", "draws_per_datum", "refuse_without_likelihood"]
 
 _POINTS = 4096
 """Points at which the likelihood is evaluated in one part of a pass over the held-out data."""
@@ -23,14 +23,6 @@ _FEW_DRAWS = 2
 _PAIRS = 256
 """Simulated pairs of a step at least, for objectives that learn from these beside their data."""
 _CRITERION_DRAWS, _MOST_TIMES = 256, 32
-
-
-def by_likelihood(objective: Objective) -> bool:
-    """Whether an objective evaluates the log joint, and not simulated pairs alone."""
-    if objective.by_pairs:
-        return False
-    both = objective.needs_model & {Capability.SIMULATE, Capability.LOG_JOINT}
-    return both != {Capability.SIMULATE}
 
 
 def refuse_without_likelihood(simulator: Simulator, objective: Objective) -> None:

@@ -24,13 +24,12 @@ from vifamily.posterior._record import FitRecord, versions
 from vifamily.posterior.amortised import _by_critic as game
 from vifamily.posterior.amortised._by_likelihood import (
     ByLikelihood,
-    by_likelihood,
     draws_per_datum,
     refuse_without_likelihood,
 )
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
-from vifamily.posterior.amortised._training import EpochReport, Pairs, Trainer
+from vifamily.posterior.amortised._training import EpochReport, EpochTrainer, Pairs, Trainer
 from vifamily.posterior.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
 from vifamily.progress import FitProgress
 from vifamily.rng import generator, split
@@ -53,8 +52,7 @@ _MOST_STEPS = 50_000
 _SCALING = 1000
 """Simulations that set the scales of data and parameters where observations are learnt from."""
 
-AnyTrainer = Trainer | game.GameTrainer
-Done = tuple[AnyTrainer, AmortisedFamily, str]
+Done = tuple[EpochTrainer, AmortisedFamily, str]
 """A trainer that has ended, what it trained, and why it ended."""
 
 
@@ -65,7 +63,7 @@ def fit_amortised(
     *,
     encoder: Any = None,
     seed: int = 0,
-    steps: int = _MOST_STEPS,
+    steps: int | None = None,
     restarts: int = 1,
     draws: int | None = None,
     batch_size: int | None = None,
@@ -91,7 +89,7 @@ def fit_amortised(
         encoder: A module, or a name such as ``"set(outputs=16)"``; None takes the standardised data for a flow, whose
             networks see them, and a perceptron for other families.
         seed: Root seed of simulations, networks and the order of the pairs.
-        steps: Most steps; of a game the length of its schedule.
+        steps: Most steps, of a game the length of its schedule; None takes 50,000, and 4,000 for a game.
         restarts: Networks to train on the same simulations; the best on the held-out ones is returned.
         draws: Draws of q at each datum of a step, for objectives that draw from it; None takes two where the loss is a
             mean over draws, four for a game, and the objective's default elsewhere.
@@ -113,8 +111,7 @@ def fit_amortised(
         ConfigError: If a number is out of range.
         ModelError: If prior or simulator raise.
     """
-    run = _Run(simulator, family, objective, encoder, seed, draws, batch_size, step_size, init, workers)
-    steps = run.most_steps(steps)
+    run = _Run(simulator, family, objective, encoder, seed, draws, batch_size, step_size, steps, init, workers)
     began = time.monotonic()
     run.prepare()
     simulated = time.monotonic() - began
@@ -125,13 +122,13 @@ def fit_amortised(
     try:
         numbers = run.batch_size * max(simulator.dim, run.all.x[0].numel())
         with (
-            FitProgress(show=progress, most_steps=steps) as display,
+            FitProgress(show=progress, most_steps=run.steps) as display,
             Interrupts() as interrupts,
             few_threads(numbers),
         ):
             for r in range(restarts):
                 trainer, module = run.trainer(r)
-                reason = _drive(trainer, steps, callbacks, tracker, display, deadline, interrupts)
+                reason = _drive(trainer, run.steps, callbacks, tracker, display, deadline, interrupts)
                 trainer.restore_best()
                 done.append((trainer, module, reason))
                 if reason in ("interrupted", "time_limit", "callback"):
@@ -143,7 +140,7 @@ def fit_amortised(
 
 
 def _drive(
-    trainer: AnyTrainer,
+    trainer: EpochTrainer,
     most_steps: int,
     callbacks: Sequence[Callable[[StepReport], Any]],
     tracker: Tracker | None,
@@ -177,11 +174,12 @@ class _Run:
 
     def __init__(
         self, simulator: Simulator, family: Any, objective: Any, encoder: Any, seed: int, draws: int | None,
-        batch_size: int | None, step_size: float | None, init: Any, workers: int,
+        batch_size: int | None, step_size: float | None, steps: int | None, init: Any,
+        workers: int,
     ) -> None:  # fmt: skip
         self.simulator, self.seed, self.workers = simulator, seed, workers
         asked = registry.build("objectives", objective) if isinstance(objective, (str, registry.Spec)) else objective
-        self.by_likelihood = isinstance(asked, Objective) and by_likelihood(asked)
+        self.by_likelihood = isinstance(asked, Objective) and not asked.pairs_alone
         if self.by_likelihood:
             if Capability.LOG_JOINT in asked.needs_model:
                 refuse_without_likelihood(simulator, asked)
@@ -206,6 +204,7 @@ class _Run:
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
         self.asked_batch = batch_size
+        self.steps = steps or (game.MOST_STEPS if self.by_critic else _MOST_STEPS)
         self.step_size = step_size or (game.STEP_SIZE if self.by_critic else _STEP_SIZE)
         self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
 
@@ -300,12 +299,7 @@ class _Run:
         family.precondition(self.all.z.double().mean(0), sd)
         return AmortisedFamily(encoder, family)
 
-    def most_steps(self, asked: int) -> int:
-        """Steps of the fit: those asked for, and those of a game's schedule where it was given none."""
-        self.steps = min(asked, game.MOST_STEPS) if self.by_critic and asked == _MOST_STEPS else asked
-        return self.steps
-
-    def trainer(self, restart: int) -> tuple[AnyTrainer, AmortisedFamily]:
+    def trainer(self, restart: int) -> tuple[EpochTrainer, AmortisedFamily]:
         """Build a network and what trains it."""
         module = self._module(restart)
         if self.by_likelihood:
@@ -372,7 +366,7 @@ class _Run:
 
     def posterior(
         self,
-        done: Sequence[tuple[Trainer | game.GameTrainer, AmortisedFamily, str]],
+        done: Sequence[Done],
         restarts: int,
         seconds: float,
         simulated: float,
@@ -382,7 +376,7 @@ class _Run:
         best = min(range(len(done)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
         trainer, module, reason = done[best]
         reports = trainer.reports
-        self.notes += getattr(trainer, "notes", [])
+        self.notes += trainer.notes
         self.notes.append(f"simulating took {simulated:.1f} s of {seconds:.1f} s")
         record = FitRecord(
             objective=describe(self.objective), estimator=self._estimator(), family=describe(self.entry),

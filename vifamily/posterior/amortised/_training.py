@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from vifamily.errors import NonFiniteLossError
 from vifamily.rng import generator
 from vifamily.types import Batch
 
-__all__ = ["EpochReport", "Pairs", "Trainer"]
+__all__ = ["EpochReport", "EpochTrainer", "Pairs", "Trainer", "batches_of", "finite_values", "move_average"]
 
 _LEAST_FRACTION = 0.05
 """Share of the first step size at which a plateau ends the fit."""
@@ -56,6 +56,63 @@ class EpochReport:
     holdout_error: float
     step_size: float
     finished: str | None = None
+
+
+def batches_of(pairs: Pairs, batch_size: int, order: tuple[int, int] | None) -> list[Batch]:
+    """Cut the pairs of an epoch into batches of one size; those that are left over sit out.
+
+    Args:
+        pairs: The pairs.
+        batch_size: Pairs of a batch, at most.
+        order: Root seed and number of the epoch, which give the order; None keeps that of the pairs.
+    """
+    if order is not None:
+        seed, epoch = order
+        places = torch.randperm(len(pairs), generator=generator(seed, "batches", epoch)).to(pairs.z.device)
+        pairs = Pairs(pairs.z[places], pairs.x[places])
+    size = min(batch_size, len(pairs))
+    starts = range(0, len(pairs) // size * size, size)
+    return [Batch((pairs.z[i : i + size], pairs.x[i : i + size]), size) for i in starts]
+
+
+def move_average(average: list[Tensor], parameters: Sequence[Tensor], step: int, look_back: float) -> None:
+    """Move a running average of parameters on, which early on looks back less, so that the start is soon forgotten."""
+    keep = min(math.exp(-1 / max(1.0, look_back)), step / (step + 10))
+    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - keep)
+
+
+def finite_values(losses: Sequence[Tensor], *, step: int, epoch: int, term: str) -> Tensor:
+    """Return the finite losses of an epoch, in float64.
+
+    Raises:
+        NonFiniteLossError: If there is none.
+    """
+    values = torch.stack(list(losses)).double() if losses else torch.full((1,), math.nan)
+    values = values[values.isfinite()]
+    if not len(values):
+        raise NonFiniteLossError(
+            f"the loss was not finite in every step of epoch {epoch}: the simulated data or parameters may span too "
+            "many orders of magnitude; simulate their logarithms.",
+            step=step,
+            term=term,
+        )
+    return values
+
+
+class EpochTrainer(Protocol):
+    """What trains an amortised family: by epochs, each of which ends with a judgement on held-out pairs."""
+
+    best_loss: float
+    step: int
+    non_finite: int
+    reports: list[EpochReport]
+    notes: list[str]
+
+    def run_epoch(self, most_steps: int) -> EpochReport:
+        """Take the steps of one epoch."""
+
+    def restore_best(self) -> None:
+        """Put what is to be returned into the module."""
 
 
 class Trainer:
@@ -105,6 +162,7 @@ class Trainer:
         self.step, self.epoch, self.since_best, self.since_cut = 0, 0, 0, 0
         self.non_finite = 0
         self.reports: list[EpochReport] = []
+        self.notes: list[str] = []
 
     def _optimiser(self, step_size: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters, lr=step_size, fused=True)
@@ -120,32 +178,16 @@ class Trainer:
         Raises:
             NonFiniteLossError: If the loss of several steps running is not finite.
         """
-        pairs = self.train(self.epoch)
-        if not self.fresh:
-            order = torch.randperm(len(pairs), generator=generator(self.seed, "batches", self.epoch))
-            order = order.to(pairs.z.device)
-            pairs = Pairs(pairs.z[order], pairs.x[order])
-        size = min(self.batch_size, len(pairs))
-        count = len(pairs) // size
-        # early averages look back less, so that the start is soon forgotten
-        decay = math.exp(-1 / max(1.0, _WINDOW * count))
+        batches = batches_of(self.train(self.epoch), self.batch_size, None if self.fresh else (self.seed, self.epoch))
+        look_back = _WINDOW * len(batches)
         losses = []
-        for i in range(count):
+        for batch in batches:
             if self.step >= most_steps:
                 break
-            here = slice(i * size, (i + 1) * size)
-            losses.append(self._one(Batch((pairs.z[here], pairs.x[here]), size)))
-            keep = min(decay, self.step / (self.step + 10))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - keep)
+            losses.append(self._one(batch))
+            move_average(self.average, self.parameters, self.step, look_back)
         self.epoch += 1
-        values = torch.stack(losses).double() if losses else torch.full((1,), math.nan)
-        values = values[values.isfinite()]
-        if not len(values):
-            raise NonFiniteLossError(
-                f"the loss was not finite in every step of epoch {self.epoch}: the simulated data or parameters may "
-                "span too many orders of magnitude; simulate their logarithms.",
-                step=self.step, term="log q",
-            )  # fmt: skip
+        values = finite_values(losses, step=self.step, epoch=self.epoch, term="log q")
         return self._judge(values, most_steps)
 
     def _one(self, batch: Batch) -> Tensor:
