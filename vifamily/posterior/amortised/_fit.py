@@ -49,6 +49,8 @@ _SIMULATIONS, _HOLDOUT, _PATIENCE = 10_000, 0.1, 20
 _LEAST_STEPS = 30
 """Steps that make an epoch at least."""
 _MOST_STEPS = 50_000
+_REGRESSION = 10_000
+"""Pairs from which a family's start is set, at most."""
 _SCALING = 1000
 """Simulations that set the scales of data and parameters where observations are learnt from."""
 
@@ -198,7 +200,7 @@ class _Run:
             raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
         if self.init is not None and self.init.layout != simulator.layout:
             raise ConfigError("init is an amortised posterior of other parameters than this simulator's.")
-        self.entry = planned.entry
+        self.entry = planned.entry.for_pairs()
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
@@ -295,8 +297,11 @@ class _Run:
         latent = LatentSpec(model.dim, model.space, model.num_categories, int(size), **options)
         family = self.entry.build(latent, generator=source)
         family.spec = describe(self.entry)
-        sd = self.all.z.double().std(0).clamp_min(1e-12)
-        family.precondition(self.all.z.double().mean(0), sd)
+        z = self.all.z.double()
+        with torch.no_grad():
+            parts = [encoder(part) for part in self.all.x[:_REGRESSION].split(4096)]
+        if not family.start_from(self.all.z[:_REGRESSION], torch.cat(parts), model.layout.bounded()):
+            family.precondition(z.mean(0), z.std(0).clamp_min(1e-12))
         return AmortisedFamily(encoder, family)
 
     def trainer(self, restart: int) -> tuple[EpochTrainer, AmortisedFamily]:
