@@ -275,7 +275,9 @@ class FlowFamily(Family):
         self.frame.fit(z, context, bounded)
         v = self.frame(z, context)[0].double()
         spread = v.std(0).clamp_min(1e-6)
-        self.start_at(v.mean(0), torch.linalg.cholesky(torch.cov(v.T).reshape(self.dim, self.dim) + 1e-6 * spread.square().diag()))
+        self.start_at(
+            v.mean(0), torch.linalg.cholesky(torch.cov(v.T).reshape(self.dim, self.dim) + 1e-6 * spread.square().diag())
+        )
         return True
 
     @torch.no_grad()

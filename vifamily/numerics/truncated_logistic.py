@@ -92,7 +92,6 @@ def truncated_logistic_inverse(v: Tensor, loc: Tensor, width: Tensor) -> tuple[T
     return z.to(dtype), truncated_logistic_score(z, loc, width)[1].to(dtype)
 
 
-
 def _log_one_minus_exp(x: Tensor) -> Tensor:
     """``log(1 - exp(-x))`` for positive ``x``, to the last digit for small and for large ones."""
     small = x < math.log(2)
