@@ -109,6 +109,8 @@ class Family(nn.Module, abc.ABC):
     """Whether restarts can be run through ``torch.func.vmap``; others are looped over."""
     step_size: float = 0.05
     """First step size that suits the family in its standardised coordinates."""
+    pairs_step_size: float = 0.004
+    """First step size that suits a fit to pairs of points and contexts (amortised inference)."""
     log_q_is_bound: bool = False
     """See :attr:`FamilyEntry.log_q_is_bound`."""
 

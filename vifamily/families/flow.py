@@ -201,6 +201,8 @@ class FlowFamily(Family):
         self.layers = layers
         by_regression = entry.standardise == "regression" and latent.context_dim is not None
         self.frame = RegressionFrame(latent) if by_regression else None
+        if by_regression:
+            self.pairs_step_size = 0.01
         self.density_first = entry.direction == "density"
         self.spline_first = self.density_first and is_spline_stack(layers)
         self.full = entry.affine == "full" or (entry.affine == "auto" and dim <= _LARGEST_FULL)

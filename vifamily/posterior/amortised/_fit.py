@@ -40,7 +40,6 @@ from vifamily.types import Batch, Capability, LatentSpec
 __all__ = ["fit_amortised"]
 
 _BATCH = 256
-_STEP_SIZE = 4e-3
 _FRESH_BATCHES = 64
 """Batches of fresh simulations that count as an epoch."""
 _FEWEST_PAIRS = 20
@@ -96,7 +95,8 @@ def fit_amortised(
         draws: Draws of q at each datum of a step, for objectives that draw from it; None takes two where the loss is a
             mean over draws, four for a game, and the objective's default elsewhere.
         batch_size: Pairs per step; None takes 256, or less where simulations are few.
-        step_size: First step size of Adam; None takes 0.004, and 0.001 for a game.
+        step_size: First step size of Adam; None takes what suits the family, 0.01 for
+            flows on residuals and 0.004 elsewhere, and 0.001 for a game.
         init: ``"auto"``, or an amortised posterior to go on from.
         callbacks: Functions called after every epoch with a :class:`~vifamily.solvers.StepReport`; a true result ends
             the fit.
@@ -207,7 +207,7 @@ class _Run:
         )
         self.asked_batch = batch_size
         self.steps = steps or (game.MOST_STEPS if self.by_critic else _MOST_STEPS)
-        self.step_size = step_size or (game.STEP_SIZE if self.by_critic else _STEP_SIZE)
+        self.step_size = step_size
         self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
 
     # -- simulations ---------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ class _Run:
 
         trainer = Trainer(
             module, loss, pointwise, self._epoch(restart), self.holdout, batch_size=self.batch_size,
-            step_size=self.step_size, patience=objective.patience, seed=split(self.seed, "order", restart),
+            step_size=self.step_size or module.family.pairs_step_size, patience=objective.patience, seed=split(self.seed, "order", restart),
             fresh=self.fresh,
         )  # fmt: skip
         return trainer, module
@@ -337,7 +337,7 @@ class _Run:
         critic = JointRatio(encoder, self.all.z, self.all.x, self.objective.hidden, source)
         return game.GameTrainer(
             module, critic, self.objective.joint_loss, self._epoch(restart), self.holdout, batch_size=self.batch_size,
-            draws=self.draws, step_size=self.step_size, most_steps=self.steps, seed=split(self.seed, "order", restart),
+            draws=self.draws, step_size=self.step_size or game.STEP_SIZE, most_steps=self.steps, seed=split(self.seed, "order", restart),
             fresh=self.fresh,
         )  # fmt: skip
 
@@ -351,7 +351,7 @@ class _Run:
         epoch = kept if times == 1 else Pairs(kept.z.repeat(times, 1), kept.x.repeat(times, *[1] * (kept.x.dim() - 1)))
         return Trainer(
             module, way.loss, way.pointwise, lambda _: epoch, self.holdout, batch_size=self.batch_size,
-            step_size=self.step_size, patience=getattr(self.objective, "patience", _PATIENCE),
+            step_size=self.step_size or module.family.pairs_step_size, patience=getattr(self.objective, "patience", _PATIENCE),
             seed=split(self.seed, "order", restart), fresh=False,
         )  # fmt: skip
 
