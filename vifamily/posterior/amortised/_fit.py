@@ -324,8 +324,8 @@ class _Run:
 
         trainer = Trainer(
             module, loss, pointwise, self._epoch(restart), self.holdout, batch_size=self.batch_size,
-            step_size=self.step_size or module.family.pairs_step_size, patience=objective.patience, seed=split(self.seed, "order", restart),
-            fresh=self.fresh,
+            step_size=self.step_size or module.family.pairs_step_size, patience=objective.patience,
+            seed=split(self.seed, "order", restart), fresh=self.fresh,
         )  # fmt: skip
         return trainer, module
 
@@ -337,8 +337,8 @@ class _Run:
         critic = JointRatio(encoder, self.all.z, self.all.x, self.objective.hidden, source)
         return game.GameTrainer(
             module, critic, self.objective.joint_loss, self._epoch(restart), self.holdout, batch_size=self.batch_size,
-            draws=self.draws, step_size=self.step_size or game.STEP_SIZE, most_steps=self.steps, seed=split(self.seed, "order", restart),
-            fresh=self.fresh,
+            draws=self.draws, step_size=self.step_size or game.STEP_SIZE, most_steps=self.steps,
+            seed=split(self.seed, "order", restart), fresh=self.fresh,
         )  # fmt: skip
 
     def _likelihood_trainer(self, module: AmortisedFamily, restart: int) -> Trainer:
@@ -351,8 +351,8 @@ class _Run:
         epoch = kept if times == 1 else Pairs(kept.z.repeat(times, 1), kept.x.repeat(times, *[1] * (kept.x.dim() - 1)))
         return Trainer(
             module, way.loss, way.pointwise, lambda _: epoch, self.holdout, batch_size=self.batch_size,
-            step_size=self.step_size or module.family.pairs_step_size, patience=getattr(self.objective, "patience", _PATIENCE),
-            seed=split(self.seed, "order", restart), fresh=False,
+            step_size=self.step_size or module.family.pairs_step_size,
+            patience=getattr(self.objective, "patience", _PATIENCE), seed=split(self.seed, "order", restart), fresh=False,
         )  # fmt: skip
 
     # -- packing -------------------------------------------------------------------------------------------------------
