@@ -352,7 +352,8 @@ class _Run:
         return Trainer(
             module, way.loss, way.pointwise, lambda _: epoch, self.holdout, batch_size=self.batch_size,
             step_size=self.step_size or module.family.pairs_step_size,
-            patience=getattr(self.objective, "patience", _PATIENCE), seed=split(self.seed, "order", restart), fresh=False,
+            patience=getattr(self.objective, "patience", _PATIENCE),
+            seed=split(self.seed, "order", restart), fresh=False,
         )  # fmt: skip
 
     # -- packing -------------------------------------------------------------------------------------------------------
