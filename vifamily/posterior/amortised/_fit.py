@@ -29,7 +29,7 @@ from vifamily.posterior.amortised._by_likelihood import (
 )
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
-from vifamily.posterior.amortised._training import EpochReport, EpochTrainer, Pairs, Trainer
+from vifamily.posterior.amortised._training import EpochReport, EpochTrainer, Pairs, Trainer, drive
 from vifamily.posterior.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
 from vifamily.progress import FitProgress
 from vifamily.rng import generator, split
@@ -130,7 +130,7 @@ def fit_amortised(
         ):
             for r in range(restarts):
                 trainer, module = run.trainer(r)
-                reason = _drive(trainer, run.steps, callbacks, tracker, display, deadline, interrupts)
+                reason = drive(trainer, run.steps, callbacks, tracker, display, deadline, interrupts)
                 trainer.restore_best()
                 done.append((trainer, module, reason))
                 if reason in ("interrupted", "time_limit", "callback"):
@@ -139,36 +139,6 @@ def fit_amortised(
         if tracker is not None:
             tracker.finish()
     return run.posterior(done, restarts, time.monotonic() - began, simulated)
-
-
-def _drive(
-    trainer: EpochTrainer,
-    most_steps: int,
-    callbacks: Sequence[Callable[[StepReport], Any]],
-    tracker: Tracker | None,
-    display: FitProgress,
-    deadline: float,
-    interrupts: Interrupts,
-) -> str:
-    while True:
-        try:
-            report: EpochReport = trainer.run_epoch(most_steps)
-        except KeyboardInterrupt:
-            return "interrupted"
-        display.update(report.step, report.loss, report.step_size, f"held out {report.holdout:.4g}")
-        if tracker is not None:
-            values = {"loss": report.loss, "step_size": report.step_size, "holdout": report.holdout}
-            tracker.log(report.step, values)
-        told = StepReport(report.step, (report.loss,), {"holdout": report.holdout}, report.step_size, report.finished)
-        asked = any([call(told) for call in callbacks])
-        if report.finished is not None:
-            return report.finished
-        if asked:
-            return "callback"
-        if interrupts.asked:
-            return "interrupted"
-        if time.monotonic() > deadline:
-            return "time_limit"
 
 
 class _Run:
