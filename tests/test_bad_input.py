@@ -404,6 +404,7 @@ CHOICES = {
     ),
     "encoder without local latents": (
         lambda: fit(encoder=nn.Tanh()),
+        lambda: fit(encoder="vector"),
         errors.ConfigError,
         "for models with local latents",
     ),
