@@ -404,9 +404,13 @@ CHOICES = {
     ),
     "encoder without local latents": (
         lambda: fit(encoder=nn.Tanh()),
-        lambda: fit(encoder="vector"),
         errors.ConfigError,
         "for models with local latents",
+    ),
+    "encoder by name without a simulator": (
+        lambda: fit(encoder="vector"),
+        errors.ConfigError,
+        "is for simulators",
     ),
     "local family without local latents": (
         lambda: fit(local_family="mean_field"),

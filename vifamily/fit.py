@@ -126,8 +126,8 @@ def fit(
         )  # fmt: skip
     if isinstance(encoder, str):
         raise ConfigError(
-            f"an encoder by name ({encoder!r}) is for simulators: for the local latents of a model give a module from a "
-            "batch's data to a context."
+            f"an encoder by name ({encoder!r}) is for simulators: for the local latents of a model give a module from "
+            "a batch's data to a context."
         )
     if tracker is not None and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
         what = f"the class {tracker.__name__}" if isinstance(tracker, type) else type(tracker).__name__
