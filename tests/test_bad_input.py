@@ -407,6 +407,11 @@ CHOICES = {
         errors.ConfigError,
         "for models with local latents",
     ),
+    "encoder by name without a simulator": (
+        lambda: fit(encoder="vector"),
+        errors.ConfigError,
+        "is for simulators",
+    ),
     "local family without local latents": (
         lambda: fit(local_family="mean_field"),
         errors.ConfigError,

@@ -304,6 +304,18 @@ def test_columns_count_from_zero():
     assert layout.unconstrained_columns()[-1] == "Sigma[2]"
 
 
+def test_coordinates_between_two_bounds_are_told_from_others():
+    parts = constraints.cat([constraints.interval(0.0, 1.0), constraints.positive], -1, [2, 1])
+    pair = constraints.stack([constraints.real, constraints.unit_interval], 0)
+    layout = Layout.of({
+        "rate": "interval(0, 2)", "mu": "real", "scale": "positive", "mixed": ((3,), parts), "pair": ((2, 2), pair),
+        "share": ((3,), "simplex"),
+    })  # fmt: skip
+    expected = [True, False, False, True, True, False, False, False, True, True, False, False]
+    assert layout.bounded().tolist() == expected
+    assert Layout([]).bounded().tolist() == []
+
+
 def test_numbers_and_arrays_can_be_unconstrained():
     layout = Layout.of({"a": "positive", "b": ((2,), "real")})
     z = layout.unconstrain({"a": torch.tensor(1.0), "b": torch.as_tensor(np.array([2.0, 3.0], dtype=np.float32))})

@@ -48,7 +48,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
     time_limit: float | None = None,
-    encoder: torch.nn.Module | None = None,
+    encoder: torch.nn.Module | str | None = None,
     local_family: Any = None,
     compile: Literal["auto"] | bool = "auto",
     show_plan: bool = False,
@@ -124,6 +124,11 @@ def fit(
             batch_size=batch_size, init=init, callbacks=calls, tracker=tracker, progress=progress,
             time_limit=time_limit, compile=compile, show_plan=show_plan,
         )  # fmt: skip
+    if isinstance(encoder, str):
+        raise ConfigError(
+            f"an encoder by name ({encoder!r}) is for simulators: for the local latents of a model give a module from "
+            "a batch's data to a context."
+        )
     if tracker is not None and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
         what = f"the class {tracker.__name__}" if isinstance(tracker, type) else type(tracker).__name__
         raise ConfigError(

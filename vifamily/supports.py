@@ -27,6 +27,7 @@ from vifamily.numerics.constraint_kinds import (
     describe_support,
     event_dim_of,
     is_fixed,
+    is_interval,
     make_bijection,
     plain_of,
     support_from,
@@ -321,6 +322,16 @@ class Layout:
         """Return the names of the unconstrained coordinates, in the same form."""
         plain = [Site(s.name, s.unconstrained_shape, constraints.real) for s in self.sites if s.size]
         return Layout(plain).columns() if plain else []
+
+    def bounded(self) -> Tensor:
+        """Return which coordinates of ``z`` are logits of a number between two bounds, ``(dim,)``.
+
+        Example:
+            >>> Layout.of({"rate": "interval(0, 2)", "mu": ((2,), "real")}).bounded()
+            tensor([ True, False, False])
+        """
+        parts = [is_interval(s.plain, s.unconstrained_shape).reshape(-1) for s in self.sites if s.size]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.bool)
 
     @property
     def num_categories(self) -> tuple[int, ...] | None:

@@ -151,3 +151,14 @@ def test_density_of_a_spline_flow_is_that_of_the_layers(context_dim):
 @pytest.mark.parametrize("options", [{"kind": "maf", "direction": "density"}, {"kind": "nsf"}])
 def test_other_flows_keep_their_own_pass(options):
     assert not built(**options).spline_first
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_splines_given_points_have_the_density_of_their_layers(dim):
+    """One coordinate has networks of the context alone."""
+    entry = Flow(direction="density", hidden=(16,), affine="diagonal")
+    family = entry.build(LatentSpec(dim, context_dim=3), generator=torch.Generator().manual_seed(0))
+    z, context = normal(50, dim), normal(50, 3, seed=2)
+    base, log_jacobian = family.layers(context).call_and_ladj(z)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(base).sum(-1) + log_jacobian
+    torch.testing.assert_close(family.log_prob(z, context), expected, rtol=1e-8, atol=1e-8)

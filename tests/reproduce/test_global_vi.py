@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import i0
 
 from vifamily.numerics.exponential_families import VonMises
 from vifamily.reproduce import Options, paper_named
 from vifamily.reproduce import _global_vi_clusters as labels
 from vifamily.reproduce import _global_vi_rotation as rotation
+from vifamily.reproduce import _global_vi_sinusoid as sinusoid
 from vifamily.reproduce import _global_vi_toy as toy
 from vifamily.reproduce.global_vi import _interval
 from vifamily.rng import generator
@@ -118,6 +120,25 @@ def test_the_weighted_bound_is_the_tighter(seed):
     theta, x = labels._simulate(6, generator(seed, "clusters"))
     plain, weighted = (labels._bound(name, theta, x, 10, g) for name, g in zip(("elbo", "iwae"), source, strict=True))
     assert bool((weighted <= plain).all())  # of the same draws, by Jensen's inequality
+
+
+def test_the_exact_posterior_of_the_sinusoid():
+    x = torch.tensor([0.0, 1.0, -1.5])
+    grid, log_density = sinusoid.exact_log_density(x)
+    torch.testing.assert_close(log_density.exp().mean(0) * 2 * np.pi, torch.ones(3, dtype=torch.float64))
+    # the normaliser at x = 0 is exp(-1/4) I_0(1/4) times the length, from sin(2z)^2 = (1 - cos 4z) / 2
+    at_zero = -0.5 * np.sin(2 * grid[0].item()) ** 2 - np.log(2 * np.pi * np.exp(-0.25) * i0(0.25))
+    assert log_density[0, 0].item() == pytest.approx(at_zero, abs=1e-9)
+    # the same at z and at a half turn from it, and largest where sin(2z) is nearest to x
+    torch.testing.assert_close(log_density[:200], log_density[200:])
+    assert grid[log_density[:200, 1].argmax()].item() == pytest.approx(np.pi / 4, abs=0.01)
+
+
+def test_splines_get_near_the_posterior_of_the_sinusoid():
+    found = sinusoid.ends(sinusoid.FAMILIES["B-splines"], [0, 1], steps=400)
+    # 0.21 nats are those of the prior in place of the posterior
+    assert float(found.divergence.max()) < 0.02 and found.steps.tolist() == [400, 400]
+    assert found.spread == float((found.divergence[0] - found.divergence[1]).abs())
 
 
 def test_the_interval_of_a_proportion():

@@ -65,6 +65,10 @@ class FamilyEntry(abc.ABC):
         """Return the form of this entry that suits an objective which evaluates the density at given points only."""
         return self
 
+    def for_pairs(self) -> FamilyEntry:
+        """Return the form of this entry that suits a fit to pairs of points and contexts (amortised inference)."""
+        return self
+
     def check_space(self, latent: LatentSpec) -> None:
         """Refuse a space the family does not live on, or a context it cannot take."""
         from vifamily.registry import entry_name
@@ -105,6 +109,8 @@ class Family(nn.Module, abc.ABC):
     """Whether restarts can be run through ``torch.func.vmap``; others are looped over."""
     step_size: float = 0.05
     """First step size that suits the family in its standardised coordinates."""
+    pairs_step_size: float = 0.004
+    """First step size that suits a fit to pairs of points and contexts (amortised inference)."""
     log_q_is_bound: bool = False
     """See :attr:`FamilyEntry.log_q_is_bound`."""
 
@@ -150,6 +156,16 @@ class Family(nn.Module, abc.ABC):
             scale: ``(dim,)`` standard deviations, or ``(dim, dim)`` a lower-triangular factor of the covariance.
         """
         raise NotAvailableError(f"the family {type(self).__name__} cannot be started at given moments.")
+
+    def start_from(self, z: Tensor, context: Tensor, bounded: Tensor) -> bool:
+        """Set the start of a conditional family from points and their contexts; False where it has no such start.
+
+        Args:
+            z: Points, ``(pair, dim)``.
+            context: Their contexts, ``(pair, context_dim)``.
+            bounded: Which coordinates are logits of a number between two bounds, ``(dim,)``.
+        """
+        return False
 
     def check_context(self, context: Tensor | None) -> None:
         """Refuse a context where none was declared, and its absence where one was.

@@ -36,7 +36,9 @@ def spline_pass(layers: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor,
         context = context.expand(*x.shape[:-1], context.shape[-1])
     total = torch.zeros_like(x[..., 0])
     for layer in layers.transforms:
-        given = x if context is None else torch.cat([x, context], -1)
+        # the networks of a single coordinate see the context alone
+        alone = context is not None and not hasattr(layer, "passes")
+        given = context if alone else x if context is None else torch.cat([x, context], -1)
         parameters = layer.hyper(given).unflatten(-1, (-1, layer.total))
         x, log_slope = rational_spline(x, parameters, **layer.univariate.keywords)
         total = total + log_slope.sum(-1)

@@ -15,6 +15,7 @@ from vifamily.families._base import Family, FamilyEntry, uniform_log_weight
 from vifamily.families._foreign import load
 from vifamily.families._nets import check_positive, check_widths
 from vifamily.families._planar import Planar
+from vifamily.families._regression import RegressionFrame
 from vifamily.families._spline_pass import is_spline_stack, spline_pass
 from vifamily.families.full_rank import strict_lower, whiten
 from vifamily.registry import register
@@ -59,6 +60,9 @@ class Flow(FamilyEntry):
         direction: What takes one pass: ``draws``, as above, or ``density``, where the layers map points to the base
             (the masked autoregressive flow) and a draw inverts them. ``auto`` takes density where the objective
             evaluates given points only, as amortised inference does.
+        standardise: What the flow models given a context: ``regression`` the residuals of a linear regression on the
+            context, with sharp ends at the bounds of a bounded parameter, ``marginal`` the coordinates themselves.
+            ``auto`` is regression in amortised inference, where there are pairs to regress on, and marginal elsewhere.
 
     Raises:
         ConfigError: If an option is unknown or not a positive integer.
@@ -80,6 +84,7 @@ class Flow(FamilyEntry):
     activation: str = "silu"
     affine: str = "auto"
     direction: str = "auto"
+    standardise: str = "auto"
     capabilities = _CAPABILITIES
 
     def __post_init__(self) -> None:
@@ -89,6 +94,7 @@ class Flow(FamilyEntry):
             ("activation", self.activation, tuple(_ACTIVATIONS)),
             ("affine", self.affine, ("auto", "full", "diagonal")),
             ("direction", self.direction, ("auto", "draws", "density")),
+            ("standardise", self.standardise, ("auto", "regression", "marginal")),
         ):
             if value not in known:
                 raise ConfigError(f"unknown {name} {value!r} of a flow: choose one of {', '.join(known)}.")
@@ -115,6 +121,10 @@ class Flow(FamilyEntry):
     def for_given_points(self) -> Flow:
         """Return this flow with its density in one pass, unless a direction was asked for."""
         return dataclasses.replace(self, direction="density") if self.direction == "auto" else self
+
+    def for_pairs(self) -> Flow:
+        """Return this flow on residuals of a regression on the context, unless something else was asked for."""
+        return dataclasses.replace(self, standardise="regression") if self.standardise == "auto" else self
 
     def build(self, latent: LatentSpec, *, generator: torch.Generator) -> FlowFamily:
         """Build the flow near the standard normal law."""
@@ -189,6 +199,10 @@ class FlowFamily(Family):
         dim = latent.dim
         options: dict[str, Any] = {"dtype": latent.dtype, "device": latent.device}
         self.layers = layers
+        by_regression = entry.standardise == "regression" and latent.context_dim is not None
+        self.frame = RegressionFrame(latent) if by_regression else None
+        if by_regression:
+            self.pairs_step_size = 0.01
         self.density_first = entry.direction == "density"
         self.spline_first = self.density_first and is_spline_stack(layers)
         self.full = entry.affine == "full" or (entry.affine == "auto" and dim <= _LARGEST_FULL)
@@ -221,11 +235,18 @@ class FlowFamily(Family):
             v, log_jacobian = self.layers(context).call_and_ladj(base)
         log_q = _standard_normal(noise) - log_jacobian - self.log_diagonal.sum(-1)
         scaled = v + v @ strict_lower(self.lower, self.position).mT if self.full else v
-        return Draw(self.loc + self.log_diagonal.exp() * scaled, log_q, uniform_log_weight(log_q, noise.shape[0]))
+        u = self.loc + self.log_diagonal.exp() * scaled
+        if self.frame is not None and context is not None:
+            u, inverse = self.frame.inverse(u, context)
+            log_q = log_q + inverse
+        return Draw(u, log_q, uniform_log_weight(log_q, noise.shape[0]))
 
     def log_density(self, u: Tensor, context: Tensor | None) -> Tensor:
         """Log density in standardised coordinates, by inverting the flow where draws come first."""
         self.check_context(context)
+        moved = torch.zeros_like(u[..., 0])
+        if self.frame is not None and context is not None:
+            u, moved = self.frame(u, context)
         v = (u - self.loc) * (-self.log_diagonal).exp()
         if self.full:
             v = whiten(strict_lower(self.lower, self.position), v)
@@ -239,8 +260,27 @@ class FlowFamily(Family):
             layers = self.layers(context)
             base = layers.inv(v)
             _, log_jacobian = layers.call_and_ladj(base)
-        out: Tensor = _standard_normal(base) - log_jacobian - self.log_diagonal.sum(-1)
+        out: Tensor = _standard_normal(base) - log_jacobian - self.log_diagonal.sum(-1) + moved
         return out
+
+    @torch.no_grad()
+    def start_from(self, z: Tensor, context: Tensor, bounded: Tensor) -> bool:
+        """Set the regression, and the affine map to the moments of what it leaves; False where there is none.
+
+        Args:
+            z: Points, ``(pair, dim)``.
+            context: Their contexts, ``(pair, context_dim)``.
+            bounded: Which coordinates are logits of a number between two bounds, ``(dim,)``.
+        """
+        if self.frame is None:
+            return False
+        self.frame.fit(z, context, bounded)
+        v = self.frame(z, context)[0].double()
+        spread = v.std(0).clamp_min(1e-6)
+        self.start_at(
+            v.mean(0), torch.linalg.cholesky(torch.cov(v.T).reshape(self.dim, self.dim) + 1e-6 * spread.square().diag())
+        )
+        return True
 
     @torch.no_grad()
     def start_at(self, mean: Tensor, scale: Tensor) -> None:

@@ -229,6 +229,25 @@ def make_bijection(
     return made
 
 
+def is_interval(plain: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor:
+    """Return which numbers lie between two bounds, and so have logits for unconstrained coordinates.
+
+    Args:
+        plain: The support.
+        shape: Shape of the unconstrained coordinates.
+
+    Returns:
+        Booleans of that shape.
+    """
+    if plain["kind"] not in ("stack", "cat"):
+        return torch.full(shape, plain["kind"] == "interval")
+    parts = [plain_part["kind"] == "interval" for plain_part in plain["of"]]
+    lengths = plain.get("lengths", [1] * len(parts))
+    along = torch.tensor(parts).repeat_interleave(torch.tensor(lengths))
+    axis = plain["dim"] % len(shape)
+    return along.reshape([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+
+
 def is_fixed(plain: Mapping[str, Any]) -> bool:
     """Return whether no bound is a tensor, so that one transform serves every dtype and device."""
     own_bounds = (plain.get("lower_bound"), plain.get("upper_bound"))

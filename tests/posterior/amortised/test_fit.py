@@ -196,3 +196,19 @@ def test_parameters_stay_in_their_supports():
     posterior = vf.fit(simulator, "full_rank", "inclusive_kl(simulations=800)", steps=60)
     theta = posterior(torch.tensor([3.0, 5.0, 4.0, 4.0])).sample(500)
     assert bool((theta["rate"] > 0).all()) and bool(((theta["share"] > 0) & (theta["share"] < 1)).all())
+
+
+def test_a_posterior_that_ends_at_a_bound_keeps_its_sharp_end():
+    """``theta ~ U(0, 1)``, ``x ~ N(theta, 0.1)``: the posterior is the normal law cut to the unit interval."""
+    prior = torch.distributions.Uniform(torch.zeros(1), torch.ones(1))
+    simulator = vf.models.Simulator(prior, lambda t: t + 0.1 * torch.randn_like(t))
+    posterior = vf.fit(simulator, "flow(transforms=1, hidden=[32])", "inclusive_kl(simulations=10000)", seed=2)
+    assert "standardise=regression" in posterior.record.family
+    grid = torch.linspace(0.0005, 0.9995, 1000)
+    z = torch.logit(grid)
+    for x in (0.02, 0.5, 0.97):
+        law = torch.distributions.Normal(x, 0.1)
+        exact = law.log_prob(grid).exp() / (law.cdf(torch.tensor(1.0)) - law.cdf(torch.tensor(0.0)))
+        found = (posterior(torch.tensor([x])).log_prob(z[:, None]) - (grid * (1 - grid)).log()).exp()
+        # total variation: the density does not fall to zero at the bound, where it is nearly largest for the first x
+        assert float((found - exact).abs().mean()) / 2 < 0.06

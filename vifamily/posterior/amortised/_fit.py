@@ -29,7 +29,7 @@ from vifamily.posterior.amortised._by_likelihood import (
 )
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
-from vifamily.posterior.amortised._training import EpochReport, EpochTrainer, Pairs, Trainer
+from vifamily.posterior.amortised._training import EpochReport, EpochTrainer, Pairs, Trainer, drive
 from vifamily.posterior.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
 from vifamily.progress import FitProgress
 from vifamily.rng import generator, split
@@ -40,7 +40,6 @@ from vifamily.types import Batch, Capability, LatentSpec
 __all__ = ["fit_amortised"]
 
 _BATCH = 256
-_STEP_SIZE = 4e-3
 _FRESH_BATCHES = 64
 """Batches of fresh simulations that count as an epoch."""
 _FEWEST_PAIRS = 20
@@ -49,6 +48,8 @@ _SIMULATIONS, _HOLDOUT, _PATIENCE = 10_000, 0.1, 20
 _LEAST_STEPS = 30
 """Steps that make an epoch at least."""
 _MOST_STEPS = 50_000
+_REGRESSION = 10_000
+"""Pairs from which a family's start is set, at most."""
 _SCALING = 1000
 """Simulations that set the scales of data and parameters where observations are learnt from."""
 
@@ -94,7 +95,8 @@ def fit_amortised(
         draws: Draws of q at each datum of a step, for objectives that draw from it; None takes two where the loss is a
             mean over draws, four for a game, and the objective's default elsewhere.
         batch_size: Pairs per step; None takes 256, or less where simulations are few.
-        step_size: First step size of Adam; None takes 0.004, and 0.001 for a game.
+        step_size: First step size of Adam; None takes what suits the family, 0.01 for
+            flows on residuals and 0.004 elsewhere, and 0.001 for a game.
         init: ``"auto"``, or an amortised posterior to go on from.
         callbacks: Functions called after every epoch with a :class:`~vifamily.solvers.StepReport`; a true result ends
             the fit.
@@ -128,7 +130,7 @@ def fit_amortised(
         ):
             for r in range(restarts):
                 trainer, module = run.trainer(r)
-                reason = _drive(trainer, run.steps, callbacks, tracker, display, deadline, interrupts)
+                reason = drive(trainer, run.steps, callbacks, tracker, display, deadline, interrupts)
                 trainer.restore_best()
                 done.append((trainer, module, reason))
                 if reason in ("interrupted", "time_limit", "callback"):
@@ -137,36 +139,6 @@ def fit_amortised(
         if tracker is not None:
             tracker.finish()
     return run.posterior(done, restarts, time.monotonic() - began, simulated)
-
-
-def _drive(
-    trainer: EpochTrainer,
-    most_steps: int,
-    callbacks: Sequence[Callable[[StepReport], Any]],
-    tracker: Tracker | None,
-    display: FitProgress,
-    deadline: float,
-    interrupts: Interrupts,
-) -> str:
-    while True:
-        try:
-            report: EpochReport = trainer.run_epoch(most_steps)
-        except KeyboardInterrupt:
-            return "interrupted"
-        display.update(report.step, report.loss, report.step_size, f"held out {report.holdout:.4g}")
-        if tracker is not None:
-            values = {"loss": report.loss, "step_size": report.step_size, "holdout": report.holdout}
-            tracker.log(report.step, values)
-        told = StepReport(report.step, (report.loss,), {"holdout": report.holdout}, report.step_size, report.finished)
-        asked = any([call(told) for call in callbacks])
-        if report.finished is not None:
-            return report.finished
-        if asked:
-            return "callback"
-        if interrupts.asked:
-            return "interrupted"
-        if time.monotonic() > deadline:
-            return "time_limit"
 
 
 class _Run:
@@ -198,14 +170,14 @@ class _Run:
             raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
         if self.init is not None and self.init.layout != simulator.layout:
             raise ConfigError("init is an amortised posterior of other parameters than this simulator's.")
-        self.entry = planned.entry
+        self.entry = planned.entry.for_pairs()
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
         self.asked_batch = batch_size
         self.steps = steps or (game.MOST_STEPS if self.by_critic else _MOST_STEPS)
-        self.step_size = step_size or (game.STEP_SIZE if self.by_critic else _STEP_SIZE)
+        self.step_size = step_size
         self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]
 
     # -- simulations ---------------------------------------------------------------------------------------------------
@@ -295,8 +267,11 @@ class _Run:
         latent = LatentSpec(model.dim, model.space, model.num_categories, int(size), **options)
         family = self.entry.build(latent, generator=source)
         family.spec = describe(self.entry)
-        sd = self.all.z.double().std(0).clamp_min(1e-12)
-        family.precondition(self.all.z.double().mean(0), sd)
+        z = self.all.z.double()
+        with torch.no_grad():
+            parts = [encoder(part) for part in self.all.x[:_REGRESSION].split(4096)]
+        if not family.start_from(self.all.z[:_REGRESSION], torch.cat(parts), model.layout.bounded()):
+            family.precondition(z.mean(0), z.std(0).clamp_min(1e-12))
         return AmortisedFamily(encoder, family)
 
     def trainer(self, restart: int) -> tuple[EpochTrainer, AmortisedFamily]:
@@ -319,8 +294,8 @@ class _Run:
 
         trainer = Trainer(
             module, loss, pointwise, self._epoch(restart), self.holdout, batch_size=self.batch_size,
-            step_size=self.step_size, patience=objective.patience, seed=split(self.seed, "order", restart),
-            fresh=self.fresh,
+            step_size=self.step_size or module.family.pairs_step_size, patience=objective.patience,
+            seed=split(self.seed, "order", restart), fresh=self.fresh,
         )  # fmt: skip
         return trainer, module
 
@@ -332,8 +307,8 @@ class _Run:
         critic = JointRatio(encoder, self.all.z, self.all.x, self.objective.hidden, source)
         return game.GameTrainer(
             module, critic, self.objective.joint_loss, self._epoch(restart), self.holdout, batch_size=self.batch_size,
-            draws=self.draws, step_size=self.step_size, most_steps=self.steps, seed=split(self.seed, "order", restart),
-            fresh=self.fresh,
+            draws=self.draws, step_size=self.step_size or game.STEP_SIZE, most_steps=self.steps,
+            seed=split(self.seed, "order", restart), fresh=self.fresh,
         )  # fmt: skip
 
     def _likelihood_trainer(self, module: AmortisedFamily, restart: int) -> Trainer:
@@ -346,7 +321,8 @@ class _Run:
         epoch = kept if times == 1 else Pairs(kept.z.repeat(times, 1), kept.x.repeat(times, *[1] * (kept.x.dim() - 1)))
         return Trainer(
             module, way.loss, way.pointwise, lambda _: epoch, self.holdout, batch_size=self.batch_size,
-            step_size=self.step_size, patience=getattr(self.objective, "patience", _PATIENCE),
+            step_size=self.step_size or module.family.pairs_step_size,
+            patience=getattr(self.objective, "patience", _PATIENCE),
             seed=split(self.seed, "order", restart), fresh=False,
         )  # fmt: skip
 
