@@ -16,6 +16,7 @@ from vifamily.errors import ConfigError, DataError, ModelError, NotAvailableErro
 from vifamily.models._at_data import SimulatorAtData
 from vifamily.models._base import Model, check_result
 from vifamily.models._calls import call_seeded, check_callable, check_count, check_device, check_dtype
+from vifamily.models._data import as_numbers
 from vifamily.models._prior import Prior
 from vifamily.models._simulations import SimulationFolder, Simulations
 from vifamily.registry import register
@@ -281,8 +282,8 @@ class Simulator(Model):
         if isinstance(theta, Simulations):
             pairs = theta
         else:
-            columns = self.layout.flatten(theta) if isinstance(theta, Mapping) else torch.as_tensor(theta)
-            pairs = Simulations.of(columns.to(self.dtype), torch.as_tensor(x).to(self.dtype))
+            columns = self.layout.flatten(theta) if isinstance(theta, Mapping) else as_numbers(theta, "parameters")
+            pairs = Simulations.of(columns.to(self.dtype), as_numbers(x, "data").to(self.dtype))
         if pairs.theta.shape[-1] != len(self.layout.columns()):
             raise ShapeError(
                 f"the parameters must have {len(self.layout.columns())} columns, {', '.join(self.layout.columns())}, "
@@ -302,7 +303,7 @@ class Simulator(Model):
             ShapeError: If there is no axis of data.
             DataError: If a number is not finite.
         """
-        data = torch.as_tensor(x).detach().to(self.device, self.dtype)
+        data = as_numbers(x, "observations").detach().to(self.device, self.dtype)
         if data.dim() == 0 or not len(data):
             raise ShapeError(f"observations must have a first axis of data, got the shape {tuple(data.shape)}.")
         if not bool(data.isfinite().all()):
@@ -357,7 +358,7 @@ class ObservedSimulator(Model):
     def __init__(self, simulator: Simulator, x: Any) -> None:
         super().__init__(simulator.layout, dtype=simulator.dtype, device=simulator.device)
         self.space, self.num_categories = simulator.space, simulator.num_categories
-        self.simulator, self.x = simulator, torch.as_tensor(x).detach().to("cpu", simulator.dtype)
+        self.simulator, self.x = simulator, as_numbers(x, "an observation").detach().to("cpu", simulator.dtype)
         if not bool(self.x.isfinite().all()):
             raise DataError("the observation has numbers that are not finite.")
         capabilities = (simulator.capabilities | {Capability.PREDICTIVE}) - {Capability.SIMULATE}

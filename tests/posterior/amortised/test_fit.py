@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vifamily as vf
-from vifamily.errors import CheckpointError, ConfigError, IncompatibleError, NotAvailableError, ShapeError
+from vifamily.errors import CheckpointError, ConfigError, DataError, IncompatibleError, NotAvailableError, ShapeError
 from vifamily.posterior.amortised import AmortisedPosterior
 from vifamily.rng import scoped
 
@@ -212,3 +212,31 @@ def test_a_posterior_that_ends_at_a_bound_keeps_its_sharp_end():
         found = (posterior(torch.tensor([x])).log_prob(z[:, None]) - (grid * (1 - grid)).log()).exp()
         # total variation: the density does not fall to zero at the bound, where it is nearly largest for the first x
         assert float((found - exact).abs().mean()) / 2 < 0.06
+
+
+@pytest.mark.parametrize("family", ["flow(transforms=1, hidden=[8])", "full_rank"])
+def test_one_number_of_one_parameter(family):
+    """A prior over one number and data of one number, without axes of their own."""
+    simulator = vf.models.Simulator(torch.distributions.Uniform(0.0, 1.0), lambda t: t + 0.1 * torch.randn_like(t))
+    posterior = vf.fit(simulator, family, "inclusive_kl(simulations=300)", steps=40, seed=0)
+    for x in (0.5, torch.tensor(0.5), torch.tensor([0.5])):
+        assert posterior(x).draws(3).shape == (3, 1)
+    assert posterior.draws(torch.zeros(4), 5).shape == (5, 4, 1)
+
+
+def test_a_simulator_without_noise_does_not_start_at_a_point():
+    simulator = vf.models.Simulator(torch.distributions.Uniform(torch.zeros(2), torch.ones(2)), lambda t: 2 * t)
+    posterior = vf.fit(simulator, "flow(transforms=1, hidden=[8])", "inclusive_kl(simulations=300)", steps=40, seed=0)
+    # the density of the parameters has no bound here; the width of the start is a thousandth of the prior's
+    assert posterior.record.restart_losses[0] < 0
+    assert (
+        float((posterior(torch.tensor([1.0, 0.4])).sample(200)["theta"] - torch.tensor([0.5, 0.2])).abs().max()) < 0.05
+    )
+
+
+@pytest.mark.parametrize("x", ["abc", [[1.0], [2.0, 3.0]], None, torch.zeros(2, dtype=torch.complex64)])
+def test_observations_that_are_no_numbers_are_refused(fitted, x):
+    with pytest.raises(DataError, match="must be"):
+        fitted(x)
+    with pytest.raises(DataError, match="must be"):
+        gaussian_linear().with_observations(x)

@@ -15,6 +15,7 @@ from vifamily import checkpoint
 from vifamily.diagnostics import Calibration, Coverage, NullTest, expected_coverage, local_c2st, sbc, tarp
 from vifamily.errors import CheckpointError, ConfigError, NotAvailableError, ShapeError
 from vifamily.models import ObservedSimulator, Simulator
+from vifamily.models._data import as_numbers
 from vifamily.posterior import FitRecord, Posterior
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._refine import Refined, refine
@@ -72,7 +73,7 @@ class AmortisedPosterior:
             ShapeError: If the shape is another.
             DataError: If it is not finite.
         """
-        observed = torch.as_tensor(x)
+        observed = as_numbers(x, "an observation")
         model = None if self.simulator is None else ObservedSimulator(self.simulator, observed)
         if model is not None and tuple(model.x.shape) == (1, *self.family.encoder.shape):
             model = ObservedSimulator(model.simulator, model.x[0])
@@ -118,7 +119,7 @@ class AmortisedPosterior:
     # -- many observations at once -------------------------------------------------------------------------------------
     def _data(self, x: Any) -> Tensor:
         like, shape = self.family.encoder.shift, self.family.encoder.shape
-        data = torch.as_tensor(x).to(like)
+        data = as_numbers(x, "observations").to(like)
         if tuple(data.shape[1:]) != shape or data.dim() != len(shape) + 1:
             raise ShapeError(f"observations must have shape (datum, {shape}), got {tuple(data.shape)}.")
         return data
@@ -231,7 +232,7 @@ class AmortisedPosterior:
             NotAvailableError: If the simulator is not there.
         """
         z, data = self._simulated(num_simulations, seed)
-        one, observed = self.draws(data, 1, seed=seed)[0], torch.as_tensor(x)
+        one, observed = self.draws(data, 1, seed=seed)[0], as_numbers(x, "an observation")
         here = self.draws(observed.reshape(1, *self.family.encoder.shape), num_draws, seed=seed)[:, 0]
         return local_c2st(
             self._columns(z), data.flatten(1), self._columns(one), observed=observed.flatten(),

@@ -126,11 +126,18 @@ class Vector(EncoderEntry):
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> Encoder:
         """Build the encoder."""
-        net: nn.Module = nn.Flatten()
+        net: nn.Module = _Flat()
         if self.hidden:
             inner = mlp(math.prod(shape), self.hidden, self.outputs, generator, dtype=dtype, device=device)
-            net = nn.Sequential(nn.Flatten(), inner)
+            net = nn.Sequential(_Flat(), inner)
         return Encoder(shape, net, dtype=dtype, device=device)
+
+
+class _Flat(nn.Module):
+    """One vector for each datum; a datum that is a single number becomes a vector of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1)
 
 
 class _Pool(nn.Module):
