@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vifamily as vf
-from vifamily.errors import CheckpointError, ConfigError, IncompatibleError, NotAvailableError, ShapeError
+from vifamily.errors import CheckpointError, ConfigError, DataError, IncompatibleError, NotAvailableError, ShapeError
 from vifamily.posterior.amortised import AmortisedPosterior
 from vifamily.rng import scoped
 
@@ -196,3 +196,46 @@ def test_parameters_stay_in_their_supports():
     posterior = vf.fit(simulator, "full_rank", "inclusive_kl(simulations=800)", steps=60)
     theta = posterior(torch.tensor([3.0, 5.0, 4.0, 4.0])).sample(500)
     assert bool((theta["rate"] > 0).all()) and bool(((theta["share"] > 0) & (theta["share"] < 1)).all())
+
+
+def test_data_of_one_number_without_an_axis():
+    prior = torch.distributions.Normal(torch.zeros(1), 1.0)
+    simulator = vf.models.Simulator(prior, lambda theta: theta[:, 0] + torch.randn(len(theta)))
+    for encoder in (None, "vector"):
+        found = vf.fit(simulator, "natural", "inclusive_kl(simulations=3000)", encoder=encoder, steps=400, seed=0)
+        posterior = found(torch.tensor(1.0))  # exactly N(1/2, 1/2)
+        assert abs(float(posterior.mean()) - 0.5) < 0.15
+        assert found.draws(torch.zeros(4), 5).shape == (5, 4, 1)
+
+
+def test_many_observations_are_checked_as_one_is():
+    simulator = vf.models.Simulator(
+        torch.distributions.Normal(torch.zeros(2), 1.0), lambda theta: theta + torch.randn_like(theta)
+    )
+    found = vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", steps=3, seed=0)
+    gone = torch.tensor([[math.nan, 0.0], [0.0, 0.0]])
+    for call in (found.draws, found.sample, lambda x: found.log_prob(torch.zeros(2, 2), x)):
+        with pytest.raises(DataError, match="1 of 2 observations"):
+            call(gone)
+    for value in ("text", None):
+        with pytest.raises(ShapeError, match="numbers in a tensor"):
+            found(value)
+    with pytest.raises(ShapeError, match="one for each of the data"):
+        found.log_prob(torch.zeros(7, 2), torch.zeros(2, 2))
+    with pytest.raises(ShapeError, match="shape of one simulation"):
+        found.local_c2st(torch.zeros(3), 100)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 2.5])
+def test_sizes_of_batches_are_checked(batch_size):
+    simulator = vf.models.Simulator(torch.distributions.Normal(torch.zeros(2), 1.0), lambda theta: theta)
+    with pytest.raises(ConfigError, match="batch_size"):
+        vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", batch_size=batch_size, steps=3)
+
+
+def test_data_without_numbers_are_refused():
+    simulator = vf.models.Simulator(
+        torch.distributions.Normal(torch.zeros(2), 1.0), lambda theta: torch.zeros(len(theta), 0)
+    )
+    with pytest.raises(ShapeError, match="holds no numbers"):
+        vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", steps=3)

@@ -126,10 +126,12 @@ class Vector(EncoderEntry):
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> Encoder:
         """Build the encoder."""
-        net: nn.Module = nn.Flatten()
+        _check_not_empty(shape)
+        flat: nn.Module = nn.Flatten() if len(shape) else nn.Unflatten(0, (-1, 1))  # a number alone is a vector of one
+        net = flat
         if self.hidden:
             inner = mlp(math.prod(shape), self.hidden, self.outputs, generator, dtype=dtype, device=device)
-            net = nn.Sequential(nn.Flatten(), inner)
+            net = nn.Sequential(flat, inner)
         return Encoder(shape, net, dtype=dtype, device=device)
 
 
@@ -287,7 +289,15 @@ class Module(EncoderEntry):
         return Encoder(shape, own, dtype=dtype, device=device)
 
 
+def _check_not_empty(shape: Sequence[int]) -> None:
+    if 0 in shape:
+        raise ShapeError(
+            f"a datum of shape {tuple(shape)} holds no numbers: the simulator gives nothing to learn from."
+        )
+
+
 def _check_rank(entry: EncoderEntry, shape: Sequence[int], ranks: tuple[int, ...], wanted: str) -> None:
+    _check_not_empty(shape)
     if len(shape) not in ranks:
         raise ShapeError(f"the encoder {type(entry).__name__} takes data of shape {wanted}, got {tuple(shape)}.")
 
