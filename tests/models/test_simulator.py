@@ -293,6 +293,7 @@ def test_indices_that_are_damaged_are_refused(tmp_path, text):
         Simulator(PRIOR, noisy).simulations(100, folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_words():
     simulator = Simulator(PRIOR, lambda theta: os._exit(3), batched=True)
     with pytest.raises(ModelError, match="worker process ended"):

@@ -198,14 +198,19 @@ def test_parameters_stay_in_their_supports():
     assert bool((theta["rate"] > 0).all()) and bool(((theta["share"] > 0) & (theta["share"] < 1)).all())
 
 
-def test_data_of_one_number_without_an_axis():
+@pytest.mark.parametrize("encoder", [None, "vector"])
+def test_data_of_one_number_without_an_axis_are_those_with_one(encoder):
     prior = torch.distributions.Normal(torch.zeros(1), 1.0)
-    simulator = vf.models.Simulator(prior, lambda theta: theta[:, 0] + torch.randn(len(theta)))
-    for encoder in (None, "vector"):
-        found = vf.fit(simulator, "natural", "inclusive_kl(simulations=3000)", encoder=encoder, steps=400, seed=0)
-        posterior = found(torch.tensor(1.0))  # exactly N(1/2, 1/2)
-        assert abs(float(posterior.mean()) - 0.5) < 0.15
-        assert found.draws(torch.zeros(4), 5).shape == (5, 4, 1)
+    plain = vf.models.Simulator(prior, lambda theta: theta[:, 0] + torch.randn(len(theta)))
+    beside = vf.models.Simulator(prior, lambda theta: theta + torch.randn(len(theta)).unsqueeze(-1))
+    one, other = (
+        vf.fit(simulator, "natural", "inclusive_kl(simulations=500)", encoder=encoder, steps=60, seed=0)
+        for simulator in (plain, beside)
+    )
+    x = torch.linspace(-2, 2, 5)
+    assert torch.equal(one.draws(x, 20), other.draws(x.unsqueeze(-1), 20))
+    assert torch.equal(one(x[0]).draws(20), other(x[:1]).draws(20))
+    assert one.local_c2st(x[0], 60, num_draws=30, num_null=3).p_value > 0
 
 
 def test_many_observations_are_checked_as_one_is():
