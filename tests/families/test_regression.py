@@ -39,9 +39,9 @@ def test_the_fit_finds_slopes_and_the_spread_of_the_rest():
     z, context = pairs()
     frame.fit(z, context, BOUNDED)
     # five standard errors of a slope from 2,000 pairs, and the few pairs that the bounds cut off
-    assert abs(float(frame.slope.detach()[0, 0]) - 0.1) < 0.004
-    assert abs(float(frame.slope.detach()[1, 1]) - 2) < 5 * 0.5 / 2000**0.5
-    assert float(frame.log_width.detach()[1].exp()) == pytest.approx(0.5, rel=5 / (2 * 2000) ** 0.5)
+    assert abs(float(frame.start_slope[0, 0]) - 0.1) < 0.004
+    assert abs(float(frame.start_slope[1, 1]) - 2) < 5 * 0.5 / 2000**0.5
+    assert float(frame.unit[1]) == pytest.approx(0.5, rel=5 / (2 * 2000) ** 0.5)
     v, _ = frame(z, context)
     assert float(v[:, 1].detach().std()) == pytest.approx(1.0, abs=0.08)
     assert 0.8 < float(v[:, 0].detach().std()) < 1.3
@@ -51,7 +51,7 @@ def test_the_fit_finds_slopes_and_the_spread_of_the_rest():
 def test_more_context_numbers_than_pairs_do_not_make_the_rest_too_narrow():
     frame = RegressionFrame(LatentSpec(1, context_dim=80))
     frame.fit(normal(60, 1), normal(60, 80, seed=1), torch.tensor([False]))
-    assert float(frame.log_width.detach().exp()) > 0.6
+    assert float(frame.unit) > 0.6
 
 
 def test_the_map_and_its_inverse_agree_and_the_jacobian_is_the_determinant():

@@ -1,9 +1,12 @@
 """Simulators: priors and simulators of every form, seeds, stored simulations, non-finite ones, observations."""
 
 import math
+import os
 
 import pytest
+import safetensors.torch
 import torch
+from torch.distributions import Independent, Normal
 
 from vifamily import testing
 from vifamily.errors import (
@@ -19,6 +22,7 @@ from vifamily.models import Simulations, Simulator
 from vifamily.rng import generator
 from vifamily.types import Capability
 
+PRIOR = torch.distributions.Uniform(torch.zeros(2), torch.ones(2))
 NORMAL = torch.distributions.Normal(torch.zeros(2), torch.ones(2))
 
 
@@ -246,3 +250,74 @@ def test_priors_that_cannot_be_used():
         Simulator(mixed, noisy)
     with pytest.raises(ConfigError, match="simulate"):
         Simulator(NORMAL, None)
+
+
+def test_what_is_finished_is_stored_before_the_simulator_fails(tmp_path):
+    calls = {"count": 0}
+
+    def failing(theta):
+        calls["count"] += 1
+        if calls["count"] == 3:
+            raise RuntimeError("out of luck")
+        return noisy(theta)
+
+    simulator = Simulator(PRIOR, failing, batched=True)
+    with pytest.raises(ModelError, match="out of luck"):
+        simulator.simulations(4000, seed=1, folder=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    again = simulator.simulations(4000, seed=1, folder=tmp_path)
+    assert torch.equal(again.x, Simulator(PRIOR, noisy, batched=True).simulations(4000, seed=1).x)
+    assert calls["count"] == 5  # the two that were there were not made again
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"theta": torch.zeros(10, 2), "x": torch.zeros(10, 2)},
+        {"theta": torch.zeros(1000, 2), "x": torch.full((1000, 2), math.nan)},
+        {"theta": torch.zeros(1000, 2).double(), "x": torch.zeros(1000, 2)},
+    ],
+)
+def test_chunks_that_are_not_what_the_index_says_are_refused(tmp_path, tensors):
+    simulator = Simulator(PRIOR, noisy)
+    simulator.simulations(2000, folder=tmp_path)
+    safetensors.torch.save_file(tensors, tmp_path / "chunk-000001.safetensors")
+    with pytest.raises(CheckpointError, match="delete it"):
+        simulator.simulations(2000, folder=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": 1, "identity": null, "sizes": []}'])
+def test_indices_that_are_damaged_are_refused(tmp_path, text):
+    (tmp_path / "simulations.json").write_text(text)
+    with pytest.raises(CheckpointError, match="damaged"):
+        Simulator(PRIOR, noisy).simulations(100, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told_in_words():
+    simulator = Simulator(PRIOR, lambda theta: os._exit(3), batched=True)
+    with pytest.raises(ModelError, match="worker process ended"):
+        simulator.simulations(3000, workers=2)
+
+
+def test_given_simulations_are_checked():
+    simulator = Simulator(PRIOR, noisy)
+    with pytest.raises(ShapeError, match="the data that belong"):
+        simulator.with_simulations(torch.zeros(5, 2))
+    with pytest.raises(DataError, match="not a single"):
+        simulator.with_simulations(torch.zeros(0, 2), torch.zeros(0, 2))
+    with pytest.raises(DataError, match="numbers in a tensor"):
+        simulator.with_observations(None)
+    with pytest.raises(DataError, match="3 of 5 parameters lie"):
+        simulator.unconstrained(torch.tensor([[5.0, 0.5], [0.5, 0.5], [0.5, -7.0], [0.2, 0.9], [2.0, 2.0]]))
+
+
+def test_complex_data_are_refused_and_mixtures_have_the_support_of_their_components():
+    with pytest.raises(ShapeError, match="complex"):
+        Simulator(PRIOR, lambda theta: torch.complex(theta, theta)).simulations(10)
+    parts = Independent(Normal(torch.zeros(3, 2), 1.0), 1)
+    mixed = Simulator(
+        torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(3)), parts), noisy
+    )
+    assert mixed.dim == 2
+    assert mixed.simulations(10).x.shape == (10, 2)

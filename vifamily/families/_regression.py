@@ -29,14 +29,19 @@ class RegressionFrame(nn.Module):
     a uniform prior may end sharply at a bound, while inside ``v`` is about linear in the parameter. Where the
     posterior's location moves with the data and its shape hardly does, the law of ``v`` hardly depends on the context.
 
-    ``intercept`` and ``width`` have shape ``(dim,)``, ``slope`` ``(context_dim, dim)``; all are trained with the
-    family. Before :meth:`fit` the map is the identity.
+    ``slope`` ``(context_dim, dim)``, ``intercept`` and ``log_width`` ``(dim,)`` are trained with the family. They are
+    what is added to ``start_slope``, ``start_intercept`` and ``log unit``, the first two in units of the width at the
+    start: a step that suits a wide posterior would otherwise throw a narrow one far off. Before :meth:`fit` the map is
+    the identity.
 
     Args:
         latent: What is covered, with a context.
     """
 
     bounded: Tensor
+    start_slope: Tensor
+    start_intercept: Tensor
+    unit: Tensor
 
     def __init__(self, latent: LatentSpec) -> None:
         super().__init__()
@@ -44,12 +49,15 @@ class RegressionFrame(nn.Module):
         self.slope = nn.Parameter(torch.zeros(latent.context_dim or 0, latent.dim, **options))
         self.intercept = nn.Parameter(torch.zeros(latent.dim, **options))
         self.log_width = nn.Parameter(torch.zeros(latent.dim, **options))
+        self.register_buffer("start_slope", torch.zeros_like(self.slope.detach()))
+        self.register_buffer("start_intercept", torch.zeros_like(self.intercept.detach()))
+        self.register_buffer("unit", torch.ones_like(self.intercept.detach()))
         self.register_buffer("bounded", torch.zeros(latent.dim, dtype=torch.bool, device=latent.device))
 
     def forward(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map points ``(..., datum, dim)`` to residuals; also ``log |det dv/dz|``, ``(..., datum)``."""
         loc, width = self._at(context)
-        v, log_jacobian = (z - loc) / width, -self.log_width.expand_as(z)
+        v, log_jacobian = (z - loc) / width, -width.log().expand_as(z)
         if self.any_bounded:
             score, log_slope = truncated_logistic_score(torch.where(self.bounded, z, 0.0), *self._safe(loc, width))
             v, log_jacobian = self._pick(score, v), self._pick(log_slope, log_jacobian)
@@ -58,7 +66,7 @@ class RegressionFrame(nn.Module):
     def inverse(self, v: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Map residuals ``(..., datum, dim)`` to points; also ``log |det dv/dz|`` there."""
         loc, width = self._at(context)
-        z, log_jacobian = loc + width * v, -self.log_width.expand_as(v)
+        z, log_jacobian = loc + width * v, -width.log().expand_as(v)
         if self.any_bounded:
             logit, log_slope = truncated_logistic_inverse(torch.where(self.bounded, v, 0.0), *self._safe(loc, width))
             z, log_jacobian = self._pick(logit, z), self._pick(log_slope, log_jacobian)
@@ -70,7 +78,8 @@ class RegressionFrame(nn.Module):
         return bool(self.bounded.any())
 
     def _at(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        return self.intercept + context @ self.slope, self.log_width.exp()
+        loc = self.start_intercept + self.unit * self.intercept + context @ (self.start_slope + self.unit * self.slope)
+        return loc, self.unit * self.log_width.exp()
 
     def _safe(self, loc: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers that suit the unit interval in the place of those of coordinates that have no bounds."""
@@ -104,6 +113,8 @@ class RegressionFrame(nn.Module):
         spread = places.std(0)
         width = torch.maximum(rest.square().mean(0).sqrt(), _LEAST_SHARE * spread).clamp_min(1e-12)
         self.bounded.copy_(bounded)
-        self.slope.copy_(slope)
-        self.intercept.copy_(intercept)
-        self.log_width.copy_(torch.where(bounded, _LOGISTIC_WIDTH * width, width).log())
+        self.start_slope.copy_(slope)
+        self.start_intercept.copy_(intercept)
+        self.unit.copy_(torch.where(bounded, _LOGISTIC_WIDTH * width, width))
+        for change in (self.slope, self.intercept, self.log_width):
+            change.zero_()

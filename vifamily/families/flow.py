@@ -29,6 +29,8 @@ _KINDS = ("nsf", "maf", "nice", "realnvp", "bpf", "planar")
 _COUPLING = ("nice", "realnvp")
 _ACTIVATIONS = {"silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU, "relu": nn.ReLU}
 _START = 1e-2
+_LEAST_SPREAD = 0.1
+"""Least standard deviation of residuals at the start, in units in which they have about one."""
 _LARGEST_FULL = 256
 
 
@@ -276,10 +278,9 @@ class FlowFamily(Family):
             return False
         self.frame.fit(z, context, bounded)
         v = self.frame(z, context)[0].double()
-        spread = v.std(0).clamp_min(1e-6)
-        self.start_at(
-            v.mean(0), torch.linalg.cholesky(torch.cov(v.T).reshape(self.dim, self.dim) + 1e-6 * spread.square().diag())
-        )
+        # residuals that vanish in the pairs at hand need not vanish elsewhere
+        covariance = torch.cov(v.T).reshape(self.dim, self.dim) + _LEAST_SPREAD**2 * torch.eye(self.dim).to(v)
+        self.start_at(v.mean(0), torch.linalg.cholesky(covariance))
         return True
 
     @torch.no_grad()

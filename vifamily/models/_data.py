@@ -17,7 +17,7 @@ from vifamily.models._base import BatchSource, ShuffledIndex, WholeData
 from vifamily.models._calls import check_count
 from vifamily.types import Batch
 
-__all__ = ["DataSource", "as_data", "check_tensor", "data_source", "map_data", "named_parts", "take_rows"]
+__all__ = ["DataSource", "as_data", "as_numbers", "check_tensor", "data_source", "map_data", "named_parts", "take_rows"]
 
 
 def map_data(function: Callable[[Any], Any], data: Any) -> Any:
@@ -68,6 +68,27 @@ def check_tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device
         count, first = int((~finite).sum()), (~finite).nonzero()[0].tolist()
         raise DataError(f"{said} hold {count} NaN or infinite value(s), the first at {first}. Remove or impute them.")
     return value
+
+
+def as_numbers(value: Any, what: str) -> Tensor:
+    """Return numbers as a tensor.
+
+    Args:
+        value: A tensor, an array, or nested lists of numbers of one length.
+        what: What they are, in the words of the message.
+
+    Raises:
+        DataError: If they are no real numbers.
+    """
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{what} must be numbers in a tensor, an array or lists, got {value!r:.80}: {error}."
+        ) from error
+    if found.is_complex():
+        raise DataError(f"{what} must be real numbers, got {found.dtype}.")
+    return found
 
 
 def as_data(data: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, VonMises
+from torch.distributions import Distribution, Independent, MixtureSameFamily, VonMises
 
 from vifamily.errors import ConfigError, DataError, ModelError, ShapeError, SupportError
 from vifamily.models._calls import call_seeded
@@ -59,6 +59,8 @@ class Prior:
                 support = "circle"  # torch calls it real
             elif isinstance(part, Distribution) or hasattr(part, "support"):
                 support = part.support
+            if isinstance(part, MixtureSameFamily):
+                support = part.component_distribution.support  # all components have it
             if support is None:
                 support = "real"
             out[name] = (shape, support)

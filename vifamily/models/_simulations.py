@@ -62,7 +62,13 @@ class Simulations:
     def of(cls, theta: Tensor, x: Tensor, non_finite: int = 0) -> Simulations:
         """Leave out the rows that are not finite, and count them."""
         pairs = cls(theta, x, non_finite)
-        good = theta.isfinite().all(-1) & x.reshape(len(x), -1).isfinite().all(-1)
+        if not len(pairs):
+            return pairs
+        good = (
+            theta.isfinite().all(-1) & x.flatten(1).isfinite().all(-1)
+            if x.dim() > 1
+            else (theta.isfinite().all(-1) & x.isfinite())
+        )
         if bool(good.all()):
             return pairs
         return cls(theta[good], x[good], non_finite + int((~good).sum()))
@@ -74,6 +80,9 @@ class Simulations:
         Raises:
             DataError: If nothing finite is left.
         """
+        widths = {part.theta.shape[1] for part in parts}
+        if len(widths) > 1:
+            raise ShapeError(f"parameters must all have one number of columns, got {sorted(widths)}.")
         shapes = {tuple(part.x.shape[1:]) for part in parts}
         if len(shapes) > 1:
             raise ShapeError(f"simulated data must all have one shape, got {', '.join(map(str, sorted(shapes)))}.")
@@ -123,10 +132,12 @@ class SimulationFolder:
         try:
             header = json.loads(file.read_bytes())
             sizes, identity, schema = header["sizes"], header["identity"], header["schema"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise CheckpointError(f"{file} is not an index of simulations, or is damaged: {error}") from error
         if schema != _SCHEMA:
             raise CheckpointError(f"{file} has format version {schema!r}, and this version of the package reads 1.")
+        if not isinstance(identity, dict):
+            raise CheckpointError(f"{file} does not say how its simulations were made; it is damaged.")
         if identity != self.identity:
             keys = set(identity) | set(self.identity)
             names = sorted(key for key in keys if identity.get(key) != self.identity.get(key))
@@ -184,8 +195,18 @@ class SimulationFolder:
         try:
             with safetensors.safe_open(file, framework="pt") as opened:
                 dropped = int((opened.metadata() or {}).get("non_finite", 0))
-                return Simulations(opened.get_tensor("theta"), opened.get_tensor("x"), dropped)
+                found = Simulations(opened.get_tensor("theta"), opened.get_tensor("x"), dropped)
         except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"{file} is missing or damaged ({error}): delete it, and it is made again."
             ) from error
+        whole = index < len(self.sizes) and len(found) + dropped == self.sizes[index] and dropped >= 0
+        if (
+            not whole
+            or str(found.x.dtype) != str(found.theta.dtype)
+            or not bool(found.theta.isfinite().all() and found.x.isfinite().all())
+        ):
+            raise CheckpointError(
+                f"{file} does not hold the simulations that its index speaks of: delete it, and it is made again."
+            )
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
 from typing import Any, Self
 
 import joblib
@@ -16,6 +17,7 @@ from vifamily.errors import ConfigError, DataError, ModelError, NotAvailableErro
 from vifamily.models._at_data import SimulatorAtData
 from vifamily.models._base import Model, check_result
 from vifamily.models._calls import call_seeded, check_callable, check_count, check_device, check_dtype
+from vifamily.models._data import as_numbers
 from vifamily.models._prior import Prior
 from vifamily.models._simulations import SimulationFolder, Simulations
 from vifamily.registry import register
@@ -26,6 +28,8 @@ __all__ = ["ObservedSimulator", "Simulations", "Simulator"]
 _CHUNK, _CHUNK_SINGLE = 1000, 50
 """Simulations made in one call of a batched simulator, and in one task of one that takes a single parameter."""
 _PROBE = 3
+_ROUNDED = 1e-4
+"""How far outside of its interval, relative to its size, a parameter may be by rounding."""
 _EDGE = 17.0
 """The logit of one rounding of single precision."""
 
@@ -136,10 +140,22 @@ class Simulator(Model):
             if site.plain["kind"] in ("interval", "unit_interval"):
                 # a draw rounded to an end of its interval stands for one within a rounding of it
                 z[:, site.start : site.stop].clamp_(-_EDGE, _EDGE)
-        if not bool(z.isfinite().all()):
-            bad = int((~z.isfinite().all(-1)).sum())
-            raise DataError(f"{bad} of {len(z)} parameters lie on the edge of or outside their support.")
+        bad = ~z.isfinite().all(-1) | self._outside(theta.double(), z)
+        if bool(bad.any()):
+            raise DataError(f"{int(bad.sum())} of {len(z)} parameters lie on the edge of or outside their support.")
         return z.to(self.device, self.dtype)
+
+    def _outside(self, theta: Tensor, z: Tensor) -> Tensor:
+        """Rows with a parameter outside its interval by more than rounding, ``(pair,)``."""
+        kinds = {site.name: site.plain["kind"] for site in self.layout.sites}
+        given, back = self.layout.unflatten(theta), self.layout.constrain(z)
+        bad = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        for name, kind in kinds.items():
+            if kind in ("interval", "unit_interval") and len(z):
+                gap = (given[name].to(back[name]) - back[name]).abs().reshape(len(z), -1)
+                size = back[name].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+                bad |= ~(gap <= _ROUNDED * size).all(-1)
+        return bad
 
     def mean_statistics(self, z: Tensor, x: Tensor) -> Tensor:
         """Mean sufficient statistics given data, ``(pair, dim), (pair, *shape) -> (pair, statistic)``.
@@ -196,9 +212,12 @@ class Simulator(Model):
         argument = dict(theta) if self.prior.named else next(iter(theta.values()))
         made = call_seeded("the simulator", self.function, argument, generator=generator)
         try:
-            x = torch.as_tensor(made).detach().to("cpu", self.dtype)
+            given = torch.as_tensor(made).detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ShapeError(f"the simulator must give numbers in a tensor, got {type(made).__name__}.") from error
+        if given.is_complex():
+            raise ShapeError("the simulator gave complex numbers: give real and imaginary part side by side.")
+        x = given.to("cpu", self.dtype)
         if num is not None and (x.dim() == 0 or x.shape[0] != num):
             raise ShapeError(
                 f"the simulator gave data of shape {tuple(x.shape)} for {num} parameters: the first axis must be that "
@@ -245,7 +264,8 @@ class Simulator(Model):
         plan = store.plan(num, chunk)
         store.declare(plan)
         missing = [(i, size) for i, size in plan if not store.has(i)]
-        step = max(1, 4 * (workers if workers > 0 else os.cpu_count() or 1))
+        # what is finished is stored before the next is begun, so that an error loses no more than one round
+        step = 1 if workers == 1 else max(1, 4 * (workers if workers > 0 else os.cpu_count() or 1))
         for start in range(0, len(missing), step):
             some = missing[start : start + step]
             for (index, _), part in zip(some, self._made(some, seed, workers), strict=True):
@@ -262,9 +282,15 @@ class Simulator(Model):
             return [_chunk(self, seed, index, size) for index, size in plan]
         bare = copy.copy(self)
         bare.stored = None
-        made: list[Simulations] = joblib.Parallel(n_jobs=workers)(
-            joblib.delayed(_chunk)(bare, seed, index, size) for index, size in plan
-        )
+        try:
+            made: list[Simulations] = joblib.Parallel(n_jobs=workers)(
+                joblib.delayed(_chunk)(bare, seed, index, size) for index, size in plan
+            )
+        except BrokenExecutor as error:
+            raise ModelError(
+                "a worker process ended while it simulated: it was killed, most often for want of memory, or the "
+                "simulator ended its process. Try workers=1."
+            ) from error
         return made
 
     def with_simulations(self, theta: Any, x: Any = None) -> Self:
@@ -281,8 +307,12 @@ class Simulator(Model):
         if isinstance(theta, Simulations):
             pairs = theta
         else:
-            columns = self.layout.flatten(theta) if isinstance(theta, Mapping) else torch.as_tensor(theta)
-            pairs = Simulations.of(columns.to(self.dtype), torch.as_tensor(x).to(self.dtype))
+            if x is None:
+                raise ShapeError("give the data that belong to the parameters as well: with_simulations(theta, x).")
+            columns = self.layout.flatten(theta) if isinstance(theta, Mapping) else as_numbers(theta, "parameters")
+            pairs = Simulations.of(columns.to(self.dtype), as_numbers(x, "data").to(self.dtype))
+        if not len(pairs) and not pairs.non_finite:
+            raise DataError("there is not a single simulation.")
         if pairs.theta.shape[-1] != len(self.layout.columns()):
             raise ShapeError(
                 f"the parameters must have {len(self.layout.columns())} columns, {', '.join(self.layout.columns())}, "
@@ -302,7 +332,7 @@ class Simulator(Model):
             ShapeError: If there is no axis of data.
             DataError: If a number is not finite.
         """
-        data = torch.as_tensor(x).detach().to(self.device, self.dtype)
+        data = as_numbers(x, "observations").detach().to(self.device, self.dtype)
         if data.dim() == 0 or not len(data):
             raise ShapeError(f"observations must have a first axis of data, got the shape {tuple(data.shape)}.")
         if not bool(data.isfinite().all()):
@@ -357,7 +387,7 @@ class ObservedSimulator(Model):
     def __init__(self, simulator: Simulator, x: Any) -> None:
         super().__init__(simulator.layout, dtype=simulator.dtype, device=simulator.device)
         self.space, self.num_categories = simulator.space, simulator.num_categories
-        self.simulator, self.x = simulator, torch.as_tensor(x).detach().to("cpu", simulator.dtype)
+        self.simulator, self.x = simulator, as_numbers(x, "an observation").detach().to("cpu", simulator.dtype)
         if not bool(self.x.isfinite().all()):
             raise DataError("the observation has numbers that are not finite.")
         capabilities = (simulator.capabilities | {Capability.PREDICTIVE}) - {Capability.SIMULATE}

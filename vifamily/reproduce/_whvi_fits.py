@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import warnings
@@ -18,12 +19,27 @@ from vifamily.errors import VifamilyWarning
 from vifamily.fit import fit
 from vifamily.models import Network
 from vifamily.reproduce import _network_baselines as baselines
-from vifamily.reproduce._uci import split_of
+from vifamily.reproduce._uci import Split, split_of
 from vifamily.types import Capability
 
-__all__ = ["BESIDE", "WHVI", "classified", "collapsed", "dense_net", "regression_row", "toy_bands"]
+__all__ = [
+    "BESIDE",
+    "SEVERAL",
+    "WHVI",
+    "classified",
+    "collapsed",
+    "dense_net",
+    "regression_row",
+    "several_settings",
+    "toy_bands",
+]
 
 WHVI = "Walsh-Hadamard"
+SEVERAL = "Walsh-Hadamard, three members"
+"""Fits from starts of their own, each with its own diagonals and noise, weighted alike; twice the steps each."""
+_MEMBERS = 3
+_LONGER = 2
+_ONE_CYCLE = "adam(schedule=one_cycle, step_size=0.04, model_step_size=1)"
 BESIDE = {
     "mean field": baselines.mean_field_network,
     "one network": baselines.single_network,
@@ -44,10 +60,15 @@ def dense_net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Se
     return nn.Sequential(*layers)
 
 
-def _fitted(model: Network, budget: baselines.Budget, seed: int, **options: Any) -> Tensor:
+def several_settings() -> dict[str, Any]:
+    """What the row of several members depends on besides the budget, for its kept parts."""
+    return {"members": _MEMBERS, "longer": _LONGER, "solver": _ONE_CYCLE}
+
+
+def _fitted(model: Network, budget: baselines.Budget, seed: int, *, solver: str = "adam", **options: Any) -> Tensor:
     """Fit a network in mean field with noise per example; return posterior draws."""
     posterior = fit(
-        model, "mean_field", "elbo(estimator=example)", "adam", batch_size=budget.batch, steps=budget.steps, draws=1,
+        model, "mean_field", "elbo(estimator=example)", solver, batch_size=budget.batch, steps=budget.steps, draws=1,
         seed=seed, progress=False, **options,
     )  # fmt: skip
     draws: Tensor = posterior.draws(budget.draws)
@@ -59,13 +80,30 @@ def regression_row(folder: Path, name: str, split: int, method: str, budget: bas
     data = split_of(folder, name, split)
     start = time.perf_counter()
     if method == WHVI:
-        net = dense_net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, split)
-        model = Network(net, "gaussian", (data.x, data.y[:, None]), "walsh_hadamard", seed=split)
-        found = _whvi_prediction(model, _fitted(model, budget, split), data.x_test)
+        found = _walsh_hadamard(data, budget, split)
+    elif method == SEVERAL:
+        found = _several(data, budget, split)
     else:
         found = BESIDE[method](data.x, data.y, data.x_test, budget, split)
     row = {"data": name, "split": split, "method": method, "parameters": found.parameters}
     return row | baselines.score(found, data.y_test, data.scale) | {"seconds": time.perf_counter() - start}
+
+
+def _walsh_hadamard(data: Split, budget: baselines.Budget, seed: int, *, solver: str = "adam") -> baselines.Predicted:
+    net = dense_net([data.x.shape[1], *budget.hidden, 1], nn.ReLU, seed)
+    model = Network(net, "gaussian", (data.x, data.y[:, None]), "walsh_hadamard", seed=seed)
+    return _whvi_prediction(model, _fitted(model, budget, seed, solver=solver), data.x_test)
+
+
+def _several(data: Split, budget: baselines.Budget, split: int) -> baselines.Predicted:
+    """The mixture, in equal parts, of posteriors that were fitted apart: each has its own diagonals and noise."""
+    longer = dataclasses.replace(budget, steps=_LONGER * budget.steps)
+    members = [_walsh_hadamard(data, longer, split + 1000 * k, solver=_ONE_CYCLE) for k in range(_MEMBERS)]
+    return baselines.Predicted(
+        torch.cat([member.mean for member in members]),
+        torch.cat([member.sd for member in members]),
+        sum(member.parameters for member in members),
+    )
 
 
 def _whvi_prediction(model: Network, draws: Tensor, x: Tensor) -> baselines.Predicted:

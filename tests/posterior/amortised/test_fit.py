@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vifamily as vf
-from vifamily.errors import CheckpointError, ConfigError, IncompatibleError, NotAvailableError, ShapeError
+from vifamily.errors import CheckpointError, ConfigError, DataError, IncompatibleError, NotAvailableError, ShapeError
 from vifamily.posterior.amortised import AmortisedPosterior
 from vifamily.rng import scoped
 
@@ -212,3 +212,79 @@ def test_a_posterior_that_ends_at_a_bound_keeps_its_sharp_end():
         found = (posterior(torch.tensor([x])).log_prob(z[:, None]) - (grid * (1 - grid)).log()).exp()
         # total variation: the density does not fall to zero at the bound, where it is nearly largest for the first x
         assert float((found - exact).abs().mean()) / 2 < 0.06
+
+
+@pytest.mark.parametrize("family", ["flow(transforms=1, hidden=[8])", "full_rank"])
+def test_one_number_of_one_parameter(family):
+    """A prior over one number and data of one number, without axes of their own."""
+    simulator = vf.models.Simulator(torch.distributions.Uniform(0.0, 1.0), lambda t: t + 0.1 * torch.randn_like(t))
+    posterior = vf.fit(simulator, family, "inclusive_kl(simulations=300)", steps=40, seed=0)
+    for x in (0.5, torch.tensor(0.5), torch.tensor([0.5])):
+        assert posterior(x).draws(3).shape == (3, 1)
+    assert posterior.draws(torch.zeros(4), 5).shape == (5, 4, 1)
+
+
+def test_a_simulator_without_noise_does_not_start_at_a_point():
+    simulator = vf.models.Simulator(torch.distributions.Uniform(torch.zeros(2), torch.ones(2)), lambda t: 2 * t)
+    posterior = vf.fit(simulator, "flow(transforms=1, hidden=[8])", "inclusive_kl(simulations=300)", steps=40, seed=0)
+    # the density of the parameters has no bound here; the width of the start is a thousandth of the prior's
+    assert posterior.record.restart_losses[0] < 0
+    assert (
+        float((posterior(torch.tensor([1.0, 0.4])).sample(200)["theta"] - torch.tensor([0.5, 0.2])).abs().max()) < 0.05
+    )
+
+
+@pytest.mark.parametrize("x", ["abc", [[1.0], [2.0, 3.0]], None, torch.zeros(2, dtype=torch.complex64)])
+def test_observations_that_are_no_numbers_are_refused(fitted, x):
+    with pytest.raises(DataError, match="must be"):
+        fitted(x)
+    with pytest.raises(DataError, match="must be"):
+        gaussian_linear().with_observations(x)
+
+
+@pytest.mark.parametrize("encoder", [None, "vector"])
+def test_data_of_one_number_without_an_axis_are_those_with_one(encoder):
+    prior = torch.distributions.Normal(torch.zeros(1), 1.0)
+    plain = vf.models.Simulator(prior, lambda theta: theta[:, 0] + torch.randn(len(theta)))
+    beside = vf.models.Simulator(prior, lambda theta: theta + torch.randn(len(theta)).unsqueeze(-1))
+    one, other = (
+        vf.fit(simulator, "natural", "inclusive_kl(simulations=500)", encoder=encoder, steps=60, seed=0)
+        for simulator in (plain, beside)
+    )
+    x = torch.linspace(-2, 2, 5)
+    assert torch.equal(one.draws(x, 20), other.draws(x.unsqueeze(-1), 20))
+    assert torch.equal(one(x[0]).draws(20), other(x[:1]).draws(20))
+    assert one.local_c2st(x[0], 60, num_draws=30, num_null=3).p_value > 0
+
+
+def test_many_observations_are_checked_as_one_is():
+    simulator = vf.models.Simulator(
+        torch.distributions.Normal(torch.zeros(2), 1.0), lambda theta: theta + torch.randn_like(theta)
+    )
+    found = vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", steps=3, seed=0)
+    gone = torch.tensor([[math.nan, 0.0], [0.0, 0.0]])
+    for call in (found.draws, found.sample, lambda x: found.log_prob(torch.zeros(2, 2), x)):
+        with pytest.raises(DataError, match="1 of 2 observations"):
+            call(gone)
+    for value in ("text", None):
+        with pytest.raises(DataError, match="numbers in a tensor"):
+            found(value)
+    with pytest.raises(ShapeError, match="one for each of the data"):
+        found.log_prob(torch.zeros(7, 2), torch.zeros(2, 2))
+    with pytest.raises(ShapeError, match="shape of one simulation"):
+        found.local_c2st(torch.zeros(3), 100)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, True, 2.5])
+def test_sizes_of_batches_are_checked(batch_size):
+    simulator = vf.models.Simulator(torch.distributions.Normal(torch.zeros(2), 1.0), lambda theta: theta)
+    with pytest.raises(ConfigError, match="batch_size"):
+        vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", batch_size=batch_size, steps=3)
+
+
+def test_data_without_numbers_are_refused():
+    simulator = vf.models.Simulator(
+        torch.distributions.Normal(torch.zeros(2), 1.0), lambda theta: torch.zeros(len(theta), 0)
+    )
+    with pytest.raises(ShapeError, match="holds no numbers"):
+        vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", steps=3)

@@ -170,11 +170,20 @@ class _Run:
             raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
         if self.init is not None and self.init.layout != simulator.layout:
             raise ConfigError("init is an amortised posterior of other parameters than this simulator's.")
+        if self.init is not None and self.init.family.latent.dtype != simulator.dtype:
+            raise ConfigError(
+                f"init has networks in {self.init.family.latent.dtype} and the simulator gives {simulator.dtype}: "
+                "give the simulator the same dtype=."
+            )
         self.entry = planned.entry.for_pairs()
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
         self.asked_batch = batch_size
         self.steps = steps or (game.MOST_STEPS if self.by_critic else _MOST_STEPS)
         self.step_size = step_size

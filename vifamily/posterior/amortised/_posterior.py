@@ -13,8 +13,9 @@ from torch import Tensor
 
 from vifamily import checkpoint
 from vifamily.diagnostics import Calibration, Coverage, NullTest, expected_coverage, local_c2st, sbc, tarp
-from vifamily.errors import CheckpointError, ConfigError, NotAvailableError, ShapeError
+from vifamily.errors import CheckpointError, ConfigError, DataError, NotAvailableError, ShapeError
 from vifamily.models import ObservedSimulator, Simulator
+from vifamily.models._data import as_numbers
 from vifamily.posterior import FitRecord, Posterior
 from vifamily.posterior.amortised._family import AmortisedFamily
 from vifamily.posterior.amortised._refine import Refined, refine
@@ -72,7 +73,7 @@ class AmortisedPosterior:
             ShapeError: If the shape is another.
             DataError: If it is not finite.
         """
-        observed = torch.as_tensor(x)
+        observed = as_numbers(x, "an observation")
         model = None if self.simulator is None else ObservedSimulator(self.simulator, observed)
         if model is not None and tuple(model.x.shape) == (1, *self.family.encoder.shape):
             model = ObservedSimulator(model.simulator, model.x[0])
@@ -118,9 +119,13 @@ class AmortisedPosterior:
     # -- many observations at once -------------------------------------------------------------------------------------
     def _data(self, x: Any) -> Tensor:
         like, shape = self.family.encoder.shift, self.family.encoder.shape
-        data = torch.as_tensor(x).to(like)
-        if tuple(data.shape[1:]) != shape or data.dim() != len(shape) + 1:
-            raise ShapeError(f"observations must have shape (datum, {shape}), got {tuple(data.shape)}.")
+        data = as_numbers(x, "observations").to(like)
+        if data.dim() != len(shape) + 1 or tuple(data.shape[1:]) != shape:
+            wanted = ", ".join(["datum", *map(str, shape)])
+            raise ShapeError(f"observations must have shape ({wanted}), got {tuple(data.shape)}.")
+        if not bool(data.isfinite().all()):
+            bad = int((~data.reshape(len(data), -1).isfinite().all(-1)).sum())
+            raise DataError(f"{bad} of {len(data)} observations have numbers that are not finite: leave them out.")
         return data
 
     @torch.no_grad()
@@ -137,6 +142,7 @@ class AmortisedPosterior:
 
         Raises:
             ShapeError: If the shape of the observations is another.
+            DataError: If one is not finite.
             ConfigError: If ``num_draws`` is not a positive integer.
         """
         if isinstance(num_draws, bool) or not isinstance(num_draws, int) or num_draws < 1:
@@ -160,8 +166,19 @@ class AmortisedPosterior:
 
     @torch.no_grad()
     def log_prob(self, z: Tensor, x: Any) -> Tensor:
-        """Log density at points ``(..., datum, dim)`` of unconstrained space given data ``(datum, *shape)``."""
-        return self.family.log_prob(z.to(self.family.encoder.shift), self._data(x))
+        """Log density at points ``(..., datum, dim)`` of unconstrained space given data ``(datum, *shape)``.
+
+        Raises:
+            ShapeError: If points or data have another shape.
+            DataError: If data are not finite.
+        """
+        data, points = self._data(x), as_numbers(z, "points").to(self.family.encoder.shift)
+        if points.dim() < 2 or points.shape[-1] != self.family.dim or points.shape[-2] not in (1, len(data)):
+            raise ShapeError(
+                f"points must have shape (..., {len(data)}, {self.family.dim}), one for each of the data, got "
+                f"{tuple(points.shape)}."
+            )
+        return self.family.log_prob(points, data)
 
     # -- calibration ---------------------------------------------------------------------------------------------------
     def sbc(self, num_simulations: int = 200, *, num_draws: int = 999, seed: int = 0, **options: Any) -> Calibration:
@@ -231,10 +248,13 @@ class AmortisedPosterior:
             NotAvailableError: If the simulator is not there.
         """
         z, data = self._simulated(num_simulations, seed)
-        one, observed = self.draws(data, 1, seed=seed)[0], torch.as_tensor(x)
-        here = self.draws(observed.reshape(1, *self.family.encoder.shape), num_draws, seed=seed)[:, 0]
+        one, observed = self.draws(data, 1, seed=seed)[0], as_numbers(x, "an observation")
+        shape = self.family.encoder.shape
+        if tuple(observed.shape) not in (shape, (1, *shape)):
+            raise ShapeError(f"an observation has the shape of one simulation, {shape}, got {tuple(observed.shape)}.")
+        here = self.draws(observed.reshape(1, *shape), num_draws, seed=seed)[:, 0]
         return local_c2st(
-            self._columns(z), data.flatten(1), self._columns(one), observed=observed.flatten(),
+            self._columns(z), data.reshape(len(data), -1), self._columns(one), observed=observed.flatten(),
             observed_draws=self._columns(here), seed=seed, **options,
         )  # fmt: skip
 

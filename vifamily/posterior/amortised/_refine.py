@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vifamily.errors import ConfigError, NotAvailableError, VifamilyWarning
 from vifamily.models import ObservedSimulator
+from vifamily.models._data import as_numbers
 from vifamily.numerics.psis import FEWEST_DRAWS, Psis, psis
 from vifamily.posterior import Posterior
 from vifamily.rng import generator, split
@@ -155,7 +156,7 @@ def _fitted_at(amortised: AmortisedPosterior, x: Any, steps: int, seed: int) -> 
 
     simulator = amortised._require_simulator()
     shape = amortised.family.encoder.shape
-    observed = torch.as_tensor(x).reshape(1, *shape)
+    observed = as_numbers(x, "an observation").reshape(1, *shape)
     found = fit_amortised(
         simulator.with_observations(observed), amortised.family.family.spec or "flow", _OBJECTIVE,
         encoder=amortised.family.encoder.net if amortised.encoder_spec is None else amortised.encoder_spec,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vifamily.errors import ConfigError
 from vifamily.models import Simulations, Simulator
+from vifamily.models._data import as_numbers
 from vifamily.posterior._posterior import Posterior
 from vifamily.posterior.amortised._family import ConditionedFamily
 from vifamily.posterior.amortised._fit import fit_amortised
@@ -92,7 +93,7 @@ def truncated(
     if isinstance(level, bool) or not isinstance(level, float) or not 0 < level < 0.5:
         raise ConfigError(f"level must be a share between 0 and one half, got {level!r}.")
     check_seed(seed)
-    observed, regions, notes = torch.as_tensor(x), list[_Region](), list[str]()
+    observed, regions, notes = as_numbers(x, "an observation"), list[_Region](), list[str]()
     pairs = simulator.simulations(simulations, seed=split(seed, "truncated simulations"))
     posterior = _fitted(simulator, pairs, family, objective, seed, 0, options)
     for index in range(1, rounds):

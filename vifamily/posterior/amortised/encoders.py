@@ -126,11 +126,19 @@ class Vector(EncoderEntry):
         self, shape: Sequence[int], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
     ) -> Encoder:
         """Build the encoder."""
-        net: nn.Module = nn.Flatten()
+        _check_not_empty(shape)
+        net: nn.Module = _Flat()
         if self.hidden:
             inner = mlp(math.prod(shape), self.hidden, self.outputs, generator, dtype=dtype, device=device)
-            net = nn.Sequential(nn.Flatten(), inner)
+            net = nn.Sequential(_Flat(), inner)
         return Encoder(shape, net, dtype=dtype, device=device)
+
+
+class _Flat(nn.Module):
+    """One vector for each datum; a datum that is a single number becomes a vector of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1)
 
 
 class _Pool(nn.Module):
@@ -287,7 +295,15 @@ class Module(EncoderEntry):
         return Encoder(shape, own, dtype=dtype, device=device)
 
 
+def _check_not_empty(shape: Sequence[int]) -> None:
+    if 0 in shape:
+        raise ShapeError(
+            f"a datum of shape {tuple(shape)} holds no numbers: the simulator gives nothing to learn from."
+        )
+
+
 def _check_rank(entry: EncoderEntry, shape: Sequence[int], ranks: tuple[int, ...], wanted: str) -> None:
+    _check_not_empty(shape)
     if len(shape) not in ranks:
         raise ShapeError(f"the encoder {type(entry).__name__} takes data of shape {wanted}, got {tuple(shape)}.")
 
