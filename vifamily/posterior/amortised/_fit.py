@@ -204,6 +204,12 @@ class _Run:
                 "give the simulator the same dtype=."
             )
         self.entry = planned.entry
+        held = None if self.init is None else self.init.family.family.spec
+        if held is not None and held != describe(self.entry):
+            raise ConfigError(
+                f"init goes on with the networks that it has, of the family {held}, and {describe(self.entry)} was "
+                "asked for: give family= as init has it, or leave init out."
+            )
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
