@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from vifamily.errors import ConfigError, DataError, ShapeError
-from vifamily.ntk._network import trainable
+from vifamily.ntk._network import check_inputs, outputs_of, trainable
 from vifamily.ntk._tables import Printed, checked_gram
-from vifamily.ntk.gram import jacobian_gram
+from vifamily.ntk.gram import jacobian_gram, jacobian_of, jacobian_pieces
 from vifamily.plots.tangent import power_laws
 
-__all__ = ["DriftRecorder", "KernelDrift", "WidthSweep", "kernel_drift", "width_sweep"]
+__all__ = ["DriftRecorder", "KernelDrift", "WidthSweep", "jacobian_drift", "kernel_drift", "width_sweep"]
 
 _LAZY = 0.1
 
@@ -91,6 +91,51 @@ def kernel_drift(now: Tensor, start: Tensor, *, outputs: int = 1) -> KernelDrift
         "Take a wider network, or a shorter time."
     )
     return KernelDrift(relative, float(diagonal), float((a * b).sum()) / product if product else math.nan, (note,))
+
+
+def jacobian_drift(now: nn.Module, start: nn.Module, x: Tensor, *, chunk: int | None = None) -> float:
+    r"""Relative Frobenius distance of the Jacobians of a network now and at the start.
+
+    .. math:: \frac{\|J_t - J_0\|_F}{\|J_0\|_F}
+
+    Beside :func:`kernel_drift` it sees features that turn while their products stay: rotated Jacobians have one and
+    the same kernel. One parameter tensor is differentiated at a time, twice the cost of the Jacobians alone.
+
+    Args:
+        now: The network now.
+        start: A copy of it at the start, ``copy.deepcopy(net)``.
+        x: Inputs ``(N, ...)``.
+        chunk: Inputs whose Jacobians are held at once; by default all.
+
+    Raises:
+        ConfigError: If the two have other parameters, or as :func:`jacobian_gram`.
+        ShapeError: If inputs or outputs have another shape.
+        DeviceError: If inputs and parameters differ in device or dtype.
+        DataError: If the Jacobian at the start is zero.
+
+    Source: McNamara, Loper and Regier (2024), whose code records the distance, not relative.
+
+    Example:
+        >>> net = nn.Linear(2, 1, dtype=torch.float64)
+        >>> jacobian_drift(net, net, torch.eye(2, dtype=torch.float64))
+        0.0
+    """
+    first, second = trainable(start), trainable(now)
+    if {n: p.shape for n, p in first.items()} != {n: p.shape for n, p in second.items()}:
+        raise ConfigError("the network now and at the start must have the same trainable parameters: copy.deepcopy.")
+    check_inputs(first, x)
+    check_inputs(second, x)
+    with torch.no_grad():
+        width = outputs_of(start, {}, x[:1]).shape[1]
+    change = length = 0.0
+    for name in first:
+        for piece in jacobian_pieces(len(x), width, chunk, None):
+            before = jacobian_of(start, first, name, x, *piece)
+            length += float(before.square().sum())
+            change += float((jacobian_of(now, second, name, x, *piece) - before).square().sum())
+    if length == 0:
+        raise DataError("the Jacobian at the start is zero, so that its drift has no scale.")
+    return math.sqrt(change / length)
 
 
 def _centred(gram: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from vifamily.rng import generator
 __all__ = ["jacobian_gram", "largest_eigenvalue", "layerwise_gram", "ntk_product"]
 
 
-def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, chunk: int | None = None) -> Tensor:
+def jacobian_gram(
+    model: nn.Module,
+    x: Tensor,
+    other: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    output_chunk: int | None = None,
+    scales: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     r"""Gram matrix of the empirical tangent kernel of any module, by its Jacobians.
 
     .. math:: K_{(i,a),(j,b)} = \sum_p \frac{\partial f_a(x_i)}{\partial \phi_p}
@@ -26,20 +34,26 @@ def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, c
     One parameter tensor is differentiated and contracted at a time. With ``N`` inputs on each side, ``q`` outputs,
     ``P`` parameters, the largest tensor of ``P_l`` and a forward pass at cost ``F``, time is of order
     ``N q F L + N^2 q^2 P`` for ``L`` tensors, memory ``N q P_l``. With ``chunk`` inputs at a time memory is
-    ``2 chunk q P_l``, and Jacobians are computed ``N / (2 chunk)`` times over.
+    ``2 chunk q P_l``, and Jacobians are computed ``N / (2 chunk)`` times over; with ``output_chunk`` outputs at a time
+    it is that in the place of ``q``, and passes are repeated for each part of the outputs.
+
+    With ``scales`` each parameter's term is multiplied by its own factor: the kernel of preconditioned gradient flow,
+    :math:`J D^{-1} J^\top`, such as that of :func:`adam_scales`.
 
     Args:
         model: The network; takes ``(inputs, ...)`` and gives ``(inputs, outputs)``.
         x: Inputs ``(N, ...)``.
         other: Inputs of the columns ``(M, ...)``; by default `x`.
         chunk: Inputs whose Jacobians are held at once; by default all.
+        output_chunk: Outputs whose Jacobians are held at once; by default all.
+        scales: Name of each trainable parameter to factors of its shape; by default one.
 
     Returns:
         ``(N q, M q)``, inputs first: ``reshape(N, q, M, q)`` has the blocks.
 
     Raises:
-        ConfigError: If nothing is trainable, a layer is random or mixes inputs (in training mode), or `chunk` is no
-            positive integer.
+        ConfigError: If nothing is trainable, a layer is random or mixes inputs (in training mode), `chunk` or
+            `output_chunk` is no positive integer, or `scales` do not belong to the parameters.
         ShapeError: If inputs or outputs have another shape.
         DeviceError: If inputs and parameters differ in device or dtype.
 
@@ -53,27 +67,41 @@ def jacobian_gram(model: nn.Module, x: Tensor, other: Tensor | None = None, *, c
     """
     columns, parameters = x if other is None else other, trainable(model)
     check_inputs(parameters, x, columns)
-    left, right = _chunks(x, chunk), _chunks(columns, chunk)
-    total: dict[tuple[int, int], Tensor] = {}
+    factors = _checked_scales(parameters, scales)
+    with torch.no_grad():
+        width = outputs_of(model, {}, x[:1]).shape[1]
+    left, right = (
+        jacobian_pieces(len(x), width, chunk, output_chunk),
+        jacobian_pieces(len(columns), width, chunk, output_chunk),
+    )
+    gram = x.new_zeros(len(x), width, len(columns), width, dtype=next(iter(parameters.values())).dtype)
     for name in parameters:
         for i, rows in enumerate(left):
-            jacobian = _jacobian(model, parameters, name, rows)
+            jacobian = jacobian_of(model, parameters, name, x, *rows)
             # without `other` the matrix is symmetric: the blocks below the diagonal are copied
             for j in range(i if other is None else 0, len(right)):
                 same = other is None and i == j
-                second = jacobian if same else _jacobian(model, parameters, name, right[j])
-                block = jacobian @ second.T
-                total[i, j] = total[i, j].add_(block) if (i, j) in total else block
-    return torch.cat(
-        [
-            torch.cat([total[i, j] if (i, j) in total else total[j, i].T for j in range(len(right))], dim=1)
-            for i in range(len(left))
-        ]
-    )
+                second = jacobian if same else jacobian_of(model, parameters, name, columns, *right[j])
+                if name in factors:
+                    second = second * factors[name].reshape(-1)
+                (at, of), (to, by) = rows, right[j]
+                target = gram[at, of, to, by]
+                target += (jacobian @ second.T).reshape(target.shape)
+    if other is None:
+        for i, (at, of) in enumerate(left):
+            for to, by in right[:i]:
+                gram[at, of, to, by] = gram[to, by, at, of].permute(2, 3, 0, 1)
+    return gram.reshape(len(x) * width, len(columns) * width)
 
 
 def ntk_product(
-    model: nn.Module, x: Tensor, vector: Tensor, other: Tensor | None = None, *, chunk: int | None = None
+    model: nn.Module,
+    x: Tensor,
+    vector: Tensor,
+    other: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     r"""Product of the tangent kernel with a vector, without the kernel: a vector-Jacobian product, then its reverse.
 
@@ -87,6 +115,7 @@ def ntk_product(
         vector: ``(M, outputs)``.
         other: Inputs of the columns ``(M, ...)``; by default `x`.
         chunk: Inputs that are passed at once; by default all.
+        scales: As :func:`jacobian_gram`.
 
     Returns:
         ``(N, outputs)``.
@@ -106,6 +135,7 @@ def ntk_product(
     """
     columns, parameters = x if other is None else other, trainable(model)
     check_inputs(parameters, x, columns)
+    factors = _checked_scales(parameters, scales)
     if vector.ndim != 2 or vector.shape[0] != columns.shape[0]:
         raise ShapeError(
             f"the vector must have shape (inputs, outputs) with {columns.shape[0]} inputs, got {tuple(vector.shape)}."
@@ -117,6 +147,7 @@ def ntk_product(
             raise ShapeError(f"the vector has {part.shape[1]} columns and the network {out.shape[1]} outputs.")
         (pulled,) = pull(part)
         tangent = {name: tangent[name] + pulled[name].detach() for name in parameters}
+    tangent = {name: value * factors[name] if name in factors else value for name, value in tangent.items()}
 
     def product(rows: Tensor) -> Tensor:
         return pushed(lambda p: outputs_of(model, p, rows), parameters, tangent)[1].detach()
@@ -236,13 +267,46 @@ def _chunks(x: Tensor, chunk: int | None) -> tuple[Tensor, ...]:
     return parts
 
 
-def _jacobian(model: nn.Module, parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Jacobian by one parameter tensor, ``(inputs * outputs, numbers)``."""
+def jacobian_pieces(size: int, width: int, chunk: int | None, output_chunk: int | None) -> list[tuple[slice, slice]]:
+    """Inputs and outputs whose Jacobians are held at once."""
+    for name, value, unit in (("chunk", chunk, "inputs"), ("output_chunk", output_chunk, "outputs")):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} must be a positive number of {unit}, or None for all at once, got {value!r}.")
+    step, part = chunk or size, output_chunk or width
+    return [
+        (slice(i, min(i + step, size)), slice(a, min(a + part, width)))
+        for i in range(0, size, step)
+        for a in range(0, width, part)
+    ]
+
+
+def _checked_scales(parameters: dict[str, Tensor], scales: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Factors by parameter, none where all are one.
+
+    Raises:
+        ConfigError: If they do not belong to the parameters, or are not positive and finite.
+    """
+    if scales is None:
+        return {}
+    if set(scales) != set(parameters):
+        odd = sorted(set(scales) ^ set(parameters))
+        raise ConfigError(f"scales must name each trainable parameter and no other; they differ in {', '.join(odd)}.")
+    for name, value in parameters.items():
+        given = scales[name]
+        if given.shape != value.shape or not bool((given > 0).all() and given.isfinite().all()):
+            raise ConfigError(f"the scales of {name!r} must be positive, finite and of shape {tuple(value.shape)}.")
+    return {name: scales[name].detach().to(value) for name, value in parameters.items()}
+
+
+def jacobian_of(
+    model: nn.Module, parameters: dict[str, Tensor], name: str, x: Tensor, rows: slice, outputs: slice
+) -> Tensor:
+    """Jacobian of some outputs at some inputs by one parameter tensor, ``(inputs * outputs, numbers)``."""
 
     def one(value: Tensor, item: Tensor) -> Tensor:
-        return outputs_of(model, {**parameters, name: value}, item.unsqueeze(0)).squeeze(0)
+        return outputs_of(model, {**parameters, name: value}, item.unsqueeze(0)).squeeze(0)[outputs]
 
-    found = vmap(jacrev(one), in_dims=(None, 0))(parameters[name], x)
+    found = vmap(jacrev(one), in_dims=(None, 0))(parameters[name], x[rows])
     matrix: Tensor = found.reshape(found.shape[0] * found.shape[1], -1).detach()
     return matrix
 

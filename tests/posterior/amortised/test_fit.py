@@ -288,3 +288,8 @@ def test_data_without_numbers_are_refused():
     )
     with pytest.raises(ShapeError, match="holds no numbers"):
         vf.fit(simulator, "natural", "inclusive_kl(simulations=100)", steps=3)
+
+
+def test_going_on_keeps_the_family(fitted):
+    with pytest.raises(ConfigError, match="init is a full_rank .* asked for is mean_field"):
+        vf.fit(gaussian_linear(), "mean_field", "inclusive_kl(simulations=100)", init=fitted, steps=3)

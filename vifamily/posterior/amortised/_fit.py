@@ -176,6 +176,14 @@ class _Run:
                 "give the simulator the same dtype=."
             )
         self.entry = planned.entry.for_pairs()
+        given = None if self.init is None else self.init.family.family.spec
+        if given is not None and describe(self.entry) != given:
+            if not isinstance(family, str) or family != "auto":
+                raise ConfigError(
+                    f"init is a {given} and goes on as one, but the family asked for is {describe(self.entry)}: leave "
+                    "family out."
+                )
+            self.entry = registry.build("families", given)
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
