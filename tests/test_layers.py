@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[1] / PACKAGE
 
 FLOORS = (
     ("types", "errors", "rng", "numerics"),
-    ("registry", "supports", "plots", "report", "progress", "interrupts", "trackers"),
+    ("registry", "supports", "plots", "report", "progress", "interrupts", "trackers", "watch"),
     ("objectives", "families", "models", "weights", "solvers"),
     ("diagnostics", "checkpoint", "posterior", "plan", "start", "fit", "loop", "grid_fit", "problems"),
     ("ntk", "roc", "llm"),

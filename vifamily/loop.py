@@ -32,10 +32,10 @@ from vifamily.solvers import Run, StepReport, Task, worth_compiling
 from vifamily.start import gaussian_starts, initialise
 from vifamily.trackers import Tracker
 from vifamily.types import Batch, Capability, Loss
+from vifamily.watch import BY_REQUEST, Watch, deadline_after
 
 __all__ = ["FitLoop"]
 
-_BY_REQUEST = ("interrupted", "time_limit", "callback")
 _MONITOR_DRAWS = 64
 
 
@@ -210,12 +210,13 @@ class FitLoop:
         if tracker is not None:
             tracker.start({**self._config(), "resumed_at": max(run.step_count for run in self.runs)})
         reasons: list[str] = []
-        deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+        deadline = deadline_after(time_limit)
         try:
             with display, Interrupts() as interrupts, few_threads(self._numbers()):
+                watch = Watch(callbacks, tracker, display, interrupts, deadline)
                 for run in self.runs:
-                    reasons.append(self._drive(run, callbacks, tracker, display, deadline, interrupts))
-                    if reasons[-1] in _BY_REQUEST:
+                    reasons.append(self._drive(run, watch))
+                    if reasons[-1] in BY_REQUEST:
                         break
         except Exception as error:
             self._rescue(error)
@@ -226,15 +227,7 @@ class FitLoop:
         self._save()
         return self._posterior(reasons)
 
-    def _drive(
-        self,
-        run: Run,
-        callbacks: Sequence[Callable[[StepReport], Any]],
-        tracker: Tracker | None,
-        display: FitProgress,
-        deadline: float,
-        interrupts: Interrupts,
-    ) -> str:
+    def _drive(self, run: Run, watch: Watch) -> str:
         finished: str | None = getattr(run, "finished", None)
         while finished is None:
             if run.step_count >= self.most_steps:
@@ -246,22 +239,17 @@ class FitLoop:
                 report = run.step()
                 self.torn = False
                 finished = report.finished
-                display.update(report.step, sum(report.loss) / len(report.loss), report.step_size, report.phase)
-                if tracker is not None:
-                    tracker.log(report.step, {"loss": min(report.loss), "step_size": report.step_size, **report.terms})
-                asked_to_stop = any([call(report) for call in callbacks])
+                mean = sum(report.loss) / len(report.loss)
+                numbers = {"loss": min(report.loss), "step_size": report.step_size, **report.terms}
+                asked = watch.tell(report, loss=mean, phase=report.phase, numbers=numbers)
             except KeyboardInterrupt:
                 return "interrupted"
             if finished is not None:
                 break
             if self.folder is not None and run.step_count % self.every == 0:
                 self._save()
-            if asked_to_stop:
-                return "callback"
-            if interrupts.asked:
-                return "interrupted"
-            if time.monotonic() > deadline:
-                return "time_limit"
+            if (reason := watch.reason(asked=asked)) is not None:
+                return reason
         return finished
 
     def _horizon(self, step: int) -> int:
@@ -373,7 +361,7 @@ class FitLoop:
         best = int(np.argmin(finite))
         out = outputs[best if len(outputs) > 1 else 0]
         # runs that followed each other may have ended differently: what counts is the one that is returned
-        reason = reasons[best] if len(reasons) == len(self.runs) > 1 and reasons[-1] not in _BY_REQUEST else reasons[-1]
+        reason = reasons[best] if len(reasons) == len(self.runs) > 1 and reasons[-1] not in BY_REQUEST else reasons[-1]
         for note in (n for o in outputs for n in o["notes"]):
             self.notes.append(note)
         record = FitRecord(

@@ -14,7 +14,6 @@ __all__ = ["RegressionFrame"]
 
 _LOGISTIC_WIDTH = 0.5513288954217921
 """Width of the logistic law with standard deviation one, the square root of three over pi."""
-_MOST_PAIRS = 5000
 _PENALTIES = (1e-2, 1.0, 1e2, 1e4, 1e6)
 _LEAST_SHARE = 1e-3
 """Least residual standard deviation, as a share of that of the coordinate."""
@@ -92,8 +91,8 @@ class RegressionFrame(nn.Module):
     def fit(self, z: Tensor, context: Tensor, bounded: Tensor) -> None:
         """Set the map by ridge regression, its penalty chosen for each coordinate by leaving pairs out.
 
-        The width is that of residuals of pairs that the regression has not seen: many context numbers and few pairs
-        would make the residuals of its own too small.
+        The first half of the pairs is regressed on; the width is that of residuals of the other half, which the
+        regression has not seen: many context numbers and few pairs would make the residuals of its own too small.
 
         Args:
             z: Points, ``(pair, dim)``.
@@ -102,7 +101,7 @@ class RegressionFrame(nn.Module):
         """
         from sklearn.linear_model import RidgeCV
 
-        z, context = z[: 2 * _MOST_PAIRS].double(), context[: 2 * _MOST_PAIRS].double()
+        z, context, bounded = z.double(), context.double(), bounded.to(z.device)
         places = torch.where(bounded, z.sigmoid(), z)
         seen = len(z) // 2
         ridge = RidgeCV(alphas=_PENALTIES, alpha_per_target=True)

@@ -64,11 +64,7 @@ class Simulations:
         pairs = cls(theta, x, non_finite)
         if not len(pairs):
             return pairs
-        good = (
-            theta.isfinite().all(-1) & x.flatten(1).isfinite().all(-1)
-            if x.dim() > 1
-            else (theta.isfinite().all(-1) & x.isfinite())
-        )
+        good = theta.isfinite().all(-1) & x.unsqueeze(-1).flatten(1).isfinite().all(-1)
         if bool(good.all()):
             return pairs
         return cls(theta[good], x[good], non_finite + int((~good).sum()))

@@ -22,6 +22,7 @@ from vifamily.models._observed_simulator import ObservedSimulator
 from vifamily.models._prior import Prior
 from vifamily.models._simulations import SimulationFolder, Simulations
 from vifamily.registry import register
+from vifamily.supports import Site
 from vifamily.types import Batch, Capability
 
 __all__ = ["ObservedSimulator", "Simulations", "Simulator"]
@@ -137,25 +138,28 @@ class Simulator(Model):
         """Map parameters side by side ``(pair, column)`` to unconstrained space ``(pair, dim)``."""
         # in double precision: the ends of an interval are otherwise reached
         z = self.layout.unconstrain(self.layout.unflatten(theta.double()))
-        for site in self.layout.sites:
-            if site.plain["kind"] in ("interval", "unit_interval"):
-                # a draw rounded to an end of its interval stands for one within a rounding of it
-                z[:, site.start : site.stop].clamp_(-_EDGE, _EDGE)
+        for site in self._intervals:
+            # a draw rounded to an end of its interval stands for one within a rounding of it
+            z[:, site.start : site.stop].clamp_(-_EDGE, _EDGE)
         bad = ~z.isfinite().all(-1) | self._outside(theta.double(), z)
         if bool(bad.any()):
             raise DataError(f"{int(bad.sum())} of {len(z)} parameters lie on the edge of or outside their support.")
         return z.to(self.device, self.dtype)
 
+    @property
+    def _intervals(self) -> list[Site]:
+        """Parameters that lie between two bounds."""
+        return [site for site in self.layout.sites if site.plain["kind"] == "interval"]
+
     def _outside(self, theta: Tensor, z: Tensor) -> Tensor:
         """Rows with a parameter outside its interval by more than rounding, ``(pair,)``."""
-        kinds = {site.name: site.plain["kind"] for site in self.layout.sites}
         given, back = self.layout.unflatten(theta), self.layout.constrain(z)
         bad = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        for name, kind in kinds.items():
-            if kind in ("interval", "unit_interval") and len(z):
-                gap = (given[name].to(back[name]) - back[name]).abs().reshape(len(z), -1)
-                size = back[name].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-                bad |= ~(gap <= _ROUNDED * size).all(-1)
+        for site in self._intervals if len(z) else []:
+            inside = back[site.name]
+            size = inside.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            gap = (given[site.name].to(inside) - inside).abs().reshape(len(z), -1)
+            bad |= ~(gap <= _ROUNDED * size).all(-1)
         return bad
 
     def mean_statistics(self, z: Tensor, x: Tensor) -> Tensor:

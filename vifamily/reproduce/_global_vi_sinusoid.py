@@ -64,14 +64,12 @@ def exact_log_density(x: Tensor) -> tuple[Tensor, Tensor]:
     return grid, joint - joint.logsumexp(0) - math.log(2 * math.pi / _GRID)
 
 
-def _divergence(posterior: Any, x: Tensor) -> float:
+def _divergence(posterior: Any, simulator: Simulator, x: Tensor) -> float:
     grid, exact = exact_log_density(x[:, 0])
-    place = grid / (2 * math.pi)
-    z = torch.logit(place).to(x)[:, None, None].expand(-1, len(x), 1)
-    jacobian = (place * (1 - place)).log() + math.log(2 * math.pi)
-    found = posterior.log_prob(z, x).double() - jacobian[:, None]
-    cell = 2 * math.pi / _GRID
-    return float((exact.exp() * (exact - found)).sum(0).mean() * cell)
+    z = simulator.unconstrained(grid.unsqueeze(-1)).unsqueeze(1).expand(-1, len(x), 1)
+    log_jacobian = simulator.layout.constrain_with_jacobian(z.double())[1]
+    found = posterior.log_prob(z, x).double() - log_jacobian
+    return float((exact.exp() * (exact - found)).sum(0).mean() * 2 * math.pi / _GRID)
 
 
 def ends(family: str, seeds: list[int], *, steps: int) -> Ends:
@@ -90,6 +88,6 @@ def ends(family: str, seeds: list[int], *, steps: int) -> Ends:
             simulator, family, "inclusive_kl(simulations=None)", encoder=_ENCODER, steps=steps, seed=seed,
             progress=False,
         )  # fmt: skip
-        found.append(_divergence(posterior, new))
+        found.append(_divergence(posterior, simulator, new))
         taken.append(posterior.record.steps)
     return Ends(torch.tensor(found, dtype=torch.float64), torch.tensor(taken))

@@ -12,14 +12,14 @@ from vifamily.posterior.amortised._fit import fit_amortised
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
 from vifamily.posterior.amortised._refine import Refined
 from vifamily.posterior.amortised._truncated import truncated
-from vifamily.posterior.amortised.checks import (
+from vifamily.posterior.amortised.encoders import Encoder, Image, Series, Set, Vector
+from vifamily.posterior.amortised.sbi_checks import (
     calc_misspecification_mmd,
     check_sbc,
     check_tarp,
     run_sbc,
     run_tarp,
 )
-from vifamily.posterior.amortised.encoders import Encoder, Image, Series, Set, Vector
 
 __all__ = [
     "AmortisedFamily",

@@ -98,13 +98,21 @@ class AmortisedFamily(nn.Module):
             ShapeError: If the shape is another.
             DataError: If a number is not finite.
         """
+        return ConditionedFamily(self.family, self.encoder(self.one(x)))
+
+    def one(self, x: Tensor) -> Tensor:
+        """Check one datum ``x`` of shape ``shape`` (or ``(1, *shape)``); return it as a batch ``(1, *shape)``.
+
+        Raises:
+            ShapeError: If the shape is another.
+            DataError: If a number is not finite.
+        """
         shape = self.encoder.shape
         if tuple(x.shape) not in (shape, (1, *shape)):
             raise ShapeError(f"an observation has the shape of one simulation, {shape}, got {tuple(x.shape)}.")
         if not bool(x.isfinite().all()):
             raise DataError("the observation has numbers that are not finite.")
-        like = self.encoder.shift
-        return ConditionedFamily(self.family, self.encoder(x.to(like).reshape(1, *shape)))
+        return x.to(self.encoder.shift).reshape(1, *shape)
 
 
 LOST = frozenset(

@@ -16,6 +16,7 @@ from vifamily.errors import ConfigError, ShapeError
 from vifamily.families.flow import Flow
 from vifamily.interrupts import Interrupts
 from vifamily.models import Simulations, Simulator
+from vifamily.models._calls import check_count
 from vifamily.numerics.threads import few_threads
 from vifamily.objectives import Objective
 from vifamily.objectives._joint_ratio import JointRatio
@@ -28,6 +29,7 @@ from vifamily.posterior.amortised._by_likelihood import (
     refuse_without_likelihood,
 )
 from vifamily.posterior.amortised._family import AmortisedFamily
+from vifamily.posterior.amortised._going_on import checked_init, entry_of
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
 from vifamily.posterior.amortised._training import EpochReport, EpochTrainer, Pairs, Trainer, drive
 from vifamily.posterior.amortised.encoders import EncoderEntry, Vector, as_encoder, encoder_spec
@@ -36,6 +38,7 @@ from vifamily.rng import generator, split
 from vifamily.solvers import StepReport
 from vifamily.trackers import Tracker
 from vifamily.types import Batch, Capability, LatentSpec
+from vifamily.watch import BY_REQUEST, Watch, deadline_after
 
 __all__ = ["fit_amortised"]
 
@@ -117,7 +120,7 @@ def fit_amortised(
     began = time.monotonic()
     run.prepare()
     simulated = time.monotonic() - began
-    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    deadline = deadline_after(time_limit)
     done: list[Done] = []
     if tracker is not None:
         tracker.start(run.config(restarts))
@@ -128,12 +131,13 @@ def fit_amortised(
             Interrupts() as interrupts,
             few_threads(numbers),
         ):
+            watch = Watch(callbacks, tracker, display, interrupts, deadline)
             for r in range(restarts):
                 trainer, module = run.trainer(r)
-                reason = drive(trainer, run.steps, callbacks, tracker, display, deadline, interrupts)
+                reason = drive(trainer, run.steps, watch)
                 trainer.restore_best()
                 done.append((trainer, module, reason))
-                if reason in ("interrupted", "time_limit", "callback"):
+                if reason in BY_REQUEST:
                     break
     finally:
         if tracker is not None:
@@ -165,34 +169,13 @@ class _Run:
                             dtype=None)  # fmt: skip
         self.objective: Any = asked if self.by_likelihood else planned.objective
         self.draws = planned.draws
-        self.init = init if isinstance(init, AmortisedPosterior) else None
-        if self.init is None and not (isinstance(init, str) and init == "auto"):
-            raise ConfigError("init of an amortised fit is 'auto', or an amortised posterior to go on from.")
-        if self.init is not None and self.init.layout != simulator.layout:
-            raise ConfigError("init is an amortised posterior of other parameters than this simulator's.")
-        if self.init is not None and self.init.family.latent.dtype != simulator.dtype:
-            raise ConfigError(
-                f"init has networks in {self.init.family.latent.dtype} and the simulator gives {simulator.dtype}: "
-                "give the simulator the same dtype=."
-            )
-        self.entry = planned.entry.for_pairs()
-        given = None if self.init is None else self.init.family.family.spec
-        if given is not None and describe(self.entry) != given:
-            if not isinstance(family, str) or family != "auto":
-                raise ConfigError(
-                    f"init is a {given} and goes on as one, but the family asked for is {describe(self.entry)}: leave "
-                    "family out."
-                )
-            self.entry = registry.build("families", given)
+        self.init = checked_init(init, simulator)
+        self.entry = entry_of(self.init, planned.entry.for_pairs(), chosen=family != "auto")
         plain = isinstance(self.entry, Flow)
         self.encoder: EncoderEntry = (
             (Vector() if plain else Vector(hidden=(64, 64))) if encoder is None else as_encoder(encoder)
         )
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-        ):
-            raise ConfigError(f"batch_size must be a positive integer, got {batch_size!r}.")
-        self.asked_batch = batch_size
+        self.asked_batch = None if batch_size is None else check_count(batch_size, "batch_size")
         self.steps = steps or (game.MOST_STEPS if self.by_critic else _MOST_STEPS)
         self.step_size = step_size
         self.notes: list[str] = [*planned.notes, *(f"warning: {text}" for text in planned.warnings)]

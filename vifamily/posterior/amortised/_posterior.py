@@ -248,11 +248,8 @@ class AmortisedPosterior:
             NotAvailableError: If the simulator is not there.
         """
         z, data = self._simulated(num_simulations, seed)
-        one, observed = self.draws(data, 1, seed=seed)[0], as_numbers(x, "an observation")
-        shape = self.family.encoder.shape
-        if tuple(observed.shape) not in (shape, (1, *shape)):
-            raise ShapeError(f"an observation has the shape of one simulation, {shape}, got {tuple(observed.shape)}.")
-        here = self.draws(observed.reshape(1, *shape), num_draws, seed=seed)[:, 0]
+        observed = self.family.one(as_numbers(x, "an observation"))
+        one, here = self.draws(data, 1, seed=seed)[0], self.draws(observed, num_draws, seed=seed)[:, 0]
         return local_c2st(
             self._columns(z), data.reshape(len(data), -1), self._columns(one), observed=observed.flatten(),
             observed_draws=self._columns(here), seed=seed, **options,

@@ -155,8 +155,7 @@ def _fitted_at(amortised: AmortisedPosterior, x: Any, steps: int, seed: int) -> 
     from vifamily.posterior.amortised._fit import fit_amortised
 
     simulator = amortised._require_simulator()
-    shape = amortised.family.encoder.shape
-    observed = as_numbers(x, "an observation").reshape(1, *shape)
+    observed = amortised.family.one(as_numbers(x, "an observation"))
     found = fit_amortised(
         simulator.with_observations(observed), amortised.family.family.spec or "flow", _OBJECTIVE,
         encoder=amortised.family.encoder.net if amortised.encoder_spec is None else amortised.encoder_spec,

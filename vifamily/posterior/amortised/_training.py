@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vifamily.errors import NonFiniteLossError
-from vifamily.interrupts import Interrupts
-from vifamily.progress import FitProgress
 from vifamily.rng import generator
 from vifamily.solvers import StepReport
-from vifamily.trackers import Tracker
 from vifamily.types import Batch
+from vifamily.watch import Watch
 
 __all__ = ["EpochReport", "EpochTrainer", "Pairs", "Trainer", "batches_of", "drive", "finite_values", "move_average"]
 
@@ -262,32 +259,16 @@ class Trainer:
                 p.copy_(value)
 
 
-def drive(
-    trainer: EpochTrainer,
-    most_steps: int,
-    callbacks: Sequence[Callable[[StepReport], Any]],
-    tracker: Tracker | None,
-    display: FitProgress,
-    deadline: float,
-    interrupts: Interrupts,
-) -> str:
+def drive(trainer: EpochTrainer, most_steps: int, watch: Watch) -> str:
     """Run epochs until a fit is over, and tell of each; returns why it is over."""
     while True:
         try:
             report: EpochReport = trainer.run_epoch(most_steps)
         except KeyboardInterrupt:
             return "interrupted"
-        display.update(report.step, report.loss, report.step_size, f"held out {report.holdout:.4g}")
-        if tracker is not None:
-            values = {"loss": report.loss, "step_size": report.step_size, "holdout": report.holdout}
-            tracker.log(report.step, values)
         told = StepReport(report.step, (report.loss,), {"holdout": report.holdout}, report.step_size, report.finished)
-        asked = any([call(told) for call in callbacks])
-        if report.finished is not None:
-            return report.finished
-        if asked:
-            return "callback"
-        if interrupts.asked:
-            return "interrupted"
-        if time.monotonic() > deadline:
-            return "time_limit"
+        numbers = {"loss": report.loss, "step_size": report.step_size, "holdout": report.holdout}
+        asked = watch.tell(told, loss=report.loss, phase=f"held out {report.holdout:.4g}", numbers=numbers)
+        reason = report.finished or watch.reason(asked=asked)
+        if reason is not None:
+            return reason

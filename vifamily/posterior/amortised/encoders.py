@@ -138,7 +138,7 @@ class _Flat(nn.Module):
     """One vector for each datum; a datum that is a single number becomes a vector of one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), -1)
+        return x.unsqueeze(-1).flatten(1)
 
 
 class _Pool(nn.Module):

@@ -119,6 +119,19 @@ def test_parameters_in_their_support(pairs):
         assert float(averaged.min()) >= 0 and float(averaged.max()) <= 1
 
 
+def test_angles_and_data_of_one_number():
+    """An angle seen with noise: distances are on the circle, and data need no axis of their own."""
+    prior = torch.distributions.VonMises(torch.zeros(1), torch.ones(1))
+    circle = vf.models.Simulator(prior, lambda t: torch.sin(t[:, 0]) + 0.3 * torch.randn(len(t)))
+    posterior = vf.fit(circle, "natural(kind=von_mises)", "inclusive_kl(simulations=500)", steps=30, seed=0)
+    made = circle.simulations(60, seed=5)
+    coverage, credibility = run_tarp(made.theta, made.x, posterior, num_posterior_samples=50)
+    turned, _ = run_tarp(made.theta + 2 * torch.pi, made.x, posterior, num_posterior_samples=50)
+    assert torch.equal(coverage, turned) and coverage.shape == credibility.shape
+    for mode in ("x_space", "embedding"):
+        assert calc_misspecification_mmd(posterior, made.x[0], made.x, mode, n_shuffle=50)[0] > 0.01
+
+
 def test_a_fit_that_goes_on_keeps_its_family(fitted):
     further = vf.fit(simulator(), objective="inclusive_kl(simulations=500)", init=fitted, steps=5, seed=1)
     assert further.record.family == fitted.record.family == "full_rank"

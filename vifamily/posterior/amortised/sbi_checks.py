@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vifamily.diagnostics import c2st, misspecification_mmd, tarp
 from vifamily.errors import ConfigError, ShapeError
+from vifamily.models._calls import check_count
 from vifamily.models._data import as_numbers
 from vifamily.posterior.amortised._posterior import AmortisedPosterior
 from vifamily.rng import generator
@@ -66,12 +67,11 @@ def run_sbc(
         >>> ranks.shape, averaged.shape
         (torch.Size([50, 1]), torch.Size([50, 1]))
     """
-    truth, data, z = _drawn(thetas, xs, posterior, num_posterior_samples, seed)
+    truth, at, data, z = _drawn(thetas, xs, posterior, num_posterior_samples, seed)
     draws = posterior.layout.flatten(posterior.layout.constrain(z))
     if isinstance(reduce_fns, str) and reduce_fns == "marginals":
         ranks = (draws < truth).sum(0)
     elif isinstance(reduce_fns, str) and reduce_fns == "log_prob":
-        at = posterior.layout.unconstrain(posterior.layout.unflatten(truth)).to(z)
         ranks = (_density(posterior, z, data) < _density(posterior, at.unsqueeze(0), data)).sum(0).unsqueeze(-1)
     else:
         functions = [reduce_fns] if callable(reduce_fns) else reduce_fns
@@ -140,7 +140,7 @@ def run_tarp(
         thetas: Parameters side by side, ``(simulation, column)``.
         xs: Their data, ``(simulation, *shape)``.
         posterior: The amortised posterior.
-        references: Points ``(simulation, column)``; None takes random ones.
+        references: Points ``(simulation, column)``, of angles the cosines and then the sines; None takes random ones.
         num_posterior_samples: Draws for each.
         num_bins: Intervals of credibility.
         seed: Root seed.
@@ -152,11 +152,10 @@ def run_tarp(
         ShapeError: If shapes disagree or there are fewer than 20 simulations or 9 draws.
         ConfigError: If ``num_bins`` is no positive integer.
     """
-    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
-        raise ConfigError(f"num_bins must be a positive integer, got {num_bins!r}.")
-    truth, _, z = _drawn(thetas, xs, posterior, num_posterior_samples, seed)
-    draws = posterior.layout.flatten(posterior.layout.constrain(z)).transpose(0, 1)
-    found = tarp(truth, draws, generator=generator(seed, "tarp"), references=references)
+    check_count(num_bins, "num_bins")
+    _, at, _, z = _drawn(thetas, xs, posterior, num_posterior_samples, seed)
+    draws = posterior._columns(z).transpose(0, 1)
+    found = tarp(posterior._columns(at), draws, generator=generator(seed, "tarp"), references=references)
     credibility = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
     return found.coverage(credibility), credibility
 
@@ -225,13 +224,18 @@ def calc_misspecification_mmd(
         with torch.no_grad():
             data, made = posterior.family.encode(data), posterior.family.encode(made)
     found = misspecification_mmd(
-        data.flatten(1), made.flatten(1), generator=generator(seed, "misspecification"), num_null=n_shuffle
+        data.reshape(len(data), -1),
+        made.reshape(len(made), -1),
+        generator=generator(seed, "misspecification"),
+        num_null=n_shuffle,
     )
     return found.p_value, (found.null, found.statistic)
 
 
-def _drawn(thetas: Any, xs: Any, posterior: AmortisedPosterior, num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Parameters and data, checked, and draws at the data on unconstrained space ``(draw, simulation, dim)``."""
+def _drawn(
+    thetas: Any, xs: Any, posterior: AmortisedPosterior, num: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parameters, also on unconstrained space, and data, checked, and draws at the data ``(draw, simulation, dim)``."""
     data = posterior._data(xs)
     truth = as_numbers(thetas, "parameters").to(data)
     wanted = (len(data), len(posterior.layout.columns()))
@@ -240,7 +244,8 @@ def _drawn(thetas: Any, xs: Any, posterior: AmortisedPosterior, num: int, seed: 
             f"parameters must have shape {wanted}, a row for each datum with the columns "
             f"{', '.join(posterior.layout.columns())}, got {tuple(truth.shape)}."
         )
-    return truth, data, posterior.draws(data, num, seed=seed)
+    at = posterior.layout.unconstrain(posterior.layout.unflatten(truth)).to(data)
+    return truth, at, data, posterior.draws(data, num, seed=seed)
 
 
 def _density(posterior: AmortisedPosterior, z: Tensor, data: Tensor) -> Tensor:
