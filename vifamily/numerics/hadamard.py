@@ -20,12 +20,11 @@ from vifamily.errors import ShapeError
 
 __all__ = ["dyadic_convolution", "hadamard", "next_power_of_two", "split_powers_of_two"]
 
-_DENSE = {False: 8, True: 6}
-"""Up to that power one product with the whole matrix is fastest, for few numbers and for many."""
-_MANY = 2**13
-"""From so many numbers on the products take longer than the calls, and smaller factors pay."""
-_LARGEST_FACTOR = {False: 6, True: 5}
-"""Powers of the largest factors, for few numbers and for many."""
+_STEPS = (2**13, 2**21)
+"""From so many numbers on the products take longer than the calls, and smaller factors pay; and from so many on fresh
+memory for what is between the factors takes longer still, and fewer pay."""
+_DENSE = (8, 6, 6)
+"""Up to that power one product with the whole matrix is fastest; one entry for each amount of numbers."""
 _LARGEST_PLANNED = 20
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -40,7 +39,7 @@ def _signs(power: int) -> np.ndarray:
 
 def _tables(scale: Callable[[int, torch.dtype], float]) -> dict[torch.dtype, tuple[Tensor, ...]]:
     """The matrices of all powers, scaled, in every dtype."""
-    signs = [torch.from_numpy(_signs(power)) for power in range(max(_DENSE.values()) + 1)]
+    signs = [torch.from_numpy(_signs(power)) for power in range(max(_DENSE) + 1)]
     kinds = (torch.float64, torch.float32, *_HALVES)
     return {kind: tuple((scale(p, kind) * matrix).to(kind) for p, matrix in enumerate(signs)) for kind in kinds}
 
@@ -51,19 +50,24 @@ _SIGNS = _tables(lambda power, kind: 1.0)
 _UNIT = _tables(lambda power, kind: 2.0 ** -(power // 2 if kind in _HALVES else power / 2))
 
 
-def _factors(power: int, *, many: bool) -> tuple[int, ...]:
-    """Powers of the Kronecker factors, outermost first, as equal as they can be."""
-    if power <= _DENSE[many]:
+def _amount(numbers: int) -> int:
+    """Few numbers, many or very many: 0, 1 or 2."""
+    return sum(numbers >= step for step in _STEPS)
+
+
+def _factors(power: int, amount: int) -> tuple[int, ...]:
+    """Powers of the Kronecker factors, outermost first, near equal: at most 64, and of many numbers one such."""
+    if power <= _DENSE[amount]:
         return (power,)
-    count = -(-power // _LARGEST_FACTOR[many])
+    count = -(-(power - 1) // 5) if amount == 1 else -(-power // 6)
     least, more = divmod(power, count)
     return (least,) * (count - more) + (least + 1,) * more
 
 
-def _plan(power: int, kind: torch.dtype, *, many: bool, orthonormal: bool) -> tuple[Tensor, ...]:
+def _plan(power: int, kind: torch.dtype, *, amount: int, orthonormal: bool) -> tuple[Tensor, ...]:
     """The matrices of the factors of a size, outermost first."""
     tables = _UNIT if orthonormal else _SIGNS
-    factors = _factors(power, many=many)
+    factors = _factors(power, amount)
     if kind in tables:
         return tuple(tables[kind][factor] for factor in factors)
     return tuple(tables[torch.float64][factor].to(kind) for factor in factors)
@@ -71,19 +75,19 @@ def _plan(power: int, kind: torch.dtype, *, many: bool, orthonormal: bool) -> tu
 
 # to be looked up: for a few short rows, finding the factors anew takes as long as the products
 _PLANS = {
-    (power, kind, many, orthonormal): _plan(power, kind, many=many, orthonormal=orthonormal)
+    (power, kind, amount, orthonormal): _plan(power, kind, amount=amount, orthonormal=orthonormal)
     for power in range(_LARGEST_PLANNED + 1)
     for kind in _SIGNS
-    for many in (False, True)
+    for amount in range(len(_DENSE))
     for orthonormal in (False, True)
 }
 
 
 def _matrices(x: Tensor, size: int, *, orthonormal: bool) -> tuple[Tensor, ...]:
-    power, many = size.bit_length() - 1, x.numel() >= _MANY
-    found = _PLANS.get((power, x.dtype, many, orthonormal))
+    power, amount = size.bit_length() - 1, _amount(x.numel())
+    found = _PLANS.get((power, x.dtype, amount, orthonormal))
     if found is None:
-        found = _plan(power, x.dtype, many=many, orthonormal=orthonormal)
+        found = _plan(power, x.dtype, amount=amount, orthonormal=orthonormal)
     return found if x.device.type == "cpu" else tuple(matrix.to(x.device) for matrix in found)
 
 
