@@ -114,3 +114,58 @@ def test_data_are_checked():
     for y in (torch.zeros(4), torch.zeros(3, 1), np.float64(1.0)):
         with pytest.raises(errors.ShapeError):
             found.log_score(y)
+
+
+# -- several fits ------------------------------------------------------------------------------------------------------
+def test_a_mixture_scores_each_fit_under_its_own_noise():
+    outputs = torch.randn(6, 3, generator=seeded(0), dtype=DOUBLE)
+    y = torch.randn(3, generator=seeded(1), dtype=DOUBLE)
+    sds = torch.tensor([0.5, 0.5, 2.0, 2.0, 2.0, 2.0], dtype=DOUBLE)[:, None]
+    mixed = Prediction.mix([prediction(outputs[:2], "gaussian(sd=0.5)"), prediction(outputs[2:], "gaussian(sd=2.0)")])
+    law = torch.distributions.Normal(outputs, sds)
+    torch.testing.assert_close(mixed.log_score(y), law.log_prob(y).exp().mean(0).log())
+    torch.testing.assert_close(mixed.aleatoric, sds.square().mean().expand(3))
+    torch.testing.assert_close(mixed.sd.square(), outputs.var(0, correction=0) + sds.square().mean())
+    inside = ((law.cdf(y).mean(0) - 0.5).abs() <= 0.25).double().mean().item()
+    assert mixed.calibration(y)["coverage_50"] == pytest.approx(inside)
+
+
+def test_a_mixture_draws_from_each_fit(seed):
+    sure = prediction(torch.zeros(20_000, 1), "gaussian(sd=0.1)")
+    loose = prediction(torch.full((20_000, 1), 5.0), "gaussian(sd=1.0)")
+    new = Prediction.mix([sure, loose]).sample(rng.generator(seed, "new"))[:, 0]
+    for part, mean, sd in ((new[:20_000], 0.0, 0.1), (new[20_000:], 5.0, 1.0)):
+        assert abs(part.mean() - mean) < 5 * sd / 20_000**0.5
+        assert abs(part.std() - sd) < 5 * sd / 40_000**0.5
+
+
+def test_one_prediction_mixed_is_itself():
+    outputs = torch.randn(4, 3, 2, generator=seeded(0), dtype=DOUBLE)
+    y = torch.tensor([0, 1, 1])
+    one = prediction(outputs, "categorical")
+    mixed = Prediction.mix([one])
+    torch.testing.assert_close(mixed.probabilities, one.probabilities)
+    assert mixed.calibration(y) == one.calibration(y)
+    two = Prediction.mix([prediction(outputs[:1], "categorical"), prediction(outputs[1:], "categorical")])
+    assert two.calibration(y) == one.calibration(y)
+
+
+def test_fits_of_one_number_count_and_labels_are_checked():
+    outputs = torch.zeros(2, 3, 2, dtype=DOUBLE)
+    mixed = Prediction.mix([prediction(outputs, "categorical"), prediction(outputs, "categorical")])
+    with pytest.raises(errors.DataError):
+        mixed.log_score(torch.tensor([0, 1, 2]))
+    counts = Prediction.mix([prediction(outputs, "poisson"), prediction(outputs, "poisson")])
+    with pytest.raises(errors.DataError):
+        counts.log_score(torch.full((3, 2), -1.0))
+    assert counts.calibration(torch.ones(3, 2))["rmse"] == 0.0
+
+
+def test_what_cannot_be_mixed_is_refused():
+    gaussian = prediction(torch.zeros(2, 3), "gaussian(sd=1.0)")
+    with pytest.raises(errors.DataError, match="nothing to mix"):
+        Prediction.mix([])
+    with pytest.raises(errors.ShapeError, match="same inputs"):
+        Prediction.mix([gaussian, prediction(torch.zeros(2, 4), "gaussian(sd=1.0)")])
+    with pytest.raises(errors.NotAvailableError, match="gaussian, student_t"):
+        Prediction.mix([gaussian, prediction(torch.zeros(2, 3), "student_t(df=4)")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vifamily import rng
-from vifamily.errors import NotAvailableError, ShapeError
+from vifamily.errors import DataError, NotAvailableError, ShapeError
 from vifamily.models._likelihoods import Likelihood
+from vifamily.models._mixed_likelihood import MixedLikelihood
 
 __all__ = ["Prediction"]
 
@@ -48,6 +50,54 @@ class Prediction:
 
     def __init__(self, draws: Tensor, likelihood: Likelihood) -> None:
         self.draws, self._likelihood = draws.detach(), likelihood
+
+    @classmethod
+    def mix(cls, predictions: Sequence[Prediction]) -> Prediction:
+        r"""Mix predictions of several fits, each with noise of its own, at the same inputs.
+
+        .. math:: p(y \mid x) = \sum_k \frac{S_k}{\sum_j S_j} \cdot
+                  \frac{1}{S_k} \sum_{s=1}^{S_k} p_k(y \mid x, z_{ks}),
+
+        so that a fit counts by its number of draws ``S_k``, and fits with as many draws each in equal parts. What fits
+        disagree on is part of :attr:`epistemic`.
+
+        Args:
+            predictions: One of each fit, under likelihoods of the same name.
+
+        Returns:
+            A prediction with the draws of all of them.
+
+        Raises:
+            DataError: If there is none.
+            ShapeError: If their inputs or outputs differ in number or shape.
+            NotAvailableError: If their likelihoods are different ones.
+
+        Example:
+            >>> import torch
+            >>> from vifamily.models._likelihoods import likelihood_of
+            >>> sure = Prediction(torch.tensor([[1.0], [1.0]]), likelihood_of("gaussian(sd=1.0)"))
+            >>> other = Prediction(torch.tensor([[3.0], [3.0]]), likelihood_of("gaussian(sd=2.0)"))
+            >>> both = Prediction.mix([sure, other])
+            >>> both.mean.item(), both.epistemic.item(), both.aleatoric.item()
+            (2.0, 1.0, 2.5)
+        """
+        parts = list(predictions)
+        if not parts:
+            raise DataError("there is nothing to mix: give the prediction of at least one fit.")
+        laws, draws = [part._likelihood for part in parts], [part.draws for part in parts]
+        shapes = dict.fromkeys(tuple(part.shape[1:]) for part in draws)
+        if len(shapes) > 1:
+            raise ShapeError(
+                f"predictions that are mixed must be of the same inputs; outputs have shapes (datum, ...) of "
+                f"{', '.join(map(str, shapes))}."
+            )
+        if len({type(law) for law in laws}) > 1:
+            raise NotAvailableError(
+                f"predictions that are mixed must have one likelihood, each with numbers of its own; got "
+                f"{', '.join(dict.fromkeys(law.name for law in laws))}."
+            )
+        like = draws[0]
+        return cls(torch.cat([part.to(like) for part in draws]), MixedLikelihood(laws, [len(part) for part in draws]))
 
     def __repr__(self) -> str:
         """Say what it is of."""
