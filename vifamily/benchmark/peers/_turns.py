@@ -12,6 +12,8 @@ __all__ = ["turns"]
 def turns(sides: Mapping[str, Callable[[], object]], *, rounds: int, seconds: float) -> dict[str, float]:
     """Median seconds of each side on the thread's own clock; the sides take turns, so that all see the same machine.
 
+    A turn begins with a call that is not timed, so that no side pays for what the one before left in caches and memory.
+
     Args:
         sides: What is timed, by name.
         rounds: Turns of each.
@@ -25,6 +27,7 @@ def turns(sides: Mapping[str, Callable[[], object]], *, rounds: int, seconds: fl
     counts = {name: max(1, int(seconds / max(_once(side), 1e-6))) for name, side in sides.items()}
     for _ in range(rounds):
         for name, side in sides.items():
+            side()
             start = time.thread_time()
             for _ in range(counts[name]):
                 side()
