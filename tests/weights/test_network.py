@@ -389,6 +389,10 @@ def test_report_counts_and_prints():
         ({"weights": "dense(begin=best)"}, "begin"),
         ({"weights": "lora(rank=0)"}, "rank"),
         ({"weights": "lora(scale=-1)"}, "scale"),
+        ({"weights": "lora(scale=big)"}, "scale"),
+        ({"include": 3}, "include"),
+        ({"weights": "walsh_hadamard(exclude=3)"}, "exclude"),
+        ({"weights": "subset(pattern=3)"}, "pattern"),
         ({"weights": 3}, "entry"),
     ],
 )

@@ -55,13 +55,17 @@ def check_tensor(value: Any, name: str, dtype: torch.dtype, device: torch.device
         value = torch.from_numpy(np.array(value, order="C"))
     if not isinstance(value, Tensor):
         raise DataError(f"{said} must be a tensor or a numeric array, got {type(value).__name__}.")
+    if value.layout is not torch.strided or value.is_complex():
+        got = value.dtype if value.is_complex() else value.layout
+        raise DataError(f"{said} must be real numbers in a dense tensor, got {got}: use .to_dense(), or real parts.")
     if value.device != device:
         raise DeviceError(f"{said} live on {value.device}, the model on {device}: move one of them (device=).")
     if not value.is_floating_point():
         return value
     if value.dtype != dtype:
         raise DeviceError(
-            f"{said} are {value.dtype} but the model computes in {dtype}: convert them, or pass dtype={value.dtype}."
+            f"{said} are {value.dtype} but the model computes in {dtype}: convert them with .to({dtype}), or give the "
+            f"model that precision (pass dtype={value.dtype}; of a network, net.to({value.dtype}))."
         )
     finite = torch.isfinite(value)
     if not bool(finite.all()):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vifamily import rng
 from vifamily.errors import DataError, NotAvailableError, ShapeError
+from vifamily.models._data import as_numbers
 from vifamily.models._likelihoods import Likelihood
 from vifamily.models._mixed_likelihood import MixedLikelihood
 
@@ -250,11 +251,12 @@ class Prediction:
         return {"error_rate": float(1 - right.mean()), "ece": float(gap.abs().sum() / right.numel())}
 
     def _data(self, y: Any) -> Tensor:
-        data = torch.from_numpy(np.array(y)) if isinstance(y, np.ndarray) else torch.as_tensor(y)
-        data = data.to(self.draws.device)
+        data = as_numbers(np.array(y) if isinstance(y, np.ndarray) else y, "y").to(self.draws.device)
         if data.dim() == 0 or data.shape[0] != len(self):
             raise ShapeError(
                 f"y must hold one datum for each of the {len(self)} inputs, got shape {tuple(data.shape)}."
             )
         self._likelihood.check(data, self.draws.shape[2:])
+        if not bool(torch.isfinite(data).all()):
+            raise DataError(f"y holds {int((~torch.isfinite(data)).sum())} NaN or infinite value(s): leave them out.")
         return data

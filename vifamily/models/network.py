@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vifamily import registry, rng
-from vifamily.errors import ConfigError, DataError, NotAvailableError, ShapeError
+from vifamily.errors import ConfigError, DataError, ModelError, NotAvailableError, ShapeError, VifamilyError
 from vifamily.models._base import BatchSource, Model
 from vifamily.models._calls import check_count
-from vifamily.models._data import data_source
+from vifamily.models._data import as_numbers, check_tensor, data_source
 from vifamily.models._likelihoods import likelihood_of
 from vifamily.models._prediction import Prediction
 from vifamily.registry import register
@@ -123,6 +124,7 @@ class Network(Model):
             The targets that were checked, and points of the model's kind.
         """
         x, y = self._pair(self._some())
+        self._one_input, self._real_inputs = x.shape[1:], x.is_floating_point()
         self.weights.settle(x)
         z = torch.stack([self.initial_gaussian(generator=rng.generator(0, "look", k))[0] for k in range(2)])
         with torch.no_grad():
@@ -283,16 +285,35 @@ class Network(Model):
 
         Raises:
             ConfigError: If ``chunk_draws`` is not a positive integer.
+            DataError: If inputs are no numbers, or not finite.
+            ShapeError: If there is no input, or inputs have not as many axes as those of the data.
+            ModelError: If the network raises on these inputs.
         """
-        inputs = torch.as_tensor(x, device=self.device)
-        if inputs.is_floating_point():
-            inputs = inputs.to(self.dtype)
-        if inputs.dim() == 0 or len(inputs) == 0:
-            raise ShapeError(f"inputs must have a datum axis with at least one datum, got {tuple(inputs.shape)}.")
+        inputs = self._inputs(x)
         size = max(_AT_ONCE // len(inputs), 1) if chunk_draws is None else check_count(chunk_draws, "chunk_draws")
-        with torch.no_grad():
-            outputs = torch.cat([self.weights(inputs, part) for part in z.to(self.device, self.dtype).split(size)])
+        try:
+            with torch.no_grad():
+                outputs = torch.cat([self.weights(inputs, part) for part in z.to(self.device, self.dtype).split(size)])
+        except (VifamilyError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if "allocate memory" in str(error):
+                raise
+            raise ModelError(
+                f"the network raised on inputs of shape {tuple(inputs.shape)}, {inputs.dtype}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return Prediction(outputs, self.likelihood)
+
+    def _inputs(self, x: Any) -> Tensor:
+        """Return new inputs as the network takes them, checked."""
+        found = as_numbers(np.array(x) if isinstance(x, np.ndarray) else x, "inputs").to(self.device)
+        if self._real_inputs or found.is_floating_point():
+            found = found.to(self.dtype)
+        if found.dim() != 1 + len(self._one_input) or len(found) == 0:
+            like = ", ".join(map(str, ("datum", *self._one_input)))
+            raise ShapeError(f"inputs must be ({like}) with at least one datum, got shape {tuple(found.shape)}.")
+        return check_tensor(found, "at new inputs", found.dtype, self.device)
 
     def predictive(self, z: Tensor, *, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw new targets at the inputs of the data, ``(draw, dim) -> {"y": (draw, datum, ...)}``."""

@@ -164,11 +164,13 @@ class Elbo(Objective):
     def _example(self, family: FamilyLike, model: ModelLike, draw: Draw, batch: Batch | None) -> Loss:
         size = batch.size if batch is not None else model.num_data
         rows = draw.z.shape[-2]
-        if not size or rows % size:
+        if not size or rows < size:
             raise ConfigError(
-                f"noise per example needs a row of noise for every datum, a multiple of {size}, and got {rows}."
+                f"noise per example needs a row of noise for every datum, {size} at least, and got {rows}."
             )
-        each = model.log_likelihood_each(draw.z.unflatten(-2, (-1, size)), batch)
+        # the last batch of a DataLoader may be smaller than those that the noise was counted for
+        z = draw.z.narrow(-2, 0, rows - rows % size)
+        each = model.log_likelihood_each(z.unflatten(-2, (-1, size)), batch)
         return self._closed_kl(family, model, each.sum(-1).mean(-1), batch)
 
     def _closed_kl(self, family: FamilyLike, model: ModelLike, log_likelihood: Tensor, batch: Batch | None) -> Loss:

@@ -10,11 +10,14 @@ ordinary parameters of the module.
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LayerWeights"]
+from vifamily.errors import ConfigError
+
+__all__ = ["LayerWeights", "check_positive"]
 
 
 class LayerWeights(nn.Module, abc.ABC):
@@ -111,3 +114,13 @@ class LayerWeights(nn.Module, abc.ABC):
     @abc.abstractmethod
     def initial(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation from which a fit should begin, ``(dim,)`` each."""
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Check that an option is a positive number.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be a positive number, got {value!r}.")

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from vifamily.errors import ConfigError
 from vifamily.weights._base import LayerWeights
 from vifamily.weights._network import NetworkWeights
 
@@ -26,10 +27,20 @@ class WeightsEntry(abc.ABC):
         include: Patterns (``fnmatch``, several separated by commas) on full parameter or layer names; what matches
             none stays as it is.
         exclude: Patterns of what stays as it is although ``include`` matches.
+
+    Raises:
+        ConfigError: If a pattern is no text.
     """
 
     include: str = "*"
     exclude: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the patterns."""
+        for field in dataclasses.fields(self):
+            got = getattr(self, field.name)
+            if field.name in ("include", "exclude", "pattern") and not isinstance(got, str):
+                raise ConfigError(f"{field.name} must be patterns in text, as in 'encoder.*, *.bias', got {got!r}.")
 
     def picks(self, layer: str, parameter: str = "") -> bool:
         """Whether the patterns choose a layer, or a parameter of it (its own name, ``"weight"``)."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from vifamily.errors import ConfigError
+from vifamily.errors import ConfigError, ShapeError
 from vifamily.supports import Layout
-from vifamily.weights._base import LayerWeights
+from vifamily.weights._base import LayerWeights, check_positive
 from vifamily.weights._fold import FoldedNet
 from vifamily.weights._report import ConversionReport, ConvertedLayer
 from vifamily.weights._routes import Route, evaluated, loop_over_draws, over_draws, settled_route
@@ -142,8 +143,11 @@ class NetworkWeights(nn.Module):
             ``(draw, datum, *out)``.
 
         Raises:
+            ShapeError: If ``z`` has another shape.
             ModelError: At the first call, if the network cannot be evaluated on these inputs (see :meth:`settle`).
         """
+        if z.dim() not in (2, 3) or z.shape[-1] != self.dim:
+            raise ShapeError(f"z must be (draw, {self.dim}) or (draw, datum, {self.dim}), got {tuple(z.shape)}.")
         route = self.route or self.settle(x)
         size = self.chunk_draws or max(z.shape[0], 1)
         parts = [self.evaluate(route, x, part) for part in z.split(size)]
@@ -292,6 +296,10 @@ def _tied(modules: Mapping[str, nn.Module]) -> set[int]:
 def _check(net: Any, rest: str, prior_scale: float, chunk_draws: int | None) -> None:
     if not isinstance(net, nn.Module):
         raise ConfigError(f"net must be a torch.nn.Module, got {type(net).__name__}.")
+    if any(is_lazy(p) for p in net.parameters()):
+        raise ConfigError(
+            "net has lazy layers, which do not know their sizes yet: evaluate it once on some inputs first."
+        )
     kinds = {p.dtype for p in net.parameters() if p.is_floating_point()}
     if len(kinds) != 1:
         found = ", ".join(sorted(map(str, kinds))) or "no parameters"
@@ -304,8 +312,7 @@ def _check(net: Any, rest: str, prior_scale: float, chunk_draws: int | None) -> 
             )
     if rest not in ("point", "frozen"):
         raise ConfigError(f"rest must be 'point' or 'frozen', got {rest!r}.")
-    if isinstance(prior_scale, bool) or not (isinstance(prior_scale, (int, float)) and 0 < prior_scale < float("inf")):
-        raise ConfigError(f"prior_scale must be a positive number, got {prior_scale!r}.")
+    check_positive("prior_scale", prior_scale)
     if chunk_draws is not None and (
         isinstance(chunk_draws, bool) or not isinstance(chunk_draws, int) or chunk_draws < 1
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vifamily.errors import VifamilyWarning
+from vifamily.errors import ShapeError, VifamilyWarning
 from vifamily.numerics.hadamard import hadamard
 from vifamily.numerics.walsh_hadamard import (
     isotropic_cross_entropy,
@@ -138,6 +138,8 @@ class WalshLayer(LayerWeights):
 
     def _product(self, x: Tensor, z: Tensor) -> Tensor:
         """``W x`` by transforms; the inner one is shared by draws that share their input."""
+        if x.shape[-1] != self.blocks.fan_in:  # padding would hide it
+            raise ShapeError(f"a linear layer of {self.blocks.fan_in} inputs got {x.shape[-1]} on the last axis.")
         middle = (1,) * (x.dim() - z.dim())
         left, core, right = (
             t if t.dim() == 2 else t.reshape(*t.shape[:-2], *middle, *t.shape[-2:]) for t in self._diagonals(z)

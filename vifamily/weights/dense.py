@@ -196,7 +196,8 @@ class Dense(WeightsEntry):
     begin: str = "net"
 
     def __post_init__(self) -> None:
-        """Check the start."""
+        """Check the patterns and the start."""
+        super().__post_init__()
         if self.begin not in ("net", "prior"):
             raise ConfigError(f"begin must be 'net' or 'prior', got {self.begin!r}.")
 

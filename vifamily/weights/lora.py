@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from vifamily.errors import ConfigError
 from vifamily.registry import register
-from vifamily.weights._base import LayerWeights
+from vifamily.weights._base import LayerWeights, check_positive
 from vifamily.weights._entry import WeightsEntry
 
 __all__ = ["Lora", "LoraLayer"]
@@ -114,11 +114,11 @@ class Lora(WeightsEntry):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the patterns and the numbers."""
+        super().__post_init__()
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"rank must be a positive integer, got {self.rank!r}.")
-        if not self.scale > 0:
-            raise ConfigError(f"scale must be positive, got {self.scale!r}.")
+        check_positive("scale", self.scale)
 
     def layer(self, module: nn.Module, name: str, *, generator: torch.Generator) -> LayerWeights | str:
         """Make the adapter of a linear layer."""

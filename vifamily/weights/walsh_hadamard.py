@@ -10,7 +10,7 @@ from torch import nn
 
 from vifamily.errors import ConfigError
 from vifamily.registry import register
-from vifamily.weights._base import LayerWeights
+from vifamily.weights._base import LayerWeights, check_positive
 from vifamily.weights._entry import WeightsEntry
 from vifamily.weights._walsh_blocks import Blocks
 from vifamily.weights._walsh_layer import IsotropicWalshLayer, WalshLayer
@@ -82,15 +82,11 @@ class WalshHadamard(WeightsEntry):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        super().__post_init__()
         for key, allowed in _CHOICES.items():
             if (got := getattr(self, key)) not in allowed:
                 raise ConfigError(f"{key} must be one of {', '.join(map(repr, allowed))}, got {got!r}.")
-        if (
-            isinstance(self.scale, bool)
-            or not isinstance(self.scale, (int, float))
-            or not 0 < self.scale < float("inf")
-        ):
-            raise ConfigError(f"scale must be a positive number, got {self.scale!r}.")
+        check_positive("scale", self.scale)
 
     def layer(self, module: nn.Module, name: str, *, generator: torch.Generator) -> LayerWeights | str:
         """Make the weights of a linear layer or a convolution over two dimensions."""
