@@ -56,6 +56,7 @@ class Capability(enum.StrEnum):
     POINT_PARAMETERS = "point-estimated parameters"
     GROUPS = "data in groups (groups=)"
     EXAMPLE_NOISE = "noise per example"
+    CHEAP_EXAMPLE_NOISE = "cheap noise per example"
     MEAN_STATISTICS = "mean statistics given the data (mean_statistics=)"
     # families
     DRAWS = "draws"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -149,15 +151,45 @@ def test_options_without_meaning_are_refused(options: dict[str, object]) -> None
         WalshHadamard(**options)
 
 
-def test_a_latent_for_each_datum_in_a_convolutional_network(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("options", ["", "layout=stack", "layout=taps", "layout=stack, residual=true",
+                                     "layout=stack, scales=latent, bias=gaussian"])  # fmt: skip
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (2, 3), "padding": "same"},
+        {"kernel_size": 2, "stride": (1, 2), "padding": (1, 0)},
+        {"kernel_size": 2, "dilation": (2, 1), "bias": False},
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+    ],
+    ids=str,
+)
+def test_a_latent_for_each_datum_in_a_convolutional_network(
+    generator: torch.Generator, convolution: dict[str, Any], options: str
+) -> None:
     net = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32, 3),
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 8, **convolution), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3),
     ).double()  # fmt: skip
-    x = _normal(generator, 5, 2, 4, 4)
-    made = _settled(convert(net, "walsh_hadamard"), x)
+    x = _normal(generator, 5, 2, 8, 8)
+    made = _settled(convert(net, f"walsh_hadamard({options})" if options else "walsh_hadamard"), x)
     z = _normal(generator, 2, 5, made.dim)
     each = torch.cat([made(x[i : i + 1], z[:, i]) for i in range(5)], 1)
     torch.testing.assert_close(made(x, z), each, rtol=1e-10, atol=1e-10)
-    # kernels of each datum's own take many times as long as one for all: not what a fit takes unasked
-    assert not made.example_noise
+    # kernels of each datum's own take several times as long as one for all: not what a fit takes unasked
+    assert made.example_noise
+    assert not made.cheap_example_noise
+
+
+@pytest.mark.parametrize("layout", ["stack", "taps"])
+def test_latents_of_each_datum_in_a_convolution_have_derivatives_and_run_under_restarts(
+    generator: torch.Generator, layout: str
+) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2)).double()
+    x = _normal(generator, 3, 1, 4, 4)
+    made = _settled(convert(net, f"walsh_hadamard(layout={layout})"), x)
+    z = _normal(generator, 2, 3, made.dim)
+    assert torch.autograd.gradcheck(lambda at: made(x, at), z.requires_grad_())
+    many = _normal(generator, 4, 2, 3, made.dim)
+    restarts = torch.vmap(lambda at: made(x, at))(many)
+    torch.testing.assert_close(restarts, torch.stack([made(x, part) for part in many]), rtol=1e-10, atol=1e-10)

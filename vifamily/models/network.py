@@ -160,6 +160,8 @@ class Network(Model):
             out |= {Capability.GAUSSIAN_PRIOR, Capability.PRIOR_DRAWS}
         if self.weights.example_noise:
             out.add(Capability.EXAMPLE_NOISE)
+        if self.weights.cheap_example_noise:
+            out.add(Capability.CHEAP_EXAMPLE_NOISE)
         if self.likelihood.samples:
             out.add(Capability.PREDICTIVE)
         if any(p.requires_grad for p in self.parameters()):

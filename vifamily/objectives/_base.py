@@ -34,8 +34,8 @@ class Estimator:
         family: What it needs of the family.
         never_model: What the model must not have.
         never_family: What the family must not have.
-        unless_asked: Reasons for which ``"auto"`` passes it over though it is allowed: capabilities that the family
-            should have.
+        unless_asked: Reasons for which ``"auto"`` passes it over though it is allowed: capabilities that the family or
+            the model should have.
         value_gradient: Whether the surrogate's gradient is that of the value on the same noise, so that a solver may
             minimise the value on fixed draws; not so for score functions and for estimators that hold a density fixed.
         unbiased: Whether its mean is the gradient of the value's mean for every number of draws. Where not, the
@@ -258,7 +258,7 @@ class Objective(abc.ABC):
     def _estimator(self, model: Caps, family: Caps) -> str | None:
         asked = getattr(self, "estimator", "auto")
         fitting = [n for n, e in self.estimators.items() if asked in ("auto", n) and not e.lacks(model, family)]
-        cheap = [n for n in fitting if self.estimators[n].unless_asked <= family]
+        cheap = [n for n in fitting if self.estimators[n].unless_asked <= family | model]
         return next(iter(cheap or fitting), None)
 
     def init_state(self, model: ModelLike, family: FamilyLike, *, generator: torch.Generator) -> Any:

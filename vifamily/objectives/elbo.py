@@ -32,7 +32,8 @@ class Elbo(Objective):
     - ``enumerated``: all states of a finite family, weighted; no noise at all.
     - ``example``: the KL to a normal prior in closed form, the likelihood with a draw of its own for every datum (the
       local reparameterisation of Kingma, Salimans and Welling 2015): the noise of a minibatch averages out over its
-      data. For models that take noise per example; each step uses ``draws`` times the batch size rows of noise.
+      data. For models that take noise per example; each step uses ``draws`` times the batch size rows of noise, and
+      ``"auto"`` takes it only where that is cheap.
     - ``stl``: sticking the landing (Roeder et al. 2017); the density's parameters are held fixed, so the gradient
       noise vanishes when q reaches p.
     - ``entropy``: the entropy in closed form; less noise far from the optimum, does not vanish there.
@@ -74,6 +75,7 @@ class Elbo(Objective):
             model=frozenset({Capability.SCORE, Capability.GAUSSIAN_PRIOR, Capability.EXAMPLE_NOISE}),
             family=_PATH | {Capability.GAUSSIAN, Capability.ENTROPY},
             never_family=frozenset({Capability.WEIGHTED}),
+            unless_asked=frozenset({Capability.CHEAP_EXAMPLE_NOISE}),
             value_gradient=False,
         ),
         "stl": Estimator(

@@ -40,7 +40,7 @@ def warnings_of(
         *_ratios(objective, model.dim),
         *_few_draws(objective, draws),
         *_batches(objective, batch_size),
-        *_cost(objective, of_family),
+        *_cost(objective, of_family | model.capabilities),
         *_curvature(objective),
         *_value(objective),
     )
@@ -92,13 +92,13 @@ def _batches(objective: Objective, batch_size: int | None) -> Iterator[str]:
         )
 
 
-def _cost(objective: Objective, family: frozenset[Capability]) -> Iterator[str]:
+def _cost(objective: Objective, has: frozenset[Capability]) -> Iterator[str]:
     estimator = chosen_estimator(objective)
-    lacking = frozenset() if estimator is None else estimator.unless_asked - family
+    lacking = frozenset() if estimator is None else estimator.unless_asked - has
     if lacking:
         yield (
-            f"the estimator {getattr(objective, 'estimator', '')} is meant for families with "
-            f"{' and '.join(sorted(lacking))}, which this one has not: each step costs many passes through it"
+            f"the estimator {getattr(objective, 'estimator', '')} is meant for where there is "
+            f"{' and '.join(sorted(lacking))}, which there is not here: each step costs many times as much"
         )
 
 

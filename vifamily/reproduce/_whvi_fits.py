@@ -167,7 +167,7 @@ def classified(kind: str, method: str, budget: baselines.Budget, seed: int) -> d
     else:
         entry = "walsh_hadamard" if method == WHVI else "dense"
         model = Network(net, "categorical", (x, y), entry, seed=seed)
-        each = method == WHVI and Capability.EXAMPLE_NOISE in model.capabilities  # convolutions share theirs
+        each = method == WHVI and Capability.CHEAP_EXAMPLE_NOISE in model.capabilities  # convolutions share theirs
         noise = "example" if each else "reparameterised"
         options = {"family": "mean_field", "objective": f"elbo(estimator={noise})", "draws": 1}
     posterior = fit(model, batch_size=budget.batch, steps=budget.steps, solver="adam", seed=seed, progress=False,

@@ -28,12 +28,14 @@ class LayerWeights(nn.Module, abc.ABC):
     Attributes:
         names: Full names in the network of the parameters that it makes, ``("0.weight", "0.bias")``.
         dim: Number of latent coordinates.
-        example_noise: Whether a latent of its own for each datum costs about as much as one for all.
+        example_noise: Whether each datum can have a latent of its own.
+        cheap_example_noise: Whether that costs about as much as one latent for all.
     """
 
     names: tuple[str, ...]
     dim: int
     example_noise: bool = False
+    cheap_example_noise: bool = False
 
     @abc.abstractmethod
     def materialise(self, z: Tensor) -> dict[str, Tensor]:

@@ -114,9 +114,14 @@ class NetworkWeights(nn.Module):
     # -- evaluation ----------------------------------------------------------------------------------------------------
     @property
     def example_noise(self) -> bool:
-        """Whether every layer can take a latent of its own for each datum at about the cost of one for all."""
+        """Whether each datum can have a latent of its own in every layer."""
         folded = self.route in ("fold", "repeat")
-        return folded and all(bool(layer.example_noise) for layer in self._layers())
+        return folded and all(layer.example_noise for layer in self._layers())
+
+    @property
+    def cheap_example_noise(self) -> bool:
+        """Whether latents of each datum's own cost about as much as one for all."""
+        return self.example_noise and all(layer.cheap_example_noise for layer in self._layers())
 
     def _layers(self) -> list[LayerWeights]:
         return [layer for layer in self.layers if isinstance(layer, LayerWeights)]

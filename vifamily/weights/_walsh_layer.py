@@ -78,7 +78,7 @@ class WalshLayer(LayerWeights):
         self.cores = blocks.numbers
         self.structured = self.cores * (3 if latent_scales else 1)
         self.dim = self.structured + (blocks.shape[0] if self.latent_bias else 0)
-        self.example_noise = isinstance(module, nn.Linear)
+        self.example_noise, self.cheap_example_noise = True, isinstance(module, nn.Linear)
         weight = module.weight.detach()
         self.weight_sd = math.sqrt(gain / blocks.fan_in)
         if residual and bool(weight.any()):
@@ -148,8 +148,14 @@ class WalshLayer(LayerWeights):
         return walsh_product(padded, left, core, right).flatten(-2)[..., : self.blocks.shape[0]]
 
     def _convolution(self, layer: nn.Conv2d, x: Tensor, z: Tensor) -> Tensor:
-        """Every draw (and datum, where latents are theirs) is a group of channels of one convolution."""
+        """Every draw (and datum, where latents are theirs) is a group of channels of one convolution.
+
+        Stacked blocks with a latent of each datum's own are products with the patches of its image instead: kernels
+        would have to be written out for each datum.
+        """
         each = z.dim() == 3
+        if each and self.blocks.kind == "stack" and layer.groups == 1:
+            return self._patches(layer, x, z)
         lead = z.shape[:-1]
         kernel, bias = self._weight(z).flatten(0, len(lead)), self._bias(z)
         offset = None if bias is None else bias.flatten()
@@ -164,6 +170,26 @@ class WalshLayer(LayerWeights):
         if each:
             return out.reshape(*lead, layer.out_channels, *out.shape[2:])
         return out.reshape(data, z.shape[0], layer.out_channels, *out.shape[2:]).transpose(0, 1)
+
+    def _patches(self, layer: nn.Conv2d, x: Tensor, z: Tensor) -> Tensor:
+        """The same without kernels: each image's own weights times its patches, all positions alike."""
+        full = x.expand(z.shape[0], *x.shape[1:]).flatten(0, 1)
+        # what torch pads for padding="same" is not the same on both sides where a kernel is even
+        padded = functional.pad(full, layer._reversed_padding_repeated_twice)
+        sizes = [
+            (n - step * (k - 1) - 1) // stride + 1
+            for n, k, stride, step in zip(
+                padded.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+            )
+        ]
+        rows = functional.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
+        patches = rows.mT.unflatten(0, z.shape[:2])  # (draw, datum, position, in * taps)
+        out = self._product(patches, z)
+        if self.base is not None:
+            out = out + functional.linear(patches, self.base.flatten(1))
+        bias = self._bias(z)
+        out = out if bias is None else out + bias.unsqueeze(-2)
+        return out.mT.reshape(*out.shape[:2], -1, *sizes)
 
     def prior(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the prior, ``(dim,)`` each; a latent bias has unit variance."""
