@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 import vifamily as vf
-from vifamily import registry
+from vifamily import registry, rng
 from vifamily.errors import ConfigError, IncompatibleError, NotAvailableError, ShapeError
 from vifamily.models import LikelihoodModel
 from vifamily.types import Batch, Capability
@@ -58,9 +59,25 @@ def test_a_model_that_takes_it_is_fitted_so_on_minibatches_and_ends_at_the_poste
     assert torch.allclose(covariance.diagonal().sqrt(), sd, rtol=0.05)
 
 
-def test_it_is_taken_unasked_where_the_model_can():
-    assert vf.plan(Regression(), "mean_field", "elbo", "adam").estimator == "example"
-    assert vf.plan(Regression(), "mean_field", "elbo", "lbfgs").estimator != "example"
+def test_it_is_taken_unasked_where_it_is_cheap():
+    model = Regression()
+    assert vf.plan(model, "mean_field", "elbo", "adam").estimator != "example"
+    asked = vf.plan(model, "mean_field", "elbo(estimator=example)", "adam")
+    assert any("cheap noise per example" in warning for warning in asked.warnings)
+    model.capabilities = model.capabilities | {Capability.CHEAP_EXAMPLE_NOISE}
+    assert vf.plan(model, "mean_field", "elbo", "adam").estimator == "example"
+    assert vf.plan(model, "mean_field", "elbo", "lbfgs").estimator != "example"
+
+
+def test_networks_take_it_unasked_with_walsh_hadamard_weights_and_not_with_all_weights_latent():
+    """With dense weights each datum of a batch would have all weights drawn anew."""
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for weights, each in (("dense", False), ("lora(rank=2)", False), ("walsh_hadamard", True)):
+        with rng.scoped(0):
+            net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        model = vf.models.Network(net, "gaussian", (x, x[:, :1]), weights)
+        assert Capability.EXAMPLE_NOISE in model.capabilities
+        assert (vf.plan(model, "mean_field", "elbo", "adam").estimator == "example") is each, weights
 
 
 def test_a_prior_that_is_not_normal_is_refused_before_the_first_step():
@@ -73,7 +90,7 @@ def test_a_prior_that_is_not_normal_is_refused_before_the_first_step():
 def test_what_does_not_fit_is_refused(tools):
     model, family = Regression(), tools.gaussian([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     objective = registry.build("objectives", "elbo(estimator=example)").resolve(model, family)
-    with pytest.raises(ConfigError, match="multiple of 64"):
+    with pytest.raises(ConfigError, match="64 at least, and got 3"):
         objective.loss(family, model, torch.zeros(3, 3, dtype=DOUBLE))
     with pytest.raises(ShapeError, match="one for each"):
         model.log_likelihood_each(torch.zeros(2, 5, 3, dtype=DOUBLE))
