@@ -45,7 +45,7 @@ def run(options: Options) -> Reproduction:
         options: ``data`` is the folder of the regression sets; ``quick`` takes one split of two sets and few steps.
     """
     budget = Budget(steps=1500 if options.quick else 6000)
-    exact = [*algebra(options), noise(options), parameters()]
+    exact = [*algebra(options), *noise(options), parameters()]
     claims, tables, figures = _regression(options, budget)
     found, rows = _digits(options, budget)
     claims += found
