@@ -74,6 +74,13 @@ def test_an_estimator_that_is_asked_for_is_taken():
     assert plan(density(), "mean_field", "elbo(estimator=entropy)").estimator == "entropy"
 
 
+@pytest.mark.parametrize(("dim", "solver"), [(512, "lbfgs"), (1024, "adam")])
+def test_a_family_that_needs_very_many_fixed_draws_takes_fresh_ones(dim, solver):
+    chosen = plan(Density(lambda z: -0.5 * z.square().sum(-1), dim=dim), "hadamard_sqrt", "elbo")
+    assert registry.entry_name(chosen.solver) == solver
+    assert solver != "adam" or any("2050 fixed draws" in note for note in chosen.notes)
+
+
 def test_discrete_latents_get_a_discrete_family():
     made = plan(counts())
     assert registry.entry_name(made.entry) == "categorical"

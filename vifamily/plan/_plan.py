@@ -36,6 +36,8 @@ __all__ = [
 _LARGEST_FULL_RANK = 100
 _MOST_PARAMETERS = 200_000
 """Parameters of a family above which fifty steps and gradients are too much to remember."""
+_MOST_FIXED_DRAWS = 2000
+"""What L-BFGS does with the draws of a set grows with the cube of their number, steps on fresh draws do not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +237,11 @@ def _automatic(objective: Objective, model: Model, family: Family, batch_size: i
         return "adam", "local latents"
     if any(p.requires_grad for p in model.parameters()):
         return "adam", "the model has parameters of its own"
-    if getattr(family, "fewest_fixed_draws", lambda: None)() is None:
+    fewest = getattr(family, "fewest_fixed_draws", lambda: None)()
+    if fewest is None:
         return "adam", "the family's optimum on fixed draws need not be bounded"
+    if fewest > _MOST_FIXED_DRAWS:
+        return "adam", f"the family's optimum is bounded only on {fewest} fixed draws or more"
     if sum(p.numel() for p in family.parameters()) > _MOST_PARAMETERS:
         return "adam", "too many parameters for a quasi-Newton memory"
     lbfgs = registry.build("solvers", "lbfgs")
