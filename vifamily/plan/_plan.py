@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 
 from vifamily import registry
-from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, SpecError, VifamilyError
+from vifamily.errors import ConfigError, DeviceError, IncompatibleError, ModelError, VifamilyError
 from vifamily.families import Family, FamilyEntry
-from vifamily.families._adapters import as_entry
 from vifamily.models import Model
 from vifamily.objectives import Objective
+from vifamily.plan._choices import describe, family_choice, named_solver, solver_choice
 from vifamily.plan._warnings import chosen_estimator, warnings_of
 from vifamily.solvers import Solver, worth_compiling
-from vifamily.types import Capability, LatentSpec, Space
+from vifamily.types import Capability, LatentSpec
 
 __all__ = [
     "Plan",
@@ -32,12 +32,6 @@ __all__ = [
     "plan",
     "resolve_model",
 ]
-
-_LARGEST_FULL_RANK = 100
-_MOST_PARAMETERS = 200_000
-"""Parameters of a family above which fifty steps and gradients are too much to remember."""
-_MOST_FIXED_DRAWS = 2000
-"""What L-BFGS does with the draws of a set grows with the cube of their number, steps on fresh draws do not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +108,6 @@ class Plan:
         return "\n".join([*lines, *(f"warning    {warning}" for warning in self.warnings)])
 
 
-def describe(entry: Any) -> str:
-    """Return ``name(field=value, ...)`` of an entry, the fields that differ from their defaults."""
-    name = registry.entry_name(entry)
-    if not dataclasses.is_dataclass(entry) or isinstance(entry, type):
-        return name
-    changed = {
-        f.name: getattr(entry, f.name)
-        for f in dataclasses.fields(entry)
-        if f.init and f.repr and (f.default is dataclasses.MISSING or getattr(entry, f.name) != f.default)
-    }
-    changed = {k: describe(v) if dataclasses.is_dataclass(v) else v for k, v in changed.items()}
-    inner = ", ".join(f"{k}={v}" for k, v in changed.items())
-    return f"{name}({inner})" if inner else name
-
-
 def resolve_model(model: Any, device: Any = None, dtype: torch.dtype | None = None) -> tuple[Model, Any]:
     """Turn a name, a problem or a model into (model, problem or None), on the device and in the dtype asked for."""
     problem = None
@@ -180,79 +159,6 @@ def _checked_device(device: Any) -> torch.device:
 def latent_of(model: Model) -> LatentSpec:
     """Return what a family for this model must cover."""
     return LatentSpec(model.dim, model.space, model.num_categories, None, model.dtype, model.device)
-
-
-def _family_choice(family: Any, model: Model, solver: Solver | None, notes: list[str]) -> FamilyEntry:
-    if isinstance(family, str) and family == "auto":
-        own = None if solver is None else solver.default_family()
-        if own is not None:
-            family = own
-        elif model.space is Space.DISCRETE:
-            simulated = Capability.SIMULATE in model.capabilities
-            family = "natural(kind='categorical')" if simulated else "categorical"
-        elif model.space is Space.CIRCLE:
-            family = "natural(kind='von_mises')"
-        elif Capability.SIMULATE in model.capabilities:
-            family = "flow"
-        else:
-            family = "full_rank" if model.dim <= _LARGEST_FULL_RANK else "mean_field"
-        notes.append(f"family {family} chosen for {model.dim} {model.space} coordinates")
-    return as_entry(family, model=model)
-
-
-def _named_solver(solver: Any) -> Solver:
-    way = registry.build("solvers", solver) if isinstance(solver, (str, registry.Spec)) else solver
-    if not isinstance(way, Solver):
-        raise ConfigError(f"a solver is a name such as 'adam' or a Solver, got {type(way).__name__}.")
-    return way
-
-
-def _solver_choice(
-    named: Solver | None, objective: Objective, model: Model, family: Family, batch_size: int | None, notes: list[str]
-) -> Solver:
-    """Return the solver asked for, or the one that suits; refuses a solver that cannot drive the objective."""
-    if named is None:
-        name, why = _automatic(objective, model, family, batch_size)
-        notes.append(f"solver {name} chosen: {why}")
-        named = _named_solver(name)
-    own = objective.own_solver
-    if own is not None and registry.entry_name(named) != own:
-        raise IncompatibleError(
-            f"the objective {describe(objective)!r} is not the descent of a loss: its steps are the solver {own!r}'s, "
-            f"not {registry.entry_name(named)!r}'s. Leave solver out, or use solver={own!r}.",
-            missing=(f"the solver {own!r}",),
-        )
-    return named
-
-
-def _automatic(objective: Objective, model: Model, family: Family, batch_size: int | None) -> tuple[str, str]:
-    """Name of the solver that suits, and why, from what the three can do; nothing is measured."""
-    if objective.own_solver is not None:
-        return objective.own_solver, "the objective is not the descent of a loss, and this drives it"
-    if Capability.SIMULATE in model.capabilities:
-        return "adam", "the loss is a mean over simulated pairs, a few of them in each step"
-    if batch_size is not None:
-        return "adam", "minibatches change the loss at every step"
-    if Capability.LOCAL in model.capabilities:
-        return "adam", "local latents"
-    if any(p.requires_grad for p in model.parameters()):
-        return "adam", "the model has parameters of its own"
-    fewest = getattr(family, "fewest_fixed_draws", lambda: None)()
-    if fewest is None:
-        return "adam", "the family's optimum on fixed draws need not be bounded"
-    if fewest > _MOST_FIXED_DRAWS:
-        return "adam", f"the family's optimum is bounded only on {fewest} fixed draws or more"
-    if sum(p.numel() for p in family.parameters()) > _MOST_PARAMETERS:
-        return "adam", "too many parameters for a quasi-Newton memory"
-    lbfgs = registry.build("solvers", "lbfgs")
-    try:
-        loss = objective.for_fixed_draws("lbfgs").resolve(model, family)
-        lbfgs.check(model=model, family=family, batch_size=batch_size)
-    except (IncompatibleError, SpecError) as error:
-        return "adam", f"on fixed draws not possible ({str(error).split(': use')[0].removesuffix('.')})"
-    if not loss.linear_in_draws:
-        return "adam", "the objective combines several draws in each value"
-    return "lbfgs", "a smooth loss on fixed draws, all data in one step"
 
 
 def default_capabilities(name: str, latent: LatentSpec) -> frozenset[Capability] | None:
@@ -410,15 +316,15 @@ def make_plan(
     simulated = Capability.SIMULATE in found.capabilities
     if simulated and not loss.pairs_alone:
         found = found.by_likelihood()
-    named = None if isinstance(solver, str) and solver == "auto" else _named_solver(solver)
-    own = _named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
-    entry = _family_choice(family, found, own, notes)
+    named = None if isinstance(solver, str) and solver == "auto" else named_solver(solver)
+    own = named_solver(loss.own_solver) if named is None and loss.own_solver is not None else named
+    entry = family_choice(family, found, own, notes)
     if simulated and (loss.inclusive or Capability.SIMULATE in loss.needs_model):
         entry = entry.for_given_points()
     latent = latent_of(found)
     _check_space(entry, latent, loss, found)
     built = entry.build(latent, generator=torch.Generator(device="cpu"))
-    way = _solver_choice(named, loss, found, built, batch_size, notes)
+    way = solver_choice(named, loss, found, built, batch_size, notes)
     way.check_objective(loss)
     if way.fixed_draws:
         loss = loss.for_fixed_draws(registry.entry_name(way))
