@@ -30,7 +30,7 @@ __all__ = [
     "collapsed",
     "dense_net",
     "regression_row",
-    "several_settings",
+    "settings_of",
     "toy_bands",
 ]
 
@@ -60,9 +60,11 @@ def dense_net(sizes: list[int], activation: type[nn.Module], seed: int) -> nn.Se
     return nn.Sequential(*layers)
 
 
-def several_settings() -> dict[str, Any]:
-    """What the row of several members depends on besides the budget, for its kept parts."""
-    return {"members": _MEMBERS, "longer": _LONGER, "solver": _ONE_CYCLE}
+def settings_of(method: str) -> dict[str, Any]:
+    """What the row of a method depends on besides the budget, for its kept parts."""
+    if method == SEVERAL:
+        return {"members": _MEMBERS, "longer": _LONGER, "solver": _ONE_CYCLE}
+    return {"step_size": baselines.SWAG_STEP_SIZE} if method == "SWAG" else {}
 
 
 def _fitted(model: Network, budget: baselines.Budget, seed: int, *, solver: str = "adam", **options: Any) -> Tensor:

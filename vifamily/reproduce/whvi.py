@@ -23,7 +23,7 @@ from vifamily.reproduce._whvi_fits import (
     classified,
     collapsed,
     regression_row,
-    several_settings,
+    settings_of,
     toy_bands,
 )
 
@@ -73,7 +73,7 @@ def _regression(options: Options, budget: Budget) -> tuple[list[Claim], dict[str
                 rows.append(options.row(
                     f"{name}, split {split}, {method}",
                     functools.partial(regression_row, options.data, name, split, method, budget),
-                    budget=dataclasses.asdict(budget), data=data, **(several_settings() if method == SEVERAL else {}),
+                    budget=dataclasses.asdict(budget), data=data, **settings_of(method),
                 ))  # fmt: skip
     table = [_mean_row(rows, name, method) for name in names for method in METHODS]
     claims = []
