@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 
 from vifamily.reproduce._network_baselines import Budget
 from vifamily.reproduce._parts import digest
@@ -157,6 +158,8 @@ def _figure(table: Rows, names: Sequence[str]) -> Figure:
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_yscale("log")
+    for which in (figure.axes[0].yaxis.set_major_formatter, figure.axes[0].yaxis.set_minor_formatter):
+        which(FormatStrFormatter("%g"))  # 2 rather than 2 x 10^0
     figure.axes[0].legend(fontsize=7, ncols=3, loc="upper right")
     return figure
 
