@@ -85,7 +85,8 @@ def as_numbers(value: Any, what: str) -> Tensor:
         DataError: If they are no real numbers.
     """
     try:
-        found = torch.as_tensor(value)
+        # an array is copied: torch warns of shared memory that it may not write to, or whose strides are negative
+        found = torch.as_tensor(np.array(value) if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{what} must be numbers in a tensor, an array or lists, got {value!r:.80}: {error}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vifamily.models._likelihoods import Likelihood
 
@@ -22,21 +22,21 @@ class MixedLikelihood(Likelihood):
 
     def __init__(self, laws: Sequence[Likelihood], sizes: Sequence[int]) -> None:
         super().__init__()
-        self._laws, self._sizes = nn.ModuleList(laws), list(sizes)
+        self._laws, self._sizes = tuple(laws), list(sizes)
         self.kind, self.output_axes = laws[0].kind, laws[0].output_axes
 
     @property
     def name(self) -> str:
         """That of each law."""
-        return self._each()[0].name
+        return self._laws[0].name
 
     def event_shape(self, out: torch.Size) -> torch.Size:
         """Shape of one datum, the same under all laws."""
-        return [law.event_shape(out) for law in self._each()][0]
+        return [law.event_shape(out) for law in self._laws][0]
 
     def check_values(self, y: Tensor) -> None:
         """Check that every law can give such data."""
-        for law in self._each():
+        for law in self._laws:
             law.check_values(y)
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class MixedLikelihood(Likelihood):
     @property
     def samples(self) -> bool:
         """Whether all laws draw."""
-        return all(law.samples for law in self._each())
+        return all(law.samples for law in self._laws)
 
     def sample(self, outputs: Tensor, *, generator: torch.Generator) -> Tensor:
         """Draw one datum for each draw and input."""
@@ -66,12 +66,9 @@ class MixedLikelihood(Likelihood):
         known = [values for values in found if values is not None]
         return torch.cat(known) if len(known) == len(found) else None
 
-    def _each(self) -> list[Likelihood]:
-        return [law for law in self._laws if isinstance(law, Likelihood)]
-
     def _with(self, outputs: Tensor) -> list[tuple[Likelihood, Tensor]]:
         """Each law with the outputs of its own draws."""
-        return list(zip(self._each(), outputs.split(self._sizes), strict=True))
+        return list(zip(self._laws, outputs.split(self._sizes), strict=True))
 
     def _apart(self, outputs: Tensor, of: Callable[[Likelihood, Tensor], Tensor]) -> Tensor:
         return torch.cat([of(law, part) for law, part in self._with(outputs)])

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -251,7 +250,7 @@ class Prediction:
         return {"error_rate": float(1 - right.mean()), "ece": float(gap.abs().sum() / right.numel())}
 
     def _data(self, y: Any) -> Tensor:
-        data = as_numbers(np.array(y) if isinstance(y, np.ndarray) else y, "y").to(self.draws.device)
+        data = as_numbers(y, "y").to(self.draws.device)
         if data.dim() == 0 or data.shape[0] != len(self):
             raise ShapeError(
                 f"y must hold one datum for each of the {len(self)} inputs, got shape {tuple(data.shape)}."

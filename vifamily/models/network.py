@@ -7,12 +7,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vifamily import registry, rng
-from vifamily.errors import ConfigError, DataError, ModelError, NotAvailableError, ShapeError, VifamilyError
+from vifamily.errors import ConfigError, DataError, NotAvailableError, ShapeError
 from vifamily.models._base import BatchSource, Model
 from vifamily.models._calls import check_count
 from vifamily.models._data import as_numbers, check_tensor, data_source
@@ -293,23 +292,14 @@ class Network(Model):
         """
         inputs = self._inputs(x)
         size = max(_AT_ONCE // len(inputs), 1) if chunk_draws is None else check_count(chunk_draws, "chunk_draws")
-        try:
-            with torch.no_grad():
-                outputs = torch.cat([self.weights(inputs, part) for part in z.to(self.device, self.dtype).split(size)])
-        except (VifamilyError, torch.OutOfMemoryError):
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            if "allocate memory" in str(error):
-                raise
-            raise ModelError(
-                f"the network raised on inputs of shape {tuple(inputs.shape)}, {inputs.dtype}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        draws = z.to(self.device, self.dtype).split(size)
+        with torch.no_grad():
+            outputs = torch.cat([self.weights.checked(inputs, part) for part in draws])
         return Prediction(outputs, self.likelihood)
 
     def _inputs(self, x: Any) -> Tensor:
         """Return new inputs as the network takes them, checked."""
-        found = as_numbers(np.array(x) if isinstance(x, np.ndarray) else x, "inputs").to(self.device)
+        found = as_numbers(x, "inputs").to(self.device)
         if self._real_inputs or found.is_floating_point():
             found = found.to(self.dtype)
         if found.dim() != 1 + len(self._one_input) or len(found) == 0:

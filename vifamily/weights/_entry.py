@@ -14,7 +14,7 @@ from vifamily.errors import ConfigError
 from vifamily.weights._base import LayerWeights
 from vifamily.weights._network import NetworkWeights
 
-__all__ = ["NetworkWeights", "WeightsEntry"]
+__all__ = ["NetworkWeights", "WeightsEntry", "check_patterns"]
 
 _BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
@@ -37,10 +37,8 @@ class WeightsEntry(abc.ABC):
 
     def __post_init__(self) -> None:
         """Check the patterns."""
-        for field in dataclasses.fields(self):
-            got = getattr(self, field.name)
-            if field.name in ("include", "exclude", "pattern") and not isinstance(got, str):
-                raise ConfigError(f"{field.name} must be patterns in text, as in 'encoder.*, *.bias', got {got!r}.")
+        check_patterns("include", self.include)
+        check_patterns("exclude", self.exclude)
 
     def picks(self, layer: str, parameter: str = "") -> bool:
         """Whether the patterns choose a layer, or a parameter of it (its own name, ``"weight"``)."""
@@ -91,6 +89,16 @@ class WeightsEntry(abc.ABC):
         return NetworkWeights(
             net, self, generator=generator, rest=rest, prior_scale=prior_scale, chunk_draws=chunk_draws
         )
+
+
+def check_patterns(name: str, value: object) -> None:
+    """Check that an option is patterns on names.
+
+    Raises:
+        ConfigError: If it is no text.
+    """
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be patterns in text, as in 'encoder.*, *.bias', got {value!r}.")
 
 
 def own_parameters(module: nn.Module) -> Iterable[str]:

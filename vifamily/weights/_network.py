@@ -10,12 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from vifamily.errors import ConfigError, ShapeError
+from vifamily.errors import ConfigError, ShapeError, VifamilyError
 from vifamily.supports import Layout
 from vifamily.weights._base import LayerWeights, check_positive
 from vifamily.weights._fold import FoldedNet
 from vifamily.weights._report import ConversionReport, ConvertedLayer
-from vifamily.weights._routes import Route, evaluated, loop_over_draws, over_draws, settled_route
+from vifamily.weights._routes import (
+    REFUSALS,
+    Route,
+    evaluated,
+    loop_over_draws,
+    out_of_memory,
+    over_draws,
+    raised_on,
+    settled_route,
+)
 
 if TYPE_CHECKING:
     from vifamily.weights._entry import WeightsEntry
@@ -157,6 +166,23 @@ class NetworkWeights(nn.Module):
         size = self.chunk_draws or max(z.shape[0], 1)
         parts = [self.evaluate(route, x, part) for part in z.split(size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def checked(self, x: Tensor, z: Tensor) -> Tensor:
+        """Compute as :meth:`forward` does, at inputs that are new: what the network raises on them is said in words.
+
+        Raises:
+            ModelError: If the network raises.
+            ShapeError: If a layer does not take the inputs, or ``z`` has another shape.
+        """
+        try:
+            out: Tensor = self(x, z)
+        except VifamilyError:
+            raise
+        except REFUSALS as error:
+            if out_of_memory(error):
+                raise
+            raise raised_on(x, error) from error
+        return out
 
     def evaluate(self, route: Route, x: Tensor, z: Tensor) -> Tensor:
         """Compute as :meth:`forward` does, by one of the routes."""

@@ -16,14 +16,35 @@ from vifamily.errors import ModelError, ShapeError
 if TYPE_CHECKING:
     from vifamily.weights._network import NetworkWeights
 
-__all__ = ["Route", "evaluated", "loop_over_draws", "over_draws", "settled_route"]
+__all__ = [
+    "REFUSALS",
+    "Route",
+    "evaluated",
+    "loop_over_draws",
+    "out_of_memory",
+    "over_draws",
+    "raised_on",
+    "settled_route",
+]
 
 Route = Literal["fold", "repeat", "vmap", "loop"]
 
 _ROWS, _DRAWS = 5, 2
 """Rows and draws of the comparison: with one row, broadcasting hides wrong axes."""
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 """What user code raises where axes are not those that it expects."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is short, which says nothing about the network."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def raised_on(x: Tensor, error: Exception) -> ModelError:
+    """What to say where the network raised an error on inputs."""
+    return ModelError(
+        f"the network raised on inputs of shape {tuple(x.shape)}, {x.dtype}: {type(error).__name__}: {error}"
+    )
 
 
 def evaluated(net: nn.Module) -> nn.Module:
@@ -68,8 +89,8 @@ def settled_route(
         for route in routes:
             try:
                 out = _with_gradient(weights, route, rows, z)
-            except _REFUSALS as error:
-                if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            except REFUSALS as error:
+                if out_of_memory(error):
                     raise
                 declined[route] = f"{type(error).__name__}: {error}"
                 continue
@@ -97,9 +118,7 @@ def _expected(weights: NetworkWeights, x: Tensor, z: Tensor) -> Tensor:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ModelError(
-            f"the network raised on inputs of shape {tuple(x.shape)}, {x.dtype}: {type(error).__name__}: {error}"
-        ) from error
+        raise raised_on(x, error) from error
     if not out.is_floating_point() or out.dim() < 2 or out.shape[1] != x.shape[0]:
         raise ShapeError(
             f"the network must map (datum, ...) to real numbers (datum, ...), but gave {tuple(out.shape[1:])}, "

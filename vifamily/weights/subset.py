@@ -7,7 +7,7 @@ import dataclasses
 from torch import nn
 
 from vifamily.registry import register
-from vifamily.weights._entry import own_parameters
+from vifamily.weights._entry import check_patterns, own_parameters
 from vifamily.weights.dense import Dense
 
 __all__ = ["Subset"]
@@ -37,6 +37,11 @@ class Subset(Dense):
     """
 
     pattern: str = "*"
+
+    def __post_init__(self) -> None:
+        """Check the patterns and the start."""
+        super().__post_init__()
+        check_patterns("pattern", self.pattern)
 
     def picks(self, layer: str, parameter: str = "") -> bool:
         """Whether both patterns choose a parameter."""
